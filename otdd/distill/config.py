@@ -1,0 +1,221 @@
+"""The settings of a run, as frozen dataclasses, and the presets.
+
+Nothing here imports torch, so that the command line can parse and refuse quickly. Every class
+checks itself when it is made; an error names the key, the value and what is accepted.
+`otdd.distill.settings` makes these objects from flags and YAML files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SETS = ("otg", "unguided", "random", "kmeans", "kmeans-real")
+LOSSES = ("ce", "kl", "otm")
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or not accepted."""
+
+
+def require(ok: bool, key: str, value: Any, accepted: str) -> None:
+    """Raise a `ConfigError` that names the key, the value and what is accepted."""
+    if not ok:
+        raise ConfigError(f"{key}: {value!r} is not accepted; expected {accepted}")
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Optimal-transport guidance of the sampler."""
+
+    target: Literal["z_t", "x0", "through", "q_sample"] = "x0"
+    """What the cost is taken on: the noisy latents, x0_hat, x0_hat with the gradient through the
+    denoiser, or the noisy latents against equally noised references."""
+    form: Literal["projection", "gradient"] = "projection"
+    """Move towards the barycentric projection, or along the gradient of the transport cost."""
+    metric: Literal["l1", "l2", "sqeuclidean", "cosine"] = "sqeuclidean"
+    """Ground cost between latents."""
+    lambda_1: float = 0.1
+    """eps of the entropic problem in units of the standard deviation of the cost."""
+    max_iter: int = 20
+    """Sinkhorn iterations per guided step."""
+    reference_size: int = 200
+    """Real latents of the class in one problem."""
+    strength: float = 0.3
+    """beta_1, the size of one guidance step."""
+    window: tuple[float, float] = (0.0, 1.0)
+    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+    memory: int = 64
+    """Most finished latents of a class kept in a sequential problem."""
+
+    def __post_init__(self) -> None:
+        require(self.lambda_1 > 0, "lambda_1", self.lambda_1, "a number > 0")
+        require(self.max_iter >= 1, "max_iter", self.max_iter, "an integer >= 1")
+        require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
+        require(self.strength >= 0, "strength", self.strength, "a number >= 0")
+        require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
+        ok = 0.0 <= self.window[0] < self.window[1] <= 1.0
+        require(ok, "window", self.window, "two fractions start < end in [0, 1]")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Stage 1: sampling the images."""
+
+    scheduler: Literal["ddim", "ddpm", "dpm++"] = "ddim"
+    """Sampler of the diffusion model."""
+    steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 means none."""
+    order: Literal["joint", "sequential"] = "joint"
+    """All images of a class at once, or one after the other."""
+    batch_classes: int = 64
+    """Classes that share a batch of the denoiser."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Optimal-transport guidance."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "an integer >= 1")
+        require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "a number >= 0")
+        require(self.batch_classes >= 1, "batch_classes", self.batch_classes, "an integer >= 1")
+
+
+@dataclass(frozen=True)
+class RelabelConfig:
+    """Stage 2: soft labels under replayable augmentation."""
+
+    teachers: tuple[str, ...] = ("auto",)
+    """`auto` (ConvNets trained here, as many as the images per class ask for), names of students
+    to train here (convnet, convnet-3, ...), `timm:NAME`, or a checkpoint (`arch=FILE`)."""
+    teacher_steps: int = 600
+    """Training steps of a teacher trained here."""
+    store_labels: bool = True
+    """Keep the logits of every epoch in the store; otherwise teachers run during training."""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """Horizontal flips; `auto` leaves them out for data sets of digits."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area range of random resized crops (images from 16 pixels up)."""
+    shift: int = 1
+    """Largest shift in pixels, in place of crops, of images under 16 pixels."""
+    cutmix: float = 0.5
+    """Probability that a batch is mixed by CutMix."""
+
+    def __post_init__(self) -> None:
+        require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
+        require(self.teacher_steps >= 1, "teacher_steps", self.teacher_steps, "an integer >= 1")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        require(self.shift >= 0, "shift", self.shift, "an integer >= 0")
+        require(0 <= self.cutmix <= 1, "cutmix", self.cutmix, "a probability in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Stage 3: training the students that judge a set."""
+
+    losses: tuple[Literal["ce", "kl", "otm"], ...] = LOSSES
+    """`ce` on hard labels; `kl` and `otm` (optimal-transport logit matching) on soft labels."""
+    archs: tuple[str, ...] = ("convnet",)
+    """Students: convnet, convnet-3, convnet-6, resnetap-10 or any timm name."""
+    steps: int | None = None
+    """Training steps of a student; by default they grow with the size of the set."""
+    batch: int = 50
+    """Images in a batch."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser."""
+    lr: float = 1e-3
+    """Learning rate at the start."""
+    weight_decay: float = 0.01
+    """Weight decay."""
+    stretch: float = 1.0
+    """The cosine schedule is this many times longer than the training (2 in EDC)."""
+    ema: float = 0.99
+    """Decay of the averaged weights that are evaluated; 0 means none."""
+    tau: float = 2.0
+    """Temperature of `kl` and of the transport term."""
+    kappa_1: float = 0.025
+    """Weight of the cross-entropy in `otm`."""
+    kappa_2: float = 1.0
+    """Weight of the squared error of the logits in `otm`."""
+    beta_2: float = 0.08
+    """Weight of the transport term in `otm`."""
+
+    def __post_init__(self) -> None:
+        require(len(self.losses) >= 1, "losses", self.losses, f"some of {', '.join(LOSSES)}")
+        require(len(self.archs) >= 1, "archs", self.archs, "at least one architecture")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "an integer >= 1")
+        require(self.batch >= 2, "batch", self.batch, "an integer >= 2")
+        require(self.lr > 0, "lr", self.lr, "a number > 0")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
+        require(self.stretch >= 1, "stretch", self.stretch, "a number >= 1")
+        require(0 <= self.ema < 1, "ema", self.ema, "a number in [0, 1)")
+        require(self.tau > 0, "tau", self.tau, "a number > 0")
+        for key in ("kappa_1", "kappa_2", "beta_2"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "a number >= 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one distilled set depends on."""
+
+    data: str
+    """digits, textures, or an ImageFolder with train/ (and val/)."""
+    ipc: int
+    """Images per class."""
+    out: str
+    """Output folder; the same command on the same folder continues."""
+    seeds: int = 5
+    """Students trained per row of the table."""
+    seed: int = 0
+    """Seed of everything else."""
+    resolution: int | None = None
+    """Side of the images in pixels; by default that of the data."""
+    generator: str | None = None
+    """Generator made by `otdd fit`; by default the one shipped for the data."""
+    preset: str | None = None
+    """Named settings under the flags: paper."""
+    sets: tuple[Literal["otg", "unguided", "random", "kmeans", "kmeans-real"], ...] = SETS
+    """Sets to make and compare."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Stage 1."""
+    relabel: RelabelConfig = field(default_factory=RelabelConfig)
+    """Stage 2."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Stage 3."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.data), "data", self.data, "a data set name or a folder")
+        require(bool(self.out), "out", self.out, "a folder")
+        require(self.ipc >= 1, "ipc", self.ipc, "an integer >= 1")
+        require(self.seeds >= 1, "seeds", self.seeds, "an integer >= 1")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
+        res = self.resolution
+        require(res is None or res >= 4, "resolution", res, "an integer >= 4")
+        require(len(self.sets) >= 1, "sets", self.sets, f"some of {', '.join(SETS)}")
+        ok = self.preset is None or self.preset in PRESETS
+        require(ok, "preset", self.preset, f"one of {', '.join(PRESETS)}")
+
+
+# Settings as METHOD-style documents give them, not as they measure best; see the README.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "sample": {
+            "scheduler": "ddpm",
+            "steps": 50,
+            "guidance_scale": 4.0,
+            "order": "sequential",
+            "guidance": {
+                "target": "z_t",
+                "form": "gradient",
+                "metric": "l1",
+                "lambda_1": 0.1,
+                "max_iter": 20,
+                "reference_size": 200,
+                "window": (0.1, 0.4),
+                "memory": 64,
+            },
+        },
+        "train": {"stretch": 2.0, "ema": 0.99, "weight_decay": 0.01, "lr": 1e-3},
+    },
+}

@@ -1,0 +1,148 @@
+"""From flags, YAML files and presets to a checked `RunConfig`, and back to plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from otdd.distill.config import PRESETS, ConfigError, RunConfig, require
+
+# What may change without changing any finished result of a folder: more seeds, sets, losses or
+# architectures add rows; the rest says where things are, or how they were asked for.
+FREE_FIELDS = ("out", "preset", "seeds", "sets", "generator", "train.losses", "train.archs")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of a config, ready for JSON or YAML."""
+    out = dataclasses.asdict(config)
+    return typing.cast(dict[str, Any], _plain(out))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict as one level of dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The settings that finished results depend on, as dotted keys."""
+    return {k: v for k, v in flatten(to_dict(config)).items() if k not in FREE_FIELDS}
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid on top, nested dicts merged."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        out[key] = merge(old, value) if both else value
+    return out
+
+
+def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Make a config dataclass from nested plain values, checking keys and types.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value of the wrong kind.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            known = ", ".join(prefix + k for k in fields)
+            raise ConfigError(f"{prefix}{key}: unknown setting; known: {known}")
+    for name, f in fields.items():
+        free = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if free and name not in values:
+            raise ConfigError(f"{prefix}{name}: missing; give --{prefix}{name} or set it in a file")
+    made = {k: _convert(hints[k], v, prefix + k) for k, v in values.items()}
+    try:
+        return cls(**made)
+    except ConfigError as error:
+        raise error if not prefix else ConfigError(f"{prefix}{error}") from None
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        require(isinstance(value, Mapping), key, value, "a group of settings")
+        return from_dict(typing.cast(type, kind), value, f"{key}.")
+    if origin is Literal:
+        value = {True: "on", False: "off"}.get(value, value) if "on" in args else value
+        require(value in args, key, value, f"one of {', '.join(map(str, args))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in args if a is not type(None)]
+        return None if value is None else _convert(inner[0], value, key)
+    if origin is tuple:
+        value = [value] if isinstance(value, str) else value
+        require(isinstance(value, list | tuple), key, value, "a list")
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], v, key) for v in value)
+        require(len(value) == len(args), key, value, f"{len(args)} values")
+        return tuple(_convert(a, v, key) for a, v in zip(args, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    require(right, key, value, names[kind])
+    return value
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Settings of a YAML file as nested dicts.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, or not a mapping.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"config: {path} is not valid YAML: {problem}") from None
+    require(loaded is None or isinstance(loaded, dict), "config", str(path), "a YAML mapping")
+    return dict(loaded or {})
+
+
+def resolve(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    file: str | Path | None = None,
+    preset: str | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Config from defaults, then preset, file and flags, the later the stronger.
+
+    Args:
+        flags: nested settings given by the caller.
+        file: YAML file of settings.
+        preset: name in `PRESETS`; by default the one named in the flags or the file.
+        base: nested settings under all of these.
+    """
+    filed = load_yaml(file) if file is not None else {}
+    name = preset or (flags or {}).get("preset") or filed.get("preset")
+    require(name is None or name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    values = dict(base or {})
+    if name is not None:
+        values = merge(values, {**PRESETS[name], "preset": name})
+    values = merge(merge(values, filed), flags or {})
+    return typing.cast(RunConfig, from_dict(RunConfig, values))

@@ -1,0 +1,299 @@
+"""The store: one distilled data set and everything measured on it, as a folder.
+
+A file appears in the store only when it is complete: it is written aside, flushed to the disk and
+renamed. So a run that was stopped anywhere goes on from the files it finds, and what is there was
+made by the settings in `otdd.json`, or the folder is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "otdd.json"
+LOCK = ".otdd.lock"
+TEMP = ".tmp-"
+FORMAT = 1
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_ACCESS = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class StoreError(RuntimeError):
+    """The output folder cannot be used, or cannot be written."""
+
+
+class Store:
+    """Files of one run, by names relative to its folder.
+
+    Args:
+        path: the folder. `Store.open` checks it and makes it; the plain constructor only points.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], identity: Mapping[str, Any], *, lock: bool = False
+    ) -> Store:
+        """Open the folder of this run, or make it.
+
+        Args:
+            path: output folder.
+            identity: what the results depend on; plain JSON values.
+            lock: refuse while another process holds the lock; it ends with its holder.
+
+        Raises:
+            StoreError: the folder holds another run (the differing fields are named) or other
+                files, is in use, or cannot be written.
+        """
+        store = cls(path)
+        if store.path.exists() and not store.path.is_dir():
+            raise StoreError(f"{path} is a file; --out needs a folder")
+        if not store.has(MANIFEST) and store._foreign_files():
+            raise StoreError(
+                f"{path} is not empty and no otdd output (it holds {store._foreign_files()[0]!r}); "
+                "choose another --out"
+            )
+        with store._writing(MANIFEST):
+            store.path.mkdir(parents=True, exist_ok=True)
+        if lock:
+            store._acquire()
+            store._sweep()
+        plain = json.loads(json.dumps(dict(identity)))
+        if store.has(MANIFEST):
+            store._compare(plain)
+        else:
+            store.write_json(MANIFEST, {"format": FORMAT, "identity": plain})
+        return store
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the results in this folder depend on."""
+        return dict(self.read_json(MANIFEST)["identity"])
+
+    def has(self, name: str) -> bool:
+        """Whether a file or folder of this name is there, hence complete."""
+        return (self.path / name).exists()
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, keys in the order given."""
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        self.write_bytes(name, text.encode())
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, error) from None
+
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, torch.Tensor], meta: Any = None
+    ) -> None:
+        """Write a safetensors file; `meta` is any JSON value, read back by `read_meta`."""
+        from safetensors.torch import save
+
+        # One key only: the order of several is not fixed, and the bytes of a file must be.
+        header = {"otdd": json.dumps(meta, sort_keys=True)} if meta is not None else None
+        data = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        self.write_bytes(name, save(data, metadata=header))
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Read a safetensors file."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load((self.path / name).read_bytes())
+        except (OSError, SafetensorError, ValueError) as error:
+            raise self._damaged(name, error) from None
+
+    def read_meta(self, name: str) -> Any:
+        """The JSON value stored beside the tensors of a file, or None."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path / name, framework="np") as file:
+                header = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(name, error) from None
+        return json.loads(header["otdd"]) if "otdd" in header else None
+
+    def write_images(
+        self, set_name: str, images: torch.Tensor, labels: torch.Tensor, **extra: torch.Tensor
+    ) -> None:
+        """Write a distilled set: PNG files for the eye and for ImageFolder, tensors for otdd.
+
+        Args:
+            set_name: name of the set.
+            images: uint8, (K*IPC, C, H, W), class-major.
+            labels: int64, (K*IPC,).
+            **extra: further tensors of the set, such as `latents`.
+        """
+        folder = f"sets/{set_name}"
+        self._write_pngs(f"{folder}/images", images, labels)
+        tensors = {"images": images, "labels": labels, **extra}
+        self.write_tensors(f"{folder}/images.safetensors", tensors)
+
+    def read_images(self, set_name: str) -> dict[str, torch.Tensor]:
+        """Tensors of a distilled set: `images`, `labels` and what was stored with them."""
+        return self.read_tensors(f"sets/{set_name}/images.safetensors")
+
+    def has_images(self, set_name: str) -> bool:
+        """Whether the images of a set are finished."""
+        return self.has(f"sets/{set_name}/images.safetensors")
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file aside, flush it to the disk, and give it its name."""
+        target = self.path / name
+        with self._writing(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temp = target.parent / _temp_name()
+            try:
+                _write_flushed(temp, data)
+                os.replace(temp, target)
+                _flush_folder(target.parent)
+            finally:
+                temp.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_pngs(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
+        from PIL import Image
+
+        target = self.path / name
+        seen: dict[int, int] = {}
+        with self._writing(name):
+            temp = target.parent / _temp_name()
+            try:
+                for image, label in zip(images, labels.tolist(), strict=True):
+                    index = seen[label] = seen.get(label, -1) + 1
+                    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
+                    picture = Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
+                    buffer = io.BytesIO()
+                    picture.save(buffer, format="PNG")
+                    folder = temp / f"{label:05d}"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _write_flushed(folder / f"{index:05d}.png", buffer.getvalue())
+                # The tensors, written next, are what marks the set as finished: pictures that
+                # are already here come from a process that had no time for them.
+                shutil.rmtree(target, ignore_errors=True)
+                with contextlib.suppress(FileExistsError):
+                    os.rename(temp, target)
+                _flush_folder(target.parent)
+            except OSError as error:
+                # Another process finished the same pictures first.
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+            finally:
+                shutil.rmtree(temp, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = self.path / name
+            if error.errno in _NO_SPACE:
+                raise StoreError(
+                    f"no space left while writing {where}; everything finished before is kept: "
+                    "free some space and start the same command again"
+                ) from error
+            if error.errno in _NO_ACCESS:
+                raise StoreError(
+                    f"cannot write {where} ({error.strerror}); everything finished before is kept"
+                ) from error
+            raise StoreError(f"cannot write {where}: {error.strerror or error}") from error
+
+    def _damaged(self, name: str, error: Exception) -> StoreError:
+        path = self.path / name
+        if isinstance(error, FileNotFoundError):
+            return StoreError(f"{path} is missing")
+        return StoreError(f"{path} cannot be read ({error}); delete it and start again")
+
+    def _foreign_files(self) -> list[str]:
+        names = os.listdir(self.path) if self.path.is_dir() else []
+        return sorted(n for n in names if n != LOCK and not n.startswith(TEMP))
+
+    def _compare(self, identity: Mapping[str, Any]) -> None:
+        manifest = self.read_json(MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise StoreError(f"{self.path / MANIFEST} was not written by this version of otdd")
+        old = manifest["identity"]
+        keys = [k for k in {**old, **identity} if old.get(k) != identity.get(k)]
+        if keys:
+            what = "; ".join(f"{k}: {old.get(k)!r} there, {identity.get(k)!r} here" for k in keys)
+            raise StoreError(f"{self.path} holds another run ({what}); choose another --out")
+
+    def _acquire(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: the atomic writes alone keep the store sound
+            return
+        with self._writing(LOCK):
+            handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise StoreError(
+                f"{self.path} is in use by another otdd process; wait for it"
+            ) from None
+        except OSError:  # file systems without locks
+            os.close(handle)
+            return
+        self._lock = handle
+
+    def _sweep(self) -> None:
+        """Remove what interrupted processes left; only with the lock held."""
+        if self._lock is None:
+            return
+        for path in list(self.path.rglob(TEMP + "*")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _temp_name() -> str:
+    return f"{TEMP}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot flush folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,91 @@
+"""Settings: defaults, files, presets, and refusals that name the key."""
+
+import subprocess
+import sys
+
+import pytest
+
+from otdd.distill.config import PRESETS, ConfigError, RunConfig
+from otdd.distill.settings import identity, load_yaml, merge, resolve, to_dict
+
+BASE = {"data": "digits", "ipc": 1, "out": "x"}
+
+
+def test_defaults_and_round_trip():
+    config = resolve(BASE)
+    assert config == RunConfig(data="digits", ipc=1, out="x")
+    assert resolve(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ipc": 0}, "ipc: 0 is not accepted; expected an integer >= 1"),
+        ({"ipc": True}, "ipc: True is not accepted"),
+        ({"ipc": "many"}, "ipc: 'many' is not accepted; expected an integer"),
+        ({"sampel": {}}, "sampel: unknown setting; known: data, ipc"),
+        ({"sample": {"stepz": 1}}, "sample.stepz: unknown setting; known: sample.scheduler"),
+        ({"sample": 3}, "sample: 3 is not accepted; expected a group of settings"),
+        ({"sample": {"guidance": {"strength": -1}}}, "sample.guidance.strength: -1.0"),
+        ({"sample": {"guidance": {"window": [0.5]}}}, "sample.guidance.window: .* 2 values"),
+        (
+            {"sample": {"guidance": {"metric": "l3"}}},
+            "sample.guidance.metric: 'l3'.* one of l1, l2",
+        ),
+        ({"sets": ["otg", "best"]}, "sets: 'best'.*one of otg, unguided"),
+        ({"train": {"batch": 2.5}}, "train.batch: 2.5.* integer"),
+        ({"train": {"ema": 1}}, "train.ema: 1.0"),
+        ({"relabel": {"crop_scale": [0, 1]}}, "relabel.crop_scale"),
+        ({"preset": "best"}, "preset: 'best'.*one of paper"),
+    ],
+)
+def test_refusals_name_key_value_and_what_is_accepted(values, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve({**BASE, **values})
+
+
+def test_missing_setting():
+    with pytest.raises(ConfigError, match="ipc: missing; give --ipc"):
+        resolve({"data": "digits", "out": "x"})
+
+
+def test_flags_over_file_over_preset(tmp_path):
+    file = tmp_path / "f.yaml"
+    file.write_text("preset: paper\nsample:\n  steps: 7\n  guidance:\n    strength: 1\n")
+    config = resolve({**BASE, "sample": {"guidance": {"strength": 0.5}}}, file=file)
+    assert (config.sample.scheduler, config.sample.steps) == ("ddpm", 7)
+    assert config.sample.guidance.strength == 0.5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_resolve(name):
+    assert resolve(BASE, preset=name).preset == name
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="a YAML mapping"):
+        load_yaml(tmp_path / "list.yaml")
+
+
+def test_yaml_on_and_off_are_choices(tmp_path):
+    (tmp_path / "f.yaml").write_text("relabel: {flip: off}")
+    assert resolve(BASE, file=tmp_path / "f.yaml").relabel.flip == "off"
+
+
+def test_identity_leaves_out_what_only_adds_rows():
+    one, two = resolve(BASE), resolve({**BASE, "out": "y", "seeds": 9, "sets": ["otg"]})
+    assert identity(one) == identity(two)
+    other = resolve(merge(BASE, {"sample": {"guidance": {"strength": 1}}}))
+    differing = {k for k, v in identity(one).items() if identity(other)[k] != v}
+    assert differing == {"sample.guidance.strength"}
+
+
+def test_no_torch():
+    code = "import sys, otdd.distill.settings; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
