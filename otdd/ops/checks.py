@@ -1,0 +1,90 @@
+"""Checks of op arguments: clear errors before any work.
+
+Shapes, dtypes and devices are read from tensor metadata, so they are always checked. Values would
+force a GPU to synchronise, so they are checked inside the op on the CPU, and on other devices only
+when the environment variable ``OTDD_CHECKS=1`` is set.
+"""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+_FULL = (torch.float32, torch.float64)
+
+
+def require(condition: bool, name: str, seen: object, accepted: str) -> None:
+    """Raises ``ValueError`` naming the argument, the value seen and what is accepted."""
+    if not condition:
+        raise ValueError(f"{name}: got {seen}; accepted: {accepted}")
+
+
+def as_float(t: Tensor, name: str) -> Tensor:
+    """Half-precision inputs are computed in float32; integer and complex ones are refused.
+
+    Raises:
+        TypeError: ``t`` is not a floating-point tensor.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}; accepted: torch.Tensor")
+    if t.dtype in _HALF:
+        return t.float()
+    if t.dtype not in _FULL:
+        raise TypeError(f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64")
+    return t
+
+
+def same_kind(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    """Raises unless ``t`` has the dtype and the device of ``like`` (half already widened)."""
+    if t.dtype != like.dtype:
+        raise TypeError(f"{name}: got dtype {t.dtype}; accepted: that of {like_name}, {like.dtype}")
+    if t.device != like.device:
+        raise ValueError(
+            f"{name}: got device {t.device}; accepted: that of {like_name}, {like.device}"
+        )
+
+
+def values_are_checked(t: Tensor) -> bool:
+    return t.device.type == "cpu" or os.environ.get("OTDD_CHECKS") == "1"
+
+
+def finite(t: Tensor, name: str) -> None:
+    """Raises ``ValueError`` with the first offending index if ``t`` holds NaN or inf."""
+    bad = ~torch.isfinite(t)
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: got {t[where].item()} at index {where} of shape {tuple(t.shape)} "
+            f"({int(bad.sum())} non-finite in all); accepted: finite numbers"
+        )
+
+
+def weights(w: Tensor, name: str, binary: bool = False) -> None:
+    """Raises unless every row of ``w`` ``(B, N)`` is finite, non-negative and not all zero."""
+    if 0 in w.stride():  # an expanded scalar: one value stands for all
+        w = w[: min(1, w.shape[0]), :1]
+    if w.numel() == 0:
+        return
+    finite(w, name)
+    low = w.min().item()
+    require(low >= 0, name, f"a negative weight, {low}", "weights >= 0")
+    require(bool((w.sum(-1) > 0).all()), name, "only zero weights in one problem", "one weight > 0")
+    if binary:
+        require(
+            bool(((w == 0) | (w == 1)).all()),
+            name,
+            "weights other than 0 and 1",
+            "0 or 1 (a mask) with marginals='sinkd'",
+        )
+
+
+def positive_eps(eps: float | Tensor) -> None:
+    """Raises ``ValueError`` unless eps is finite and > 0 (a tensor: every entry)."""
+    if isinstance(eps, Tensor):
+        bad = ~(torch.isfinite(eps) & (eps > 0))
+        if bool(bad.any()):
+            raise ValueError(f"eps: got {eps[bad][0].item()}; accepted: finite numbers > 0")
+    else:
+        require(math.isfinite(eps) and eps > 0, "eps", eps, "a finite number > 0")

@@ -1,0 +1,217 @@
+"""Entropic OT in plain PyTorch: the specification of `otdd.ops.sinkhorn`, on any device.
+
+``C (B, N, M)``, ``a (B, N)``, ``b (B, M)``, ``eps (B,)`` float64. A weight of zero is ``-inf`` in
+the log domain: its row or column takes no part, and its own potential is the soft c-transform of
+the other side, finite.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Solution(NamedTuple):
+    """What one solve returns; ``history`` holds (f, g) after 0..T iterations,
+    ``(B, T + 1, N + M)`` in float64, or is empty."""
+
+    f: Tensor
+    g: Tensor
+    value: Tensor
+    cost: Tensor
+    marginal_error: Tensor
+    n_iter: Tensor
+    history: Tensor
+
+
+def soft_rows(C: Tensor, g: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
+    """``f_i = -eps LSE_j(log b_j + (g_j - C_ij) / eps)``."""
+    return -eps * torch.logsumexp((log_b + g / eps).unsqueeze(-2) - C / eps.unsqueeze(-1), -1)
+
+
+def log_density(C: Tensor, f: Tensor, g: Tensor, eps: Tensor) -> Tensor:
+    """``(f_i + g_j - C_ij) / eps``, log of the plan over ``a x b``."""
+    return (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps.unsqueeze(-1)
+
+
+def plan_from_potentials(
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor
+) -> Tensor:
+    """``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, exactly 0 where a weight is 0."""
+    used = (a != 0).unsqueeze(-1) & (b != 0).unsqueeze(-2)
+    eps = eps.to(C.dtype).unsqueeze(-1)
+    logits = torch.where(used, log_density(C, f, g, eps), -torch.inf)
+    return logits.exp() * a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+def sinkhorn_reference(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    g: Tensor,
+    max_iter: int,
+    tol: float,
+    keep_history: bool,
+) -> Solution:
+    """Alternates the two soft c-transforms of METHOD ``max_iter`` times, rows first.
+
+    A problem whose marginal error is at most ``tol`` keeps its potentials from then on.
+    """
+    log_a, log_b = a.log(), b.log()
+    e = eps.to(C.dtype).unsqueeze(-1)
+    f = torch.zeros_like(a, memory_format=torch.contiguous_format)
+    active = torch.ones(C.shape[0], dtype=torch.bool, device=C.device)
+    n_iter = torch.zeros(C.shape[0], dtype=torch.int64, device=C.device)
+    history = [torch.cat([f, g], -1).double()] if keep_history else []
+    for _ in range(max_iter):
+        f = torch.where(active.unsqueeze(-1), soft_rows(C, g, log_b, e), f)
+        g = torch.where(active.unsqueeze(-1), soft_rows(C.mT, f, log_a, e), g)
+        n_iter += active
+        if keep_history:
+            history.append(torch.cat([f, g], -1).double())
+        if tol > 0:
+            plan = plan_from_potentials(C, f, g, a, b, eps)
+            active = active & ~((plan.sum(-1) - a).abs().sum(-1) <= tol)
+            if not bool(active.any()):
+                break
+    if keep_history:
+        history += history[-1:] * (max_iter + 1 - len(history))
+    plan = plan_from_potentials(C, f, g, a, b, eps)
+    return Solution(
+        f=f,
+        g=g,
+        value=(a * f).sum(-1) + (b * g).sum(-1),
+        cost=(plan * C).sum((-1, -2)),
+        marginal_error=(plan.sum(-1) - a).abs().sum(-1),
+        n_iter=n_iter,
+        history=torch.stack(history, 1) if history else C.new_empty(0, dtype=torch.float64),
+    )
+
+
+def sinkhorn_backward_reference(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    f: Tensor,
+    g: Tensor,
+    history: Tensor,
+    n_iter: Tensor,
+    df: Tensor,
+    dg: Tensor,
+    dcost: Tensor,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Vector-Jacobian product of (f, g, cost) with respect to (C, a, b).
+
+    ``unrolled`` walks the recorded potentials backwards, ``implicit`` solves the fixed point's
+    linear system at (f, g). ``cost``'s own dependence on the plan is included.
+    """
+    plan = plan_from_potentials(C, f, g, a, b, eps)
+    e = eps.to(C.dtype).unsqueeze(-1)
+    weighted = plan * C * dcost[:, None, None]
+    dC = plan * dcost[:, None, None] - weighted / e.unsqueeze(-1)
+    da, db = _over(weighted.sum(-1), a), _over(weighted.sum(-2), b)
+    df = torch.where(a > 0, df, 0) + weighted.sum(-1) / e
+    dg = torch.where(b > 0, dg, 0) + weighted.sum(-2) / e
+    if mode == "unrolled":
+        more = _unrolled(C, a, b, e, history, n_iter, df, dg)
+    else:
+        more = _implicit(plan, a, b, e, df, dg)
+    return dC + more[0], da + more[1], db + more[2]
+
+
+def _over(numerator: Tensor, weights: Tensor) -> Tensor:
+    """Division that gives 0 where the weight is 0 (a mask has no gradient)."""
+    return torch.where(weights > 0, numerator / torch.where(weights > 0, weights, 1), 0)
+
+
+def _unrolled(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    history: Tensor,
+    n_iter: Tensor,
+    df: Tensor,
+    dg: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reverse of `sinkhorn_reference`'s loop, each step's plan made anew from its potentials."""
+    n = a.shape[-1]
+    used = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
+    log_a, log_b = a.log().unsqueeze(-1), b.log().unsqueeze(-2)
+    dC, da, db = torch.zeros_like(C), torch.zeros_like(C[..., 0]), torch.zeros_like(C[:, 0])
+    for t in range(history.shape[1] - 1, 0, -1):
+        ran = (n_iter >= t)[:, None]
+        f, g = history[:, t, :n].to(C.dtype), history[:, t, n:].to(C.dtype)
+        g_before = history[:, t - 1, n:].to(C.dtype)
+        # g = -eps LSE_i(log a_i + (f_i - C_ij) / eps)
+        logits = torch.where(used, log_density(C, f, g, e) + log_a, -torch.inf)
+        flow = logits.exp() * (dg * ran).unsqueeze(-2)
+        dC += flow
+        da -= _over(e * flow.sum(-1), a)
+        df = df - flow.sum(-1)
+        # f = -eps LSE_j(log b_j + (g_before_j - C_ij) / eps)
+        logits = torch.where(used, log_density(C, f, g_before, e) + log_b, -torch.inf)
+        flow = logits.exp() * (df * ran).unsqueeze(-1)
+        dC += flow
+        db -= _over(e * flow.sum(-2), b)
+        dg = torch.where(ran, -flow.sum(-2), dg)
+        df = torch.where(ran, 0, df)
+    return dC, da, db
+
+
+def _implicit(
+    plan: Tensor, a: Tensor, b: Tensor, e: Tensor, df: Tensor, dg: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adjoint of the fixed point: ``(diag(c) - P' diag(1/r) P) h = dg - P' (df / r)``.
+
+    r and c are the plan's own row and column sums. The matrix is positive semi-definite and its
+    kernel is the constants, the freedom (f + c, g - c); `h` is found by conjugate gradients on the
+    symmetrically scaled system, orthogonally to that kernel, in float64.
+    """
+    dtype = plan.dtype
+    plan, df, dg = plan.double(), df.double(), dg.double()
+    r, c = plan.sum(-1), plan.sum(-2)
+    half = c.sqrt()
+
+    def transposed(k: Tensor) -> Tensor:
+        return torch.einsum("bnm,bn->bm", plan, k)
+
+    def apply(h: Tensor) -> Tensor:
+        return torch.einsum("bnm,bm->bn", plan, h)
+
+    def matrix(z: Tensor) -> Tensor:
+        return z - _over(transposed(_over(apply(_over(z, half)), r)), half)
+
+    kernel = half / half.norm(dim=-1, keepdim=True)
+    rhs = _over(dg - transposed(_over(df, r)), half)
+    rhs = rhs - (rhs * kernel).sum(-1, keepdim=True) * kernel
+    h = _over(_conjugate_gradients(matrix, rhs, kernel), half)
+    k = _over(df - apply(h), r)
+    dC = plan * (h.unsqueeze(-2) + k.unsqueeze(-1))
+    da, db = -_over(e * apply(h), a), -_over(e * transposed(k), b)
+    return dC.to(dtype), da.to(dtype), db.to(dtype)
+
+
+def _conjugate_gradients(
+    matrix: Callable[[Tensor], Tensor], rhs: Tensor, kernel: Tensor, rtol: float = 1e-13
+) -> Tensor:
+    """Batched CG orthogonal to `kernel`; problems that are done stand still."""
+    x, residual = torch.zeros_like(rhs), rhs
+    direction, rho = rhs, rhs.square().sum(-1, keepdim=True)
+    goal = rho * rtol**2
+    for _ in range(10 * rhs.shape[-1]):
+        active = rho > goal
+        if not bool(active.any()):
+            break
+        image = matrix(direction)
+        step = torch.where(active, rho / (direction * image).sum(-1, keepdim=True), 0)
+        x = x + step * direction
+        residual = residual - step * image
+        residual = residual - (residual * kernel).sum(-1, keepdim=True) * kernel
+        rho, before = residual.square().sum(-1, keepdim=True), rho
+        direction = residual + torch.where(active, rho / before, 0) * direction
+    return x
