@@ -2,10 +2,11 @@
 
 Environment variables:
     OTDD_NATIVE: 0 installs the pure-Python package, without `otdd._native`.
-    OTDD_CUDA: auto (default) compiles csrc/cuda when a CUDA toolkit is found, 1 insists on it, 0 never does.
+    OTDD_CUDA: auto (default) compiles csrc/cuda when a CUDA toolkit is found, 1 insists on one,
+        0 leaves it out.
     OTDD_CUDA_ARCHS: compute capabilities to compile for, default "8.0;9.0+PTX".
     CXX, CXXFLAGS, LDFLAGS: the C++ compiler and flags added to those of otdd.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -262,7 +263,8 @@ class BuildNative(build_ext):
 
         plan = make_plan(os.environ)
         print(f"otdd: {plan.summary()}", flush=True)
-        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"native-{tag}"
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
         includes = {pybind11.get_include(), sysconfig.get_path("include")}

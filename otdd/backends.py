@@ -1,0 +1,120 @@
+"""Which backends can run on this machine, why others cannot, and the choice among them.
+
+A backend is how an op runs: `cuda` and `cpu` are native code, `triton` is compiled from Python and
+`reference` is plain PyTorch. An op names those it has, best first, each with its own reason to
+refuse these inputs (None if it has none), and gets back the name to use::
+
+    name = choose("sinkhorn", {"cpu": refusal_or_None, "reference": None}, backend)
+
+The environment variable OTDD_BACKEND stands in for a `backend` argument that is not given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  before the native module, so that both share torch's OpenMP threads
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot run this op here; the message says why."""
+
+
+def native() -> ModuleType:
+    """Return `otdd._native`.
+
+    Raises:
+        BackendError: The native module is not there or does not load.
+    """
+    if importlib.util.find_spec("otdd._native") is None:
+        raise BackendError(
+            f"{Path(__file__).parent} has no native module: otdd was installed with OTDD_NATIVE=0, "
+            "or its sources are used without being built (pip install again)"
+        )
+    try:
+        return importlib.import_module("otdd._native")
+    except ImportError as error:
+        raise BackendError(f"the native module does not load: {error}") from error
+
+
+def _why_not_cpu() -> str | None:
+    try:
+        native()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def _why_not_cuda() -> str:
+    reason = "no kernels in this version of otdd"
+    try:
+        module = native()
+    except BackendError:
+        return f"{reason}; no native module"
+    if not hasattr(module, "cuda_devices"):
+        return f"{reason}; built without CUDA ({module.build_info()['cuda_reason']})"
+    found = module.cuda_devices()
+    if not found["devices"]:
+        return f"{reason}; no CUDA device ({found['error'] or 'none found'})"
+    return reason
+
+
+def _why_not_triton() -> str:
+    reason = "no kernels in this version of otdd"
+    if importlib.util.find_spec("triton") is None:
+        return f"{reason}; triton is not installed"
+    return reason
+
+
+# Found out on import, so that torch.compile can trace `choose` as a look-up.
+_REASONS: dict[str, str | None] = {
+    "cuda": _why_not_cuda(),
+    "triton": _why_not_triton(),
+    "cpu": _why_not_cpu(),
+    "reference": None,
+}
+
+
+def available() -> dict[str, str | None]:
+    """Return every backend with None if it can run on this machine, else the reason why not."""
+    return dict(_REASONS)
+
+
+def choose(op: str, candidates: Mapping[str, str | None], backend: str | None = None) -> str:
+    """Choose the backend that runs an op.
+
+    Args:
+        op: Name of the op, for messages.
+        candidates: Backends the op has, best first, each with the op's reason to refuse these
+            inputs or None. What `available` says is added here.
+        backend: Backend asked for; None stands for OTDD_BACKEND if that is set, else for the first
+            candidate without a reason to refuse.
+
+    Raises:
+        ValueError: `backend` is no backend at all.
+        BackendError: `backend`, or every candidate, has a reason to refuse.
+    """
+    source = "backend" if backend is not None else "OTDD_BACKEND"
+    wanted = backend if backend is not None else os.environ.get("OTDD_BACKEND") or None
+    machine = available()
+    if wanted is not None and wanted not in NAMES:
+        raise ValueError(f"unknown {source}={wanted!r}; choose from {', '.join(NAMES)}")
+    if wanted is not None:
+        missing = None if wanted in candidates else "the op has no such backend"
+        reason = machine[wanted] or missing or candidates[wanted]
+        if reason is not None:
+            raise BackendError(f"{op}: {source}={wanted!r} cannot be used: {reason}")
+        return wanted
+    reasons = {name: machine[name] or refusal for name, refusal in candidates.items()}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendError(f"{op}: no backend can run this ({told})")
