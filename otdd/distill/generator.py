@@ -1,0 +1,270 @@
+"""A class-conditional diffusion model with all that sampling needs, kept in one file.
+
+A `Generator` is a diffusers `DiTTransformer2DModel`, the configuration of its noise schedule, a
+codec and the names of its classes. `otdd.distill.fit.fit` trains small ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from otdd.distill.codec import AutoencoderCodec, Codec, codec_from_config
+from otdd.distill.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from otdd.distill.data import ImageData
+
+FORMAT = 1
+SHIPPED = {"digits": "digits.safetensors"}
+SCHEDULERS = ("ddim", "ddpm", "dpm++")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class GeneratorError(ValueError):
+    """A generator that cannot be loaded, or that does not fit the data."""
+
+
+@dataclass
+class Generator:
+    """Denoiser, noise schedule, codec and class names.
+
+    Attributes:
+        transformer: maps (x (B, c, h, w), timestep (B,), class_labels (B,)) to its prediction.
+        scheduler_config: configuration of a diffusers scheduler.
+        codec: images <-> latents.
+        classes: names, in the order of the class embeddings.
+        image_shape: (C, H, W) of decoded images.
+        info: how it was trained (JSON).
+    """
+
+    transformer: torch.nn.Module
+    scheduler_config: dict[str, Any]
+    codec: Codec
+    classes: list[str]
+    image_shape: tuple[int, int, int]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = self.transformer.config.num_embeds_ada_norm
+        if len(self.classes) != known:
+            raise GeneratorError(f"{len(self.classes)} class names for {known} class embeddings")
+        if len(set(self.classes)) != len(self.classes):
+            raise GeneratorError("class names of a generator must differ")
+        if self.prediction_type not in PREDICTIONS:
+            accepted = ", ".join(PREDICTIONS)
+            raise GeneratorError(f"prediction_type {self.prediction_type!r}; accepted: {accepted}")
+
+    @property
+    def null_class(self) -> int:
+        """Label of the unconditional embedding: the one after the last class."""
+        return len(self.classes)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one latent."""
+        config = self.transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @property
+    def prediction_type(self) -> str:
+        """What the transformer predicts: epsilon, v_prediction or sample."""
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def learned_sigma(self) -> bool:
+        """Whether the upper half of the output channels holds variances."""
+        config = self.transformer.config
+        return (config.out_channels or config.in_channels) == 2 * config.in_channels
+
+    def predict(
+        self, x: Tensor, t: Tensor | int, labels: Tensor, guidance_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Prediction with classifier-free guidance.
+
+        Guidance acts on the first `in_channels` channels; learned variances stay conditional.
+
+        Args:
+            x: noisy latents, (B, c, h, w).
+            t: timestep, an integer or (B,).
+            labels: class labels, (B,).
+            guidance_scale: 1 is the plain conditional model.
+
+        Returns:
+            Prediction (B, c, h, w), and the variance channels or None.
+        """
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        dtype = next(self.transformer.parameters()).dtype
+        batch, times, classes = x.to(dtype), t, labels
+        if guidance_scale != 1.0:
+            null = torch.full_like(labels, self.null_class)
+            batch, times = torch.cat([batch, batch]), torch.cat([t, t])
+            classes = torch.cat([labels, null])
+        out = self.transformer(batch, timestep=times, class_labels=classes).sample.float()
+        out, rest = out[:, : x.shape[1]], out[: len(x), x.shape[1] :]
+        if guidance_scale != 1.0:
+            conditional, free = out.chunk(2)
+            out = free + guidance_scale * (conditional - free)
+        return out, rest if self.learned_sigma else None
+
+    def class_indices(self, names: Sequence[str]) -> list[int]:
+        """Labels of the named classes.
+
+        Raises:
+            GeneratorError: naming every class that the generator was not trained on.
+        """
+        index = {name: k for k, name in enumerate(self.classes)}
+        missing = [name for name in names if name not in index]
+        if missing:
+            raise GeneratorError(
+                f"classes missing from the generator: {', '.join(map(repr, missing))}; "
+                f"it knows {', '.join(self.classes[:20])}{', ...' * (len(self.classes) > 20)}"
+            )
+        return [index[name] for name in names]
+
+    def scheduler(self, name: str, steps: int) -> Any:
+        """A diffusers scheduler (ddim, ddpm or dpm++) set to `steps` timesteps.
+
+        The sampling loop clamps x0_hat itself, before it is guided, so no scheduler clips.
+        """
+        import diffusers
+
+        if name not in SCHEDULERS:
+            raise ValueError(f"scheduler {name!r}; accepted: {', '.join(SCHEDULERS)}")
+        total = self.scheduler_config["num_train_timesteps"]
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must lie in 1..{total}, got {steps}")
+        config = dict(self.scheduler_config, clip_sample=False, thresholding=False)
+        config.update(prediction_type="epsilon", timestep_spacing="trailing")
+        if name == "ddpm":
+            variance = "learned_range" if self.learned_sigma else "fixed_small"
+            made = diffusers.DDPMScheduler.from_config(config, variance_type=variance)
+        elif name == "ddim":
+            made = diffusers.DDIMScheduler.from_config(config, set_alpha_to_one=True)
+        else:
+            made = diffusers.DPMSolverMultistepScheduler.from_config(
+                config, algorithm_type="dpmsolver++", solver_order=2, variance_type=None
+            )
+        made.set_timesteps(steps)
+        return made
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, weights in float16; the file appears when complete."""
+        tensors = {f"transformer.{k}": v for k, v in self.transformer.state_dict().items()}
+        tensors |= {f"codec.{k}": v for k, v in self.codec.tensors().items()}
+        half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        config = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}
+        meta = {
+            "format": FORMAT,
+            "transformer": config,
+            "scheduler": self.scheduler_config,
+            "codec": self.codec.config(),
+            "classes": list(self.classes),
+            "image_shape": list(self.image_shape),
+            "info": self.info,
+        }
+        target = Path(path)
+        Store(target.parent).write_tensors(target.name, half, meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Generator:
+        """Reads a file written by `save`, or the folder of a diffusers `DiTPipeline`."""
+        source = Path(path)
+        if source.is_dir():
+            return cls._load_folder(source)
+        store = Store(source.parent)
+        try:
+            meta, tensors = store.read_meta(source.name), store.read_tensors(source.name)
+        except StoreError as error:
+            raise GeneratorError(f"generator {path} cannot be loaded: {error}") from error
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise GeneratorError(f"{path} is no generator written by this version of otdd")
+        transformer = build_transformer(meta["transformer"])
+        transformer.load_state_dict(_part(tensors, "transformer."))
+        return cls(
+            transformer=transformer.eval().requires_grad_(False),
+            scheduler_config=meta["scheduler"],
+            codec=codec_from_config(meta["codec"], _part(tensors, "codec.")),
+            classes=meta["classes"],
+            image_shape=tuple(meta["image_shape"]),
+            info=meta["info"],
+        )
+
+    @classmethod
+    def _load_folder(cls, folder: Path) -> Generator:
+        from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+        wanted = ("model_index.json", "scheduler/scheduler_config.json", "transformer", "vae")
+        missing = [name for name in wanted if not (folder / name).exists()]
+        if missing:
+            raise GeneratorError(f"{folder} is no DiT pipeline: {', '.join(missing)} missing")
+        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer")
+        vae = AutoencoderKL.from_pretrained(folder / "vae")
+        index = json.loads((folder / "model_index.json").read_text())
+        names = {int(k): v for k, v in (index.get("id2label") or {}).items()}
+        count = transformer.config.num_embeds_ada_norm
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        side = transformer.config.sample_size * factor
+        return cls(
+            transformer=transformer.eval().requires_grad_(False),
+            scheduler_config=json.loads((folder / wanted[1]).read_text()),
+            codec=AutoencoderCodec(vae),
+            classes=[names.get(k, str(k)) for k in range(count)],
+            image_shape=(vae.config.out_channels, side, side),
+        )
+
+
+def build_transformer(config: dict[str, Any]) -> torch.nn.Module:
+    """A `DiTTransformer2DModel` from its configuration."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(**config)
+
+
+def load_generator(spec: str | os.PathLike[str] | None, data: ImageData) -> Generator:
+    """The generator for a data set, checked against it.
+
+    Args:
+        spec: file or folder of a generator; None takes the one shipped for the data.
+        data: what will be distilled.
+
+    Raises:
+        GeneratorError: none is shipped, it cannot be read, or classes or shapes do not fit.
+    """
+    if spec is not None:
+        generator = Generator.load(spec)
+    elif data.name in SHIPPED:
+        with resources.as_file(resources.files(__package__) / "assets" / SHIPPED[data.name]) as file:
+            generator = Generator.load(file)
+    else:
+        raise GeneratorError(
+            f"no generator is shipped for data {data.name!r}: train one with "
+            "`otdd fit --data DATA --out GEN` and give it as --generator GEN"
+        )
+    generator.class_indices(data.classes)
+    grey = data.image_shape[0] == 1 and isinstance(generator.codec, AutoencoderCodec)
+    if grey:
+        generator.codec.grey = True
+    shape = generator.image_shape
+    if tuple(shape[1:]) != data.image_shape[1:] or (shape[0] != data.image_shape[0] and not grey):
+        raise GeneratorError(
+            f"the generator makes images of {tuple(shape)}, the data has {data.image_shape}"
+            " (channels, height, width)"
+        )
+    return generator
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        k.removeprefix(prefix): v.float() if v.is_floating_point() else v
+        for k, v in tensors.items()
+        if k.startswith(prefix)
+    }
