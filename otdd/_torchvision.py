@@ -29,7 +29,7 @@ def _declare_operators() -> torch.library.Library:
 
 
 def repair() -> ModuleType:
-    """Import torchvision, repaired only if it needs it, and return it; any other failure passes through."""
+    """Import torchvision, repaired if it needs it, and return it; other errors pass through."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
