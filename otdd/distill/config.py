@@ -88,25 +88,30 @@ class RelabelConfig:
     teachers: tuple[str, ...] = ("auto",)
     """`auto` (ConvNets trained here, as many as the images per class ask for), names of students
     to train here (convnet, convnet-3, ...), `timm:NAME`, or a checkpoint (`arch=FILE`)."""
-    teacher_steps: int = 600
-    """Training steps of a teacher trained here."""
+    teacher_epochs: int = 40
+    """Epochs over the real training data of a teacher trained here."""
     store_labels: bool = True
     """Keep the logits of every epoch in the store; otherwise teachers run during training."""
     flip: Literal["auto", "on", "off"] = "auto"
     """Horizontal flips; `auto` leaves them out for data sets of digits."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area range of random resized crops (images from 16 pixels up)."""
-    shift: int = 1
-    """Largest shift in pixels, in place of crops, of images under 16 pixels."""
+    shift: float = 0.5
+    """Largest shift in pixels; this and the next two replace crops under 16 pixels."""
+    rotate: float = 15.0
+    """Largest rotation in degrees."""
+    zoom: float = 0.15
+    """Largest relative change of width and height."""
     cutmix: float = 0.5
     """Probability that a batch is mixed by CutMix."""
 
     def __post_init__(self) -> None:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
-        require(self.teacher_steps >= 1, "teacher_steps", self.teacher_steps, "an integer >= 1")
+        require(self.teacher_epochs >= 1, "teacher_epochs", self.teacher_epochs, "an integer >= 1")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
-        require(self.shift >= 0, "shift", self.shift, "an integer >= 0")
+        for key in ("shift", "rotate", "zoom"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "a number >= 0")
         require(0 <= self.cutmix <= 1, "cutmix", self.cutmix, "a probability in [0, 1]")
 
 
@@ -118,10 +123,10 @@ class TrainConfig:
     """`ce` on hard labels; `kl` and `otm` (optimal-transport logit matching) on soft labels."""
     archs: tuple[str, ...] = ("convnet",)
     """Students: convnet, convnet-3, convnet-6, resnetap-10 or any timm name."""
-    steps: int | None = None
-    """Training steps of a student; by default they grow with the size of the set."""
+    epochs: int = 300
+    """Epochs of a student over the distilled set."""
     batch: int = 50
-    """Images in a batch."""
+    """Images in a batch; smaller sets are one batch."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser."""
     lr: float = 1e-3
@@ -144,7 +149,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(len(self.losses) >= 1, "losses", self.losses, f"some of {', '.join(LOSSES)}")
         require(len(self.archs) >= 1, "archs", self.archs, "at least one architecture")
-        require(self.steps is None or self.steps >= 1, "steps", self.steps, "an integer >= 1")
+        require(self.epochs >= 1, "epochs", self.epochs, "an integer >= 1")
         require(self.batch >= 2, "batch", self.batch, "an integer >= 2")
         require(self.lr > 0, "lr", self.lr, "a number > 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")

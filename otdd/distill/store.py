@@ -61,24 +61,37 @@ class Store:
                 files, is in use, or cannot be written.
         """
         store = cls(path)
-        if store.path.exists() and not store.path.is_dir():
-            raise StoreError(f"{path} is a file; --out needs a folder")
-        if not store.has(MANIFEST) and store._foreign_files():
-            raise StoreError(
-                f"{path} is not empty and no otdd output (it holds {store._foreign_files()[0]!r}); "
-                "choose another --out"
-            )
+        plain = store.check(identity)
         with store._writing(MANIFEST):
             store.path.mkdir(parents=True, exist_ok=True)
         if lock:
             store._acquire()
             store._sweep()
-        plain = json.loads(json.dumps(dict(identity)))
-        if store.has(MANIFEST):
-            store._compare(plain)
-        else:
-            store.write_json(MANIFEST, {"format": FORMAT, "identity": plain})
+        known = store.identity if store.has(MANIFEST) else {}
+        if {**known, **plain} != known:
+            store.write_json(MANIFEST, {"format": FORMAT, "identity": {**known, **plain}})
         return store
+
+    def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Refuse a folder that this run cannot use, touching nothing.
+
+        Args:
+            identity: as for `open`, or any part of it.
+
+        Returns:
+            `identity` as plain JSON values.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"{self.path} is a file; --out needs a folder")
+        plain: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        if self.has(MANIFEST):
+            self._compare(plain)
+        elif self._foreign_files():
+            raise StoreError(
+                f"{self.path} is not empty and no otdd output (it holds "
+                f"{self._foreign_files()[0]!r}); choose another --out"
+            )
+        return plain
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -244,9 +257,9 @@ class Store:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise StoreError(f"{self.path / MANIFEST} was not written by this version of otdd")
         old = manifest["identity"]
-        keys = [k for k in {**old, **identity} if old.get(k) != identity.get(k)]
+        keys = [k for k in identity if k in old and old[k] != identity[k]]
         if keys:
-            what = "; ".join(f"{k}: {old.get(k)!r} there, {identity.get(k)!r} here" for k in keys)
+            what = "; ".join(f"{k}: {old[k]!r} there, {identity[k]!r} here" for k in keys)
             raise StoreError(f"{self.path} holds another run ({what}); choose another --out")
 
     def _acquire(self) -> None:

@@ -1,0 +1,188 @@
+"""Stage 3: training a student, on hard labels or by matching the logits of teachers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from otdd.distill.augment import Batch
+from otdd.distill.config import TrainConfig
+from otdd.distill.data import LabeledImages
+
+CHECKS = 10
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a student sees in one step.
+
+    Attributes:
+        batch: the augmentation.
+        teacher: (B, K) mean logits of the teachers on the augmented images; None for hard labels.
+    """
+
+    batch: Batch
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Test accuracy in percent after the last step, and the best seen at some ten checks."""
+
+    accuracy: float
+    best: float
+
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def make_loss(kind: str, config: TrainConfig) -> Loss:
+    """The loss of a student: `ce` (hard), `kl` or `otm` (soft).
+
+    Returns:
+        A function of student logits (B, K), mixed hard labels (B, K), hard labels of the base
+        images (B,), and teacher logits (B, K).
+    """
+    if kind == "ce":
+        return lambda logits, mixed, base, teacher: F.cross_entropy(logits, mixed)
+    if kind == "kl":
+        return lambda logits, mixed, base, teacher: _kl(logits, _given(teacher), config.tau)
+    if kind != "otm":
+        raise ValueError(f"unknown loss {kind!r}; known: ce, kl, otm")
+    transport = None
+    if config.beta_2 > 0:
+        from otdd.losses import OTLogitLoss
+
+        transport = OTLogitLoss(tau=config.tau)
+
+    def otm(logits: Tensor, mixed: Tensor, base: Tensor, teacher: Tensor | None) -> Tensor:
+        target = _given(teacher)
+        loss = config.kappa_1 * F.cross_entropy(logits, base)
+        loss = loss + config.kappa_2 * F.mse_loss(logits, target)
+        return loss if transport is None else loss + config.beta_2 * transport(logits, target)
+
+    return otm
+
+
+def train_student(
+    student: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    steps: Iterable[Step],
+    total: int,
+    loss: Loss,
+    config: TrainConfig,
+    *,
+    test: LabeledImages | None = None,
+) -> Outcome:
+    """Train a student on a set and test it; the same arguments give the same bytes.
+
+    Args:
+        student: trained in place; it ends with the averaged weights.
+        images: (N, C, H, W), uint8 or in [0, 1].
+        labels: (N,).
+        steps: augmentation and teacher logits of every step.
+        total: number of steps.
+        loss: as made by `make_loss`.
+        config: optimiser and schedule.
+        test: images to test on.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    optimizer = _optimizer(student, config)
+    average = _Average(student, config.ema)
+    checks = {max(1, round(total * (i + 1) / CHECKS)) for i in range(CHECKS)}
+    scores: list[float] = []
+    classes = 0
+    student.train()
+    for number, step in enumerate(steps, start=1):
+        for group in optimizer.param_groups:
+            progress = (number - 1) / (total * config.stretch)
+            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        logits = student(step.batch.apply(images))
+        classes = classes or logits.shape[1]
+        mixed = step.batch.targets(labels, classes, size)
+        value = loss(logits, mixed, labels[step.batch.index], step.teacher)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        average.update(number)
+        if test is not None and number in checks:
+            scores.append(accuracy(average.model, test))
+    student.load_state_dict(average.model.state_dict())
+    student.eval()
+    return Outcome(scores[-1], max(scores)) if scores else Outcome(math.nan, math.nan)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, test: LabeledImages, batch: int = 512) -> float:
+    """Percentage of images that the network classifies rightly."""
+    was_training = network.training
+    network.eval()
+    right = 0
+    for start in range(0, len(test), batch):
+        logits = network(test.images[start : start + batch].float() / 255)
+        right += int((logits.argmax(1) == test.labels[start : start + batch]).sum())
+    network.train(was_training)
+    return 100.0 * right / len(test)
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """One thread and deterministic kernels: sums in one order, the same bytes every time.
+
+    One thread is also the faster choice for networks as small as those on tiny images.
+    """
+    threads = torch.get_num_threads()
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+
+
+class _Average:
+    """Exponential moving average of all floating state, short at the beginning."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False) if decay else model
+        floating = [t for t in model.state_dict().values() if t.is_floating_point()]
+        mine = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        self._pairs = (mine, floating)
+
+    @torch.no_grad()
+    def update(self, number: int) -> None:
+        if self.decay:
+            weight = 1 - min(self.decay, (1 + number) / (10 + number))
+            torch._foreach_lerp_(self._pairs[0], self._pairs[1], weight)
+
+
+def _optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        decay = config.weight_decay
+        return torch.optim.SGD(student.parameters(), config.lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(
+        student.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _kl(logits: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    target = F.log_softmax(teacher / tau, dim=1)
+    mine = F.log_softmax(logits / tau, dim=1)
+    return tau**2 * F.kl_div(mine, target, reduction="batchmean", log_target=True)
+
+
+def _given(teacher: Tensor | None) -> Tensor:
+    if teacher is None:
+        raise ValueError("this loss needs soft labels; relabel the set first")
+    return teacher

@@ -1,0 +1,245 @@
+"""Stage 2: teachers, and the soft labels they give to a set under replayable augmentation.
+
+The label of an augmented image is the mean of the teachers' logits, kept in float16 beside the
+augmentation, in shards of whole epochs. Nothing of the images is stored again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from otdd.distill import students
+from otdd.distill.augment import Augmentation, Batch, augmentation, stack, unstack
+from otdd.distill.config import RunConfig, TrainConfig
+from otdd.distill.data import ImageData
+from otdd.distill.match import Step, accuracy, make_loss, reproducible, train_student
+from otdd.distill.store import Store
+
+Progress = Callable[[str, int, int], None]
+
+SHARD_BYTES = 32 * 2**20
+TEACHER = TrainConfig(losses=("ce",), batch=64, lr=3e-3)
+# |T(IPC)|: up to this many images per class, so many teachers.
+TEACHERS_BY_IPC = ((9, 1), (49, 2), (99, 4), (2**63, 8))
+# Teachers trained here take turns in architecture, then in seed.
+TRAINED_HERE = ("convnet", "resnetap-10")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network with its name, a hash of its weights, and its test accuracy in percent."""
+
+    name: str
+    network: nn.Module
+    digest: str
+    accuracy: float
+
+
+def teacher_names(config: RunConfig) -> list[str]:
+    """Names of the teachers of a run, `auto` resolved by the number of images per class."""
+    names: list[str] = []
+    for name in config.relabel.teachers:
+        if name == "auto":
+            count = next(n for limit, n in TEACHERS_BY_IPC if config.ipc <= limit)
+            names += [TRAINED_HERE[i % len(TRAINED_HERE)] for i in range(count)]
+        else:
+            names.append(name)
+    return names
+
+
+def make_teachers(
+    store: Store, data: ImageData, config: RunConfig, progress: Progress | None = None
+) -> list[Teacher]:
+    """Teachers of a run: loaded, or trained on the real training data and kept in the store."""
+    teachers = []
+    names = teacher_names(config)
+    for number, name in enumerate(names):
+        if name.startswith("timm:"):
+            network = students.pretrained(name.removeprefix("timm:"), data)
+        elif "=" in name:
+            network = students.load_checkpoint(*name.split("=", 1), data)
+        else:
+            seed = config.seed + 1000 * names[:number].count(name)
+            network = _trained(store, data, config, name, seed, progress)
+        network.eval().requires_grad_(False)
+        digest = _digest(network)
+        teachers.append(Teacher(name, network, digest, round(accuracy(network, data.test), 2)))
+    return teachers
+
+
+@torch.no_grad()
+def soft_labels(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
+    """Mean of the teachers' logits, (B, K) float16, for augmented images (B, C, H, W)."""
+    total = sum(teacher.network(images).float() for teacher in teachers)
+    return (total / len(teachers)).half()
+
+
+def relabel(
+    store: Store,
+    data: ImageData,
+    teachers: Sequence[Teacher],
+    config: RunConfig,
+    set_name: str,
+    progress: Progress | None = None,
+) -> None:
+    """Label every augmented batch that students of a set will see, and keep the labels.
+
+    Finished shards are left alone, so this continues where an interrupted call stopped.
+    """
+    images = store.read_images(set_name)["images"]
+    plan = Plan.of(config, data, len(images))
+    per_shard = plan.epochs_per_shard(len(data.classes))
+    meta = {"teachers": [[t.name, t.digest] for t in teachers], "classes": list(data.classes)}
+    for first in range(0, plan.epochs, per_shard):
+        last = min(first + per_shard, plan.epochs)
+        name = shard_name(set_name, first // per_shard)
+        if not store.has(name):
+            with reproducible():
+                batches = [b for epoch in range(first, last) for b in plan.epoch(epoch)]
+                logits = [soft_labels(teachers, batch.apply(images)) for batch in batches]
+            made = {**stack(batches), "logits": torch.stack(logits)}
+            store.write_tensors(name, made, {**meta, "epochs": [first, last]})
+        if progress is not None:
+            progress(f"relabel {set_name}", last, plan.epochs)
+
+
+def relabelled(store: Store, data: ImageData, config: RunConfig, set_name: str) -> bool:
+    """Whether all soft labels of a set are in the store."""
+    if not store.has_images(set_name):
+        return False
+    plan = Plan.of(config, data, config.ipc * len(data.classes))
+    shards = -(-plan.epochs // plan.epochs_per_shard(len(data.classes)))
+    return all(store.has(shard_name(set_name, i)) for i in range(shards))
+
+
+def stored_steps(store: Store, data: ImageData, config: RunConfig, set_name: str) -> Iterator[Step]:
+    """Batches and soft labels of a set as `relabel` stored them, one shard in memory at a time."""
+    plan = Plan.of(config, data, config.ipc * len(data.classes))
+    per_shard = plan.epochs_per_shard(len(data.classes))
+    for first in range(0, plan.epochs, per_shard):
+        tensors = store.read_tensors(shard_name(set_name, first // per_shard))
+        for batch, logits in zip(unstack(tensors), tensors["logits"].float(), strict=True):
+            yield Step(batch, logits)
+
+
+def live_steps(
+    images: Tensor, data: ImageData, teachers: Sequence[Teacher], config: RunConfig
+) -> Iterator[Step]:
+    """The same steps as `stored_steps`, labelled as they are needed."""
+    plan = Plan.of(config, data, len(images))
+    for epoch in range(plan.epochs):
+        for batch in plan.epoch(epoch):
+            yield Step(batch, soft_labels(teachers, batch.apply(images)).float())
+
+
+def hard_steps(count: int, data: ImageData, config: RunConfig, seed: int) -> Iterator[Step]:
+    """Augmented batches without soft labels, drawn anew for every seed."""
+    plan = Plan.of(config, data, count, seed=seed)
+    for epoch in range(plan.epochs):
+        for batch in plan.epoch(epoch):
+            yield Step(batch)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The augmented batches that students of a set see."""
+
+    augment: Augmentation
+    count: int
+    batch: int
+    size: tuple[int, int]
+    epochs: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig, data: ImageData, count: int, seed: int | None = None) -> Plan:
+        """The plan for a set of `count` images; soft labels use the seed of the run."""
+        size = (data.image_shape[1], data.image_shape[2])
+        drawn = augmentation(config.relabel, data.name, size)
+        batch = min(config.train.batch, count)
+        seed = config.seed if seed is None else seed
+        return cls(drawn, count, batch, size, config.train.epochs, seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return -(-self.count // self.batch)
+
+    @property
+    def total(self) -> int:
+        """Batches of all epochs."""
+        return self.epochs * self.steps_per_epoch
+
+    def epochs_per_shard(self, classes: int) -> int:
+        """Epochs whose labels fit into one shard."""
+        row = 2 * classes + 4 * 6 + 2 * 8
+        return max(1, SHARD_BYTES // (row * self.batch * self.steps_per_epoch))
+
+    def epoch(self, epoch: int) -> list[Batch]:
+        """Batches of one epoch."""
+        draw, size = self.augment.draw, self.size
+        return [
+            draw(self.count, self.batch, size, seed=self.seed, epoch=epoch, step=step)
+            for step in range(self.steps_per_epoch)
+        ]
+
+
+def shard_name(set_name: str, number: int) -> str:
+    """File of one shard of soft labels."""
+    return f"sets/{set_name}/labels/{number:05d}.safetensors"
+
+
+def _trained(
+    store: Store,
+    data: ImageData,
+    config: RunConfig,
+    arch: str,
+    seed: int,
+    progress: Progress | None,
+) -> nn.Module:
+    file = f"teachers/{arch}-{seed}.safetensors"
+    network = students.make_network(arch, data, seed)
+    if store.has(file):
+        network.load_state_dict(store.read_tensors(file))
+        return network
+    epochs = config.relabel.teacher_epochs
+    size = (data.image_shape[1], data.image_shape[2])
+    plan = Plan(
+        augmentation(config.relabel, data.name, size),
+        len(data.train),
+        min(TEACHER.batch, len(data.train)),
+        size,
+        epochs,
+        seed,
+    )
+
+    def steps() -> Iterator[Step]:
+        for epoch in range(epochs):
+            for batch in plan.epoch(epoch):
+                yield Step(batch)
+            if progress is not None:
+                progress(f"teacher {arch}", epoch + 1, epochs)
+
+    images = data.train.images
+    with reproducible():
+        loss = make_loss("ce", TEACHER)
+        train_student(network, images, data.train.labels, steps(), plan.total, loss, TEACHER)
+    state = network.state_dict()
+    store.write_tensors(file, state, {"arch": arch, "classes": list(data.classes)})
+    return network
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()

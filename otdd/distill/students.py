@@ -1,0 +1,220 @@
+"""Networks that learn from a distilled set: the field's ConvNet and ResNetAP, and timm's models.
+
+Every network takes images in [0, 1] and normalises them itself, so that teachers, students and
+whoever loads a checkpoint cannot disagree about it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from otdd.distill.config import ConfigError
+from otdd.distill.data import ImageData
+
+OWN = ("convnet", "convnet-3", "convnet-6", "resnetap-10")
+
+
+class ConvNet(nn.Module):
+    """Blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling; a linear head."""
+
+    def __init__(
+        self, channels: int, classes: int, size: tuple[int, int], depth: int, width: int
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), _norm(width, size)]
+            layers.append(nn.ReLU(inplace=True))
+            if min(size) >= 2:
+                layers.append(nn.AvgPool2d(2))
+                size = (size[0] // 2, size[1] // 2)
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(width * size[0] * size[1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, K)."""
+        return self.head(self.features(x).flatten(1))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, channels: int, width: int, size: tuple[int, int], pool: bool) -> None:
+        super().__init__()
+        after = (size[0] // 2, size[1] // 2) if pool else size
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            _norm(width, size),
+            nn.ReLU(inplace=True),
+            nn.AvgPool2d(2) if pool else nn.Identity(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            _norm(width, after),
+        )
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels, width, 1, bias=False) if channels != width else nn.Identity(),
+            nn.AvgPool2d(2) if pool else nn.Identity(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNetAP(nn.Module):
+    """ResNet of one basic block per stage that shrinks by average pooling, not by strides."""
+
+    def __init__(self, channels: int, classes: int, size: tuple[int, int], width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+        layers += [_norm(width, size), nn.ReLU(inplace=True)]
+        while min(size) > 64:  # a stem for photographs
+            layers.append(nn.AvgPool2d(2))
+            size = (size[0] // 2, size[1] // 2)
+        before = width
+        for stage in range(4):
+            pool = stage > 0 and min(size) >= 4
+            layers.append(_ResidualBlock(before, width << stage, size, pool))
+            size = (size[0] // 2, size[1] // 2) if pool else size
+            before = width << stage
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+        self.head = nn.Linear(before, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, K)."""
+        return self.head(self.features(x).flatten(1))
+
+
+class Normalized(nn.Module):
+    """A network behind the normalisation it expects."""
+
+    def __init__(self, body: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.body = body
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images in [0, 1], (B, C, H, W), to logits (B, K)."""
+        return self.body((x - self.mean) / self.std)
+
+
+def make_network(name: str, data: ImageData, seed: int) -> Normalized:
+    """A freshly initialised network for the images and classes of a data set.
+
+    Args:
+        name: convnet (depth by image size), convnet-DEPTH, resnetap-10, or a timm name.
+        data: gives channels, size, classes and normalisation.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: no such architecture, or it cannot take these images.
+    """
+    channels, height, width = data.image_shape
+    side, classes = min(height, width), len(data.classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        convnet = re.fullmatch(r"convnet(?:-(\d+))?", name)
+        if convnet:
+            depth = int(convnet[1] or min(6, max(2, side.bit_length() - 3)))
+            wide = 64 if side < 16 else 128
+            body: nn.Module = ConvNet(channels, classes, (height, width), depth, wide)
+        elif name == "resnetap-10":
+            body = ResNetAP(channels, classes, (height, width), 32 if side < 16 else 64)
+        else:
+            body = _timm(name, channels, classes, (height, width))
+    return Normalized(body, data.mean, data.std)
+
+
+def check_network(name: str, data: ImageData) -> None:
+    """Raise `ConfigError` when the architecture is unknown or cannot take these images."""
+    if name in OWN:
+        return
+    network = make_network(name, data, seed=0).eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, *data.image_shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        shape = "x".join(map(str, data.image_shape))
+        raise ConfigError(f"{name} cannot take images of {shape}: {_line(error)}") from None
+
+
+def pretrained(name: str, data: ImageData) -> Normalized:
+    """A pretrained timm model with its own normalisation and the classes of the data."""
+    timm = _import_timm()
+    try:
+        body = timm.create_model(name, pretrained=True, in_chans=data.image_shape[0])
+    except Exception as error:
+        raise ConfigError(f"relabel.teachers: timm:{name} cannot be had: {_line(error)}") from error
+    if body.num_classes != len(data.classes):
+        raise ConfigError(
+            f"relabel.teachers: timm:{name} knows {body.num_classes} classes, "
+            f"{data.name} has {len(data.classes)}"
+        )
+    mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
+    if data.image_shape[0] != len(mean):
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return Normalized(body, mean, std)
+
+
+def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
+    """A network of this architecture with the weights of a safetensors or torch file.
+
+    Torch files are read with `weights_only=True`: no code in them is run.
+
+    Raises:
+        ConfigError: the file cannot be read or does not fit.
+    """
+    network = make_network(arch, data, seed=0)
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state.get("model", state))
+    except Exception as error:
+        raise ConfigError(f"relabel.teachers: cannot read {path}: {_line(error)}") from error
+    # A file of ours carries the normalisation; others hold the bare network.
+    target = network if "mean" in state else network.body
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, AttributeError) as error:
+        message = f"relabel.teachers: {path} does not hold a {arch}: {_line(error)}"
+        raise ConfigError(message) from error
+    return network
+
+
+def _norm(width: int, size: tuple[int, int]) -> nn.Module:
+    # One group per channel is an instance norm; on a few pixels that would erase its input.
+    return nn.GroupNorm(width if min(size) > 2 else 1, width)
+
+
+def _timm(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
+    timm = _import_timm()
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name}*")[:3])
+        hint = f" (like {close})" if close else ""
+        message = f"unknown architecture {name!r}; known: {', '.join(OWN)}, or a timm name{hint}"
+        raise ConfigError(message)
+    options = {"num_classes": classes, "in_chans": channels}
+    try:
+        return timm.create_model(name, img_size=size, **options)
+    except TypeError:  # convolutional models take any size and know no such argument
+        return timm.create_model(name, **options)
+
+
+def _import_timm():  # noqa: ANN202 - an optional module
+    from otdd import _torchvision
+
+    _torchvision.repair()
+    import timm
+
+    return timm
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
