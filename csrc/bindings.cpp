@@ -1,6 +1,10 @@
 // The only file that sees Python. Tensors arrive as raw addresses with sizes and strides.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <string>
+#include <tuple>
+
 #include "cpu/dispatch.h"
 #include "otdd_build.h"  // written by setup.py: what was built, and why
 
@@ -45,12 +49,101 @@ py::dict cuda_devices() {
 }
 #endif
 
+using Address = std::uintptr_t;
+using otdd::cpu::i64;
+
+template <class T>
+const T* in(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+template <class T>
+T* out(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, batch stride, row stride) and (address, batch stride, item stride), in elements.
+using Strided = std::tuple<Address, i64, i64>;
+
+template <class T>
+otdd::cpu::Matrices<T> matrices(const Strided& t) {
+  return {in<T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+template <class T>
+otdd::cpu::Vectors<T> vectors(const Strided& t) {
+  return {in<T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+template <class T>
+int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, Strided eps, Strided g0,
+             i64 max_iter, double tol, Address f, Address g, Address value, Address cost,
+             Address marginal_error, Address n_iter, Address history, int threads) {
+  const otdd::cpu::SinkhornArgs<T> args{
+      B, N, M, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps), vectors<T>(g0),
+      max_iter, tol, out<T>(f), out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error),
+      out<i64>(n_iter), out<double>(history), threads};
+  py::gil_scoped_release release;
+  return otdd::cpu::kernels<T>().sinkhorn(args);
+}
+
+template <class T>
+int plan(i64 B, i64 N, i64 M, Strided C, Strided f, Strided g, Strided a, Strided b, Strided eps,
+         Strided scale, Address P, int threads) {
+  const otdd::cpu::PlanArgs<T> args{
+      B, N, M, matrices<T>(C), vectors<T>(f), vectors<T>(g), vectors<T>(a), vectors<T>(b),
+      vectors<double>(eps), vectors<T>(scale), out<T>(P), threads};
+  py::gil_scoped_release release;
+  return otdd::cpu::kernels<T>().plan(args);
+}
+
+template <class T>
+int backward(bool unrolled, i64 B, i64 N, i64 M, i64 steps, Strided C, Strided a, Strided b,
+             Strided eps, Strided f, Strided g, Address history, Address n_iter, Strided df,
+             Strided dg, Address dC, Address da, Address db, int threads) {
+  const otdd::cpu::BackwardArgs<T> args{
+      B, N, M, steps, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps),
+      vectors<T>(f), vectors<T>(g), in<double>(history), in<i64>(n_iter), vectors<T>(df),
+      vectors<T>(dg), out<T>(dC), out<T>(da), out<T>(db), threads};
+  py::gil_scoped_release release;
+  const auto kernels = otdd::cpu::kernels<T>();
+  return unrolled ? kernels.unrolled(args) : kernels.implicit(args);
+}
+
+template <class T>
+int cost(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Address C, int threads) {
+  const otdd::cpu::CostArgs<T> args{B,      N,         M, D, matrices<T>(x), matrices<T>(y),
+                                    metric, out<T>(C), threads};
+  py::gil_scoped_release release;
+  return otdd::cpu::kernels<T>().cost(args);
+}
+
+template <class T>
+int sign_sum(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, Address G, i64 G_batch, i64 G_row,
+             i64 G_col, Address sums, int threads) {
+  const otdd::cpu::SignSumArgs<T> args{B,        N,       M,     D,     matrices<T>(x),
+                                       matrices<T>(y), in<T>(G), G_batch, G_row, G_col,
+                                       out<T>(sums), threads};
+  py::gil_scoped_release release;
+  return otdd::cpu::kernels<T>().sign_sum(args);
+}
+
+// Kernels of one number type, with a suffix; each returns a status (0: done).
+template <class T>
+void bind_kernels(py::module_& m, const std::string& suffix) {
+  m.def(("sinkhorn_" + suffix).c_str(), &sinkhorn<T>);
+  m.def(("plan_" + suffix).c_str(), &plan<T>);
+  m.def(("backward_" + suffix).c_str(), &backward<T>);
+  m.def(("cost_" + suffix).c_str(), &cost<T>);
+  m.def(("sign_sum_" + suffix).c_str(), &sign_sum<T>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of otdd; use them through otdd.ops.";
   m.def("build_info", &build_info, "What this module was built with, as a dict of strings.");
   m.def("cpu_isa", &otdd::cpu::isa, "Instruction set the CPU kernels run with on this machine.");
+  bind_kernels<float>(m, "f32");
+  bind_kernels<double>(m, "f64");
 #ifdef OTDD_CUDA
   m.def("cuda_devices", &cuda_devices, "CUDA devices of this machine, and versions.");
 #endif

@@ -5,6 +5,18 @@
 #include <cstring>
 
 namespace otdd::cpu {
+
+#define OTDD_DECLARE(isa)         \
+  namespace isa {                 \
+  Kernels<float> kernels_f32();   \
+  Kernels<double> kernels_f64();  \
+  }
+OTDD_DECLARE(baseline)
+#ifdef OTDD_ISAS_X86
+OTDD_DECLARE(avx2)
+OTDD_DECLARE(avx512)
+#endif
+
 namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
@@ -29,11 +41,31 @@ int chosen_level() {
   return best;
 }
 
+int level() {
+  static const int chosen = chosen_level();
+  return chosen;
+}
+
 }  // namespace
 
-const char* isa() {
-  static const int level = chosen_level();
-  return kNames[level];
+const char* isa() { return kNames[level()]; }
+
+template <>
+Kernels<float> kernels<float>() {
+#ifdef OTDD_ISAS_X86
+  if (level() == 2) return avx512::kernels_f32();
+  if (level() == 1) return avx2::kernels_f32();
+#endif
+  return baseline::kernels_f32();
+}
+
+template <>
+Kernels<double> kernels<double>() {
+#ifdef OTDD_ISAS_X86
+  if (level() == 2) return avx512::kernels_f64();
+  if (level() == 1) return avx2::kernels_f64();
+#endif
+  return baseline::kernels_f64();
 }
 
 }  // namespace otdd::cpu

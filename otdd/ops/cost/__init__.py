@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from otdd import backends
-from otdd.ops import checks
-from otdd.ops.cost import native
+from otdd.ops import checks, pointers
+from otdd.ops.cost.cpu import cost_matrix_cpu, l1_backward_cpu
 from otdd.ops.cost.reference import (
     cost_matrix_reference,
     l1_backward_reference,
@@ -59,7 +59,7 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
     x3 = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
     y3 = y.expand(*batch, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
     chosen = backends.choose(
-        "cost_matrix", {"cpu": native.refusal(x3), "reference": None}, backend
+        "cost_matrix", {"cpu": pointers.refusal(x3), "reference": None}, backend
     )
     C = _cost_matrix(x3, y3, metric, chosen)
     return C.reshape(*batch, x.shape[-2], y.shape[-2])
@@ -71,7 +71,7 @@ def _cost_matrix(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
         checks.finite(x, "x")
         checks.finite(y, "y")
     if backend == "cpu" and metric != "cosine":
-        return native.cost_matrix_cpu(x, y, metric)
+        return cost_matrix_cpu(x, y, metric)
     return cost_matrix_reference(x, y, metric)
 
 
@@ -84,7 +84,7 @@ def _(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
 def _l1_backward(
     grad: Tensor, x: Tensor, y: Tensor, need_x: bool, need_y: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    run = native.l1_backward_cpu if backend == "cpu" else l1_backward_reference
+    run = l1_backward_cpu if backend == "cpu" else l1_backward_reference
     return run(grad, x, y, need_x, need_y)
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from otdd import backends
-from otdd.ops import checks
-from otdd.ops.sinkhorn import native
+from otdd.ops import checks, pointers
 from otdd.ops.sinkhorn.op import plan_op, sinkhorn_op
 from otdd.ops.sinkhorn.reference import plan_from_potentials
 
@@ -138,7 +137,7 @@ def sinkhorn(
     eps_flat = _eps(eps, C, batch)
     g = _start(init, C, (*batch, M))
     C3 = C.reshape(count, N, M)
-    chosen = backends.choose("sinkhorn", {"cpu": native.refusal(C3), "reference": None}, backend)
+    chosen = backends.choose("sinkhorn", {"cpu": pointers.refusal(C3), "reference": None}, backend)
     f, g, value, cost, marginal_error, n_iter, _ = sinkhorn_op(
         C3,
         a_full.reshape(count, N),

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from otdd.ops import checks
-from otdd.ops.sinkhorn import native
+from otdd.ops.sinkhorn import cpu
 from otdd.ops.sinkhorn.reference import (
+    over,
     plan_from_potentials,
-    sinkhorn_backward_reference,
+    potentials_backward_reference,
     sinkhorn_reference,
 )
 
@@ -33,12 +34,13 @@ def sinkhorn_op(
 ) -> Outputs:
     """One whole batch of solves -> f, g, value, cost, marginal_error, n_iter, history."""
     if checks.values_are_checked(C):
-        checks.finite(C, "C")
+        if backend != "cpu":  # the native solver looks at C itself, while it reads it
+            checks.finite(C, "C")
         checks.weights(a, "a", binary=sinkd)
         checks.weights(b, "b", binary=sinkd)
         checks.finite(g, "init")
         checks.positive_eps(eps)
-    run = native.sinkhorn_cpu if backend == "cpu" else sinkhorn_reference
+    run = cpu.sinkhorn_cpu if backend == "cpu" else sinkhorn_reference
     return tuple(run(C, a, b, eps, g, max_iter, tol, grad == "unrolled"))
 
 
@@ -62,9 +64,7 @@ def plan_op(
     C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, scale: Tensor, backend: str
 ) -> Tensor:
     """``scale * P``, ``scale (B,)``: the envelope gradient with respect to the cost."""
-    if backend == "cpu":
-        return native.plan_cpu(C, f, g, a, b, eps, scale)
-    return plan_from_potentials(C, f, g, a, b, eps) * scale[:, None, None]
+    return _plan(C, f, g, a, b, eps, scale, backend)
 
 
 @plan_op.register_fake
@@ -84,13 +84,32 @@ def backward_op(
     n_iter: Tensor,
     df: Tensor,
     dg: Tensor,
-    dcost: Tensor,
+    dcost: Tensor | None,
     mode: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Vector-Jacobian product of (f, g, cost) with respect to (C, a, b)."""
-    run = native.sinkhorn_backward_cpu if backend == "cpu" else sinkhorn_backward_reference
-    return run(C, a, b, eps, f, g, history, n_iter, df, dg, dcost, mode)
+    """Vector-Jacobian product of (f, g, cost) with respect to (C, a, b).
+
+    ``cost = <P, C>`` depends on C directly, and through the plan on the potentials and weights.
+    """
+    if dcost is not None:
+        e = eps.to(C.dtype).unsqueeze(-1)
+        flow = _plan(C, f, g, a, b, eps, dcost, backend)
+        weighted = flow * C
+        to_rows, to_columns = weighted.sum(-1), weighted.sum(-2)
+        df, dg = df + to_rows / e, dg + to_columns / e
+    run = cpu.potentials_backward_cpu if backend == "cpu" else potentials_backward_reference
+    dC, da, db = run(C, a, b, eps, f, g, history, n_iter, df, dg, mode)
+    if dcost is not None:
+        dC = dC + flow - weighted / e.unsqueeze(-1)
+        da, db = da + over(to_rows, a), db + over(to_columns, b)
+    return dC, da, db
+
+
+def _plan(C, f, g, a, b, eps, scale, backend) -> Tensor:  # noqa: ANN001
+    if backend == "cpu":
+        return cpu.plan_cpu(C, f, g, a, b, eps, scale)
+    return plan_from_potentials(C, f, g, a, b, eps) * scale[:, None, None]
 
 
 @backward_op.register_fake
@@ -122,7 +141,6 @@ def _backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN202
             return None, None, None, *none
         df = torch.zeros_like(f) if df is None else df.contiguous()
         dg = torch.zeros_like(g) if dg is None else dg.contiguous()
-        dcost = C.new_zeros(C.shape[0]) if dcost is None else dcost.contiguous()
         dC, da, db = backward_op(
             C, a, b, eps, f, g, history, n_iter, df, dg, dcost, ctx.grad, ctx.backend
         )

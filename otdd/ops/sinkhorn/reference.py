@@ -90,7 +90,7 @@ def sinkhorn_reference(
     )
 
 
-def sinkhorn_backward_reference(
+def potentials_backward_reference(
     C: Tensor,
     a: Tensor,
     b: Tensor,
@@ -101,29 +101,21 @@ def sinkhorn_backward_reference(
     n_iter: Tensor,
     df: Tensor,
     dg: Tensor,
-    dcost: Tensor,
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Vector-Jacobian product of (f, g, cost) with respect to (C, a, b).
+    """Vector-Jacobian product of the potentials (f, g) with respect to (C, a, b).
 
     ``unrolled`` walks the recorded potentials backwards, ``implicit`` solves the fixed point's
-    linear system at (f, g). ``cost``'s own dependence on the plan is included.
+    linear system at (f, g).
     """
-    plan = plan_from_potentials(C, f, g, a, b, eps)
     e = eps.to(C.dtype).unsqueeze(-1)
-    weighted = plan * C * dcost[:, None, None]
-    dC = plan * dcost[:, None, None] - weighted / e.unsqueeze(-1)
-    da, db = _over(weighted.sum(-1), a), _over(weighted.sum(-2), b)
-    df = torch.where(a > 0, df, 0) + weighted.sum(-1) / e
-    dg = torch.where(b > 0, dg, 0) + weighted.sum(-2) / e
+    df, dg = torch.where(a > 0, df, 0), torch.where(b > 0, dg, 0)
     if mode == "unrolled":
-        more = _unrolled(C, a, b, e, history, n_iter, df, dg)
-    else:
-        more = _implicit(plan, a, b, e, df, dg)
-    return dC + more[0], da + more[1], db + more[2]
+        return _unrolled(C, a, b, e, history, n_iter, df, dg)
+    return _implicit(plan_from_potentials(C, f, g, a, b, eps), a, b, e, df, dg)
 
 
-def _over(numerator: Tensor, weights: Tensor) -> Tensor:
+def over(numerator: Tensor, weights: Tensor) -> Tensor:
     """Division that gives 0 where the weight is 0 (a mask has no gradient)."""
     return torch.where(weights > 0, numerator / torch.where(weights > 0, weights, 1), 0)
 
@@ -151,13 +143,13 @@ def _unrolled(
         logits = torch.where(used, log_density(C, f, g, e) + log_a, -torch.inf)
         flow = logits.exp() * (dg * ran).unsqueeze(-2)
         dC += flow
-        da -= _over(e * flow.sum(-1), a)
+        da -= over(e * flow.sum(-1), a)
         df = df - flow.sum(-1)
         # f = -eps LSE_j(log b_j + (g_before_j - C_ij) / eps)
         logits = torch.where(used, log_density(C, f, g_before, e) + log_b, -torch.inf)
         flow = logits.exp() * (df * ran).unsqueeze(-1)
         dC += flow
-        db -= _over(e * flow.sum(-2), b)
+        db -= over(e * flow.sum(-2), b)
         dg = torch.where(ran, -flow.sum(-2), dg)
         df = torch.where(ran, 0, df)
     return dC, da, db
@@ -184,15 +176,15 @@ def _implicit(
         return torch.einsum("bnm,bm->bn", plan, h)
 
     def matrix(z: Tensor) -> Tensor:
-        return z - _over(transposed(_over(apply(_over(z, half)), r)), half)
+        return z - over(transposed(over(apply(over(z, half)), r)), half)
 
     kernel = half / half.norm(dim=-1, keepdim=True)
-    rhs = _over(dg - transposed(_over(df, r)), half)
+    rhs = over(dg - transposed(over(df, r)), half)
     rhs = rhs - (rhs * kernel).sum(-1, keepdim=True) * kernel
-    h = _over(_conjugate_gradients(matrix, rhs, kernel), half)
-    k = _over(df - apply(h), r)
+    h = over(_conjugate_gradients(matrix, rhs, kernel), half)
+    k = over(df - apply(h), r)
     dC = plan * (h.unsqueeze(-2) + k.unsqueeze(-1))
-    da, db = -_over(e * apply(h), a), -_over(e * transposed(k), b)
+    da, db = -over(e * apply(h), a), -over(e * transposed(k), b)
     return dC.to(dtype), da.to(dtype), db.to(dtype)
 
 

@@ -1,0 +1,98 @@
+// Arguments of the CPU kernels: raw addresses, sizes and strides in elements.
+#pragma once
+
+namespace otdd::cpu {
+
+using i64 = long long;
+
+enum Status : int { kOk = 0, kOutOfMemory = 1, kNotFinite = 2 };
+
+// A batch of vectors; `item` may be 0 (one value stands for all).
+template <class T>
+struct Vectors {
+  const T* data;
+  i64 batch, item;
+};
+
+// A batch of matrices whose rows are contiguous.
+template <class T>
+struct Matrices {
+  const T* data;
+  i64 batch, row;
+};
+
+template <class T>
+struct SinkhornArgs {
+  i64 B, N, M;
+  Matrices<T> C;
+  Vectors<T> a, b;
+  Vectors<double> eps;
+  Vectors<T> g0;
+  i64 max_iter;
+  double tol;
+  T *f, *g, *value, *cost, *marginal_error;  // contiguous
+  i64* n_iter;
+  double* history;  // (B, max_iter + 1, N + M), or null
+  int threads;
+};
+
+// scale * a_i b_j exp((f_i + g_j - C_ij) / eps)
+template <class T>
+struct PlanArgs {
+  i64 B, N, M;
+  Matrices<T> C;
+  Vectors<T> f, g, a, b;
+  Vectors<double> eps;
+  Vectors<T> scale;
+  T* P;
+  int threads;
+};
+
+template <class T>
+struct BackwardArgs {
+  i64 B, N, M, steps;  // history is (B, steps, N + M); unused by the implicit backward
+  Matrices<T> C;
+  Vectors<T> a, b;
+  Vectors<double> eps;
+  Vectors<T> f, g;        // implicit
+  const double* history;  // unrolled
+  const i64* n_iter;
+  Vectors<T> df, dg;
+  T *dC, *da, *db;  // contiguous
+  int threads;
+};
+
+enum Metric : int { kL1 = 0, kSqEuclidean = 1, kL2 = 2 };
+
+template <class T>
+struct CostArgs {
+  i64 B, N, M, D;
+  Matrices<T> x, y;
+  int metric;
+  T* C;
+  int threads;
+};
+
+// out_id = sum_j G_ij sign(x_id - y_jd); G has any strides.
+template <class T>
+struct SignSumArgs {
+  i64 B, N, M, D;
+  Matrices<T> x, y;
+  const T* G;
+  i64 G_batch, G_row, G_col;
+  T* out;
+  int threads;
+};
+
+// The kernels of one instruction set and one number type.
+template <class T>
+struct Kernels {
+  int (*sinkhorn)(const SinkhornArgs<T>&);
+  int (*plan)(const PlanArgs<T>&);
+  int (*unrolled)(const BackwardArgs<T>&);
+  int (*implicit)(const BackwardArgs<T>&);
+  int (*cost)(const CostArgs<T>&);
+  int (*sign_sum)(const SignSumArgs<T>&);
+};
+
+}  // namespace otdd::cpu

@@ -1,0 +1,168 @@
+// The matrix kept in memory while an iteration runs on it, and the one loop that uses it.
+//
+// Forward iteration, unrolled backward and conjugate gradients all do the same with K: a product
+// with every row, a few numbers per row made of it, and the transposed product with those.
+#pragma once
+
+#include "simd.h"
+
+namespace otdd::cpu::OTDD_ISA {
+
+// Rows are worked in parts fixed by the shape alone, so that sums, and so results, don't depend on
+// the number of threads.
+constexpr i64 kMaxParts = 8;
+inline i64 parts_of(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(kMaxParts, (N + 63) / 64); }
+
+template <class T>
+struct Resident {
+  i64 N, M, ld, parts, per_part;
+  int team;  // threads that share this matrix
+  T* K;      // (N, ld), columns from M on are 0
+  T* partial;  // (parts, ld)
+
+  static i64 bytes(i64 N, i64 M) {
+    const i64 ld = round_up(M, kWidth<T>), size = sizeof(T);
+    return Scratch::padded(N * ld * size) + Scratch::padded(parts_of(N, M) * ld * size);
+  }
+
+  Resident(i64 N, i64 M, int team, Scratch& scratch)
+      : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), team(team) {
+    per_part = round_up((N + parts - 1) / parts, kWidth<T>);
+    K = scratch.take<T>(N * ld);
+    partial = scratch.take<T>(parts * ld);
+  }
+
+  T* row(i64 i) { return K + i * ld; }
+
+  // fn(part, first row, end row) for every part.
+  template <class Fn>
+  void for_parts(Fn fn) {
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    for (i64 p = 0; p < parts; ++p) {
+      FlushDenormals guard;
+      const i64 begin = least(N, p * per_part), end = least(N, begin + per_part);
+      fn(p, begin, end);
+    }
+  }
+
+  // col = K' coefficients, where, kWidth rows at a time, produce(i, rows, dots) gives the rows'
+  // products (entries from `rows` on stay 1) and weigh(part, i, rows, dots, coefficients) what to
+  // weigh the rows with.
+  template <class Produce, class Weigh>
+  void sweep(Produce produce, Weigh weigh, T* col) {
+    constexpr i64 W = kWidth<T>;
+    for_parts([&](i64 part, i64 begin, i64 end) {
+      T* acc = parts == 1 ? col : partial + part * ld;
+      for (i64 j = 0; j < ld; ++j) acc[j] = 0;
+      for (i64 i = begin; i < end; i += W) {
+        const i64 rows = least(W, end - i);
+        alignas(kBytes) T dots[W], coefficients[W];
+        store(dots, broadcast<T>(1));
+        produce(i, rows, dots);
+        weigh(part, i, rows, dots, coefficients);
+        add_rows(i, rows, coefficients, acc);
+      }
+    });
+    if (parts == 1) return;
+    for (i64 j = 0; j < ld; j += W) {
+      Vec<T> s = load(partial + j);
+      for (i64 p = 1; p < parts; ++p) s += load(partial + p * ld + j);
+      store(col + j, s);
+    }
+  }
+
+  // dots[k] = <K_{i+k}, w>
+  void products(i64 i, i64 rows, const T* w, T* dots) const {
+    constexpr i64 W = kWidth<T>;
+    i64 k = 0;
+    for (; k + 4 <= rows; k += 4) {
+      const T *r0 = K + (i + k) * ld, *r1 = r0 + ld, *r2 = r1 + ld, *r3 = r2 + ld;
+      Vec<T> s0{}, s1{}, s2{}, s3{};
+      for (i64 j = 0; j < ld; j += W) {
+        const Vec<T> x = load(w + j);
+        s0 += load(r0 + j) * x;
+        s1 += load(r1 + j) * x;
+        s2 += load(r2 + j) * x;
+        s3 += load(r3 + j) * x;
+      }
+      dots[k] = sum<T>(s0), dots[k + 1] = sum<T>(s1), dots[k + 2] = sum<T>(s2), dots[k + 3] = sum<T>(s3);
+    }
+    for (; k < rows; ++k) {
+      const T* r = K + (i + k) * ld;
+      Vec<T> s{};
+      for (i64 j = 0; j < ld; j += W) s += load(r + j) * load(w + j);
+      dots[k] = sum<T>(s);
+    }
+  }
+
+  // acc += sum_k c[k] K_{i+k}
+  void add_rows(i64 i, i64 rows, const T* c, T* acc) const {
+    constexpr i64 W = kWidth<T>;
+    i64 k = 0;
+    for (; k + 4 <= rows; k += 4) {
+      const T *r0 = K + (i + k) * ld, *r1 = r0 + ld, *r2 = r1 + ld, *r3 = r2 + ld;
+      const T c0 = c[k], c1 = c[k + 1], c2 = c[k + 2], c3 = c[k + 3];
+      for (i64 j = 0; j < ld; j += W) {
+        Vec<T> s = load(acc + j) + load(r0 + j) * c0 + load(r1 + j) * c1;
+        s += load(r2 + j) * c2 + load(r3 + j) * c3;
+        store(acc + j, s);
+      }
+    }
+    for (; k < rows; ++k) {
+      const T* r = K + (i + k) * ld;
+      for (i64 j = 0; j < ld; j += W) store(acc + j, load(acc + j) + load(r + j) * c[k]);
+    }
+  }
+
+  // K_i = exp(column_j - c_j / eps - shift) for one row, and its sum. The exponent is formed in
+  // double: it is a small difference of large numbers.
+  T fill_row(i64 i, const T* c, const double* column, double inv_eps, double shift) {
+    constexpr i64 W = kWidth<T>;
+    T* __restrict out = row(i);
+    for (i64 j = 0; j < M; ++j) out[j] = T(column[j] - double(c[j]) * inv_eps - shift);
+    for (i64 j = M; j < ld; ++j) out[j] = T(-INFINITY);
+    Vec<T> s{};
+    for (i64 j = 0; j < ld; j += W) {
+      const Vec<T> e = exp<T>(load(out + j));
+      store(out + j, e);
+      s += e;
+    }
+    return sum<T>(s);
+  }
+};
+
+// max_j column_j - c_j / eps in the precision of S. A shift need not be exact, only near.
+template <class S, class T>
+inline S row_max(const T* c, const S* column, S inv_eps, i64 M) {
+  constexpr i64 W = kWidth<T>;
+  S best = -INFINITY;
+  i64 j = 0;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    Vec<T> m = broadcast<T>(best);
+    for (; j + W <= M; j += W) m = vmax<T>(m, load(column + j) - load(c + j) * inv_eps);
+    best = max<T>(m);
+  }
+  for (; j < M; ++j) {
+    const S x = column[j] - S(c[j]) * inv_eps;
+    best = x > best ? x : best;
+  }
+  return best;
+}
+
+template <class T>
+inline bool all_finite(const T* c, i64 n) {
+  constexpr i64 W = kWidth<T>;
+  Vec<T> s{};
+  i64 j = 0;
+  for (; j + W <= n; j += W) s += load(c + j) * T(0);  // NaN and inf times 0 are NaN
+  T t = sum<T>(s);
+  for (; j < n; ++j) t += c[j] * T(0);
+  return t == T(0);
+}
+
+// One thread a problem when there are enough of them, else all threads on each.
+inline bool threads_share_a_problem(i64 B, i64 N, i64 M, int threads) {
+  return threads > 1 && B < threads && parts_of(N, M) > 1;
+}
+
+}  // namespace otdd::cpu::OTDD_ISA

@@ -1,0 +1,210 @@
+// Vectors of the widest registers the translation unit is compiled for, and exp on them.
+//
+// Everything lives in a namespace named after the instruction set: the same source is compiled once
+// for each, and the linker must never take one's code for another's. For the same reason the
+// kernels use no templates of the standard library.
+#pragma once
+
+#include <math.h>
+#include <stdlib.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "problem.h"
+
+namespace otdd::cpu::OTDD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kBytes)));
+typedef double VecD __attribute__((vector_size(kBytes)));
+typedef int VecI32 __attribute__((vector_size(kBytes)));
+typedef long long VecI64 __attribute__((vector_size(kBytes)));
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Vec = VecF;
+  using Int = VecI32;
+  static constexpr int kBits = 23;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2Hi = 0.693145751953125f, kLn2Lo = 1.42860677e-6f;
+  static constexpr float kLowest = -87.0f, kHighest = 88.0f;
+  static constexpr double kFlush = 87.0;  // exp(-kFlush) is where entries become 0
+  static constexpr double kDigits = 18.0;  // -log of the accuracy that lost entries must not touch
+  static constexpr float kEpsilon = 1.1920929e-7f;
+};
+template <>
+struct Traits<double> {
+  using Vec = VecD;
+  using Int = VecI64;
+  static constexpr int kBits = 52;
+  static constexpr double kMagic = 6755399441055744.0;
+  static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr double kLowest = -708.0, kHighest = 709.0;
+  static constexpr double kFlush = 708.0;
+  static constexpr double kDigits = 39.0;
+  static constexpr double kEpsilon = 2.220446049250313e-16;
+};
+
+template <class T>
+using Vec = typename Traits<T>::Vec;
+template <class T>
+constexpr i64 kWidth = kBytes / i64(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, kBytes);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, kBytes);
+}
+template <class T>
+inline Vec<T> load_some(const T* p, i64 count, T fill = T(0)) {
+  if (count >= kWidth<T>) return load(p);
+  alignas(kBytes) T lane[kWidth<T>];
+  for (i64 l = 0; l < kWidth<T>; ++l) lane[l] = l < count ? p[l] : fill;
+  return load(lane);
+}
+template <class T>
+inline void store_some(T* p, Vec<T> v, i64 count) {
+  if (count >= kWidth<T>) return store(p, v);
+  alignas(kBytes) T lane[kWidth<T>];
+  store(lane, v);
+  for (i64 l = 0; l < count; ++l) p[l] = lane[l];
+}
+template <class T>
+inline Vec<T> broadcast(T s) {
+  return Vec<T>{} + s;
+}
+template <class T>
+inline Vec<T> vmax(Vec<T> x, Vec<T> y) {
+  return x > y ? x : y;
+}
+// All bits but the sign.
+template <class T>
+inline typename Traits<T>::Int magnitude_bits() {
+  if constexpr (sizeof(T) == 4) return VecI32{} + 0x7fffffff;
+  else return VecI64{} + 0x7fffffffffffffffLL;
+}
+template <class T>
+inline Vec<T> vabs(Vec<T> x) {
+  return (Vec<T>)((typename Traits<T>::Int)x & magnitude_bits<T>());
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own _mm512_reduce_add
+#endif
+template <class T>
+inline T sum(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_add_pd((__m512d)v);
+#endif
+  T s = 0;
+  for (int l = 0; l < kWidth<T>; ++l) s += v[l];
+  return s;
+}
+template <class T>
+inline T max(Vec<T> v) {
+  T s = v[0];
+  for (int l = 1; l < kWidth<T>; ++l) s = v[l] > s ? v[l] : s;
+  return s;
+}
+
+// exp(x), within 2 ulp; exactly 0 below kLowest (-inf included), x above kHighest is not expected.
+// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) by its Taylor series, 2^n through the exponent bits.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  using R = Traits<T>;
+  using Int = typename R::Int;
+  const Vec<T> low = broadcast<T>(R::kLowest), high = broadcast<T>(R::kHighest);
+  const auto lost = x < low;
+  x = lost ? low : x;
+  x = x > high ? high : x;
+  const Vec<T> shifted = x * T(1.4426950408889634) + R::kMagic;
+  const Vec<T> n = shifted - R::kMagic;
+  const Vec<T> r = (x - n * R::kLn2Hi) - n * R::kLn2Lo;
+  Vec<T> p;
+  if constexpr (sizeof(T) == 4) {
+    p = broadcast<T>(T(1.0 / 5040));
+    p = p * r + T(1.0 / 720);
+  } else {
+    p = broadcast<T>(T(1.0 / 6227020800.0));
+    p = p * r + T(1.0 / 479001600);
+    p = p * r + T(1.0 / 39916800);
+    p = p * r + T(1.0 / 3628800);
+    p = p * r + T(1.0 / 362880);
+    p = p * r + T(1.0 / 40320);
+    p = p * r + T(1.0 / 5040);
+    p = p * r + T(1.0 / 720);
+  }
+  p = p * r + T(1.0 / 120);
+  p = p * r + T(1.0 / 24);
+  p = p * r + T(1.0 / 6);
+  p = p * r + T(0.5);
+  p = p * r + T(1);
+  p = p * r + T(1);
+  const Int scale = ((Int)shifted - (Int)broadcast<T>(R::kMagic)) << R::kBits;
+  const Vec<T> y = (Vec<T>)((Int)p + scale);
+  return lost ? Vec<T>{} : y;
+}
+
+// Products of tiny numbers count as 0: they are far below any sum they enter, and slow otherwise.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+};
+
+// One block of memory handed out in aligned pieces.
+class Scratch {
+ public:
+  explicit Scratch(i64 bytes) { posix_memalign((void**)&base_, 64, bytes + 64); }
+  ~Scratch() { ::free(base_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  bool ok() const { return base_ != nullptr; }
+  void rewind() { used_ = 0; }
+  template <class T>
+  T* take(i64 count) {
+    T* p = (T*)(base_ + used_);
+    used_ += padded(count * i64(sizeof(T)));
+    return p;
+  }
+  static i64 padded(i64 bytes) { return (bytes + 63) / 64 * 64; }
+
+ private:
+  char* base_ = nullptr;
+  i64 used_ = 0;
+};
+
+inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
+inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
+
+}  // namespace otdd::cpu::OTDD_ISA

@@ -1,0 +1,337 @@
+// Sinkhorn's iteration: exactly the log-domain one, mostly without an exp.
+//
+// Potentials are phi = f / eps and gamma = g / eps + log b, kept in double. K_ij = exp(gamma_j -
+// C_ij / eps - m_i) with m_i the row's maximum stays resident, and an iteration is
+//   r = K v,  u = a / r,  c = K' u,  v = b / c              (phi_i = -m_i - log r_i)
+// While v and r stay within exp(+-tau), entries lost to underflow in K cannot reach the digits kept.
+// When they leave, log v is absorbed into gamma and K is made anew in the next iteration, which is
+// then the log-domain step itself. A column whose mass underflows is done in the log domain too.
+#pragma once
+
+#include "resident.h"
+
+namespace otdd::cpu::OTDD_ISA {
+
+template <class T>
+class Sinkhorn {
+ public:
+  static i64 bytes(i64 N, i64 M) {
+    const i64 W = kWidth<T>, n = round_up(N, W) + W, m = round_up(M, W) + W;
+    return Resident<T>::bytes(N, M) + (5 * n + 5 * m) * i64(sizeof(T)) +
+           (2 * n + 4 * m) * i64(sizeof(double)) + 64 * 32;
+  }
+
+  Sinkhorn(const SinkhornArgs<T>& args, int team, Scratch& s)
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s) {
+    const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = R.ld;
+    a_ = s.take<T>(n), r_ = s.take<T>(n), r_new_ = s.take<T>(n), u_ = s.take<T>(n);
+    u_new_ = s.take<T>(n);
+    b_ = s.take<T>(m), v_ = s.take<T>(m), col_ = s.take<T>(m), gamma_t_ = s.take<T>(m);
+    work_ = s.take<T>(m);
+    phi_ = s.take<double>(n), shift_ = s.take<double>(n);
+    gamma_ = s.take<double>(m), log_b_ = s.take<double>(m), lse_ = s.take<double>(m);
+    top_ = s.take<double>(m);
+  }
+
+  int solve(i64 problem) {
+    const Matrices<T>& m = args_.C;
+    C_ = m.data + problem * m.batch, ldc_ = m.row;
+    for (i64 i = 0; i < N; ++i)
+      if (!all_finite(C_ + i * ldc_, M)) return kNotFinite;
+    start(problem);
+    i64 done = 0;
+    bool met = false;
+    while (done < args_.max_iter && !met) {
+      met = resident_ ? resident_step(done) : log_step(done);
+      if (met) break;
+      if (redo_) continue;
+      ++done;
+      if (history_) record(done);
+    }
+    finish(problem, done);
+    return kOk;
+  }
+
+ private:
+  const SinkhornArgs<T>& args_;
+  i64 N, M;
+  Resident<T> R;
+  const T* C_;
+  i64 ldc_;
+  double eps_, inv_eps_, mass_a_, tau_, low_mass_;
+  T r_low_, r_high_, v_low_, v_high_;
+  bool masked_columns_, resident_, can_stay_, redo_;
+  double* history_;
+  T *a_, *r_, *r_new_, *u_, *u_new_, *b_, *v_, *col_, *gamma_t_, *work_;
+  double *phi_, *shift_, *gamma_, *log_b_, *lse_, *top_;
+  struct Bounds {
+    Vec<T> low, high;
+    double error;
+  } seen_[kMaxParts];
+
+  void start(i64 problem) {
+    const auto& A = args_;
+    eps_ = A.eps.data[problem * A.eps.batch], inv_eps_ = 1 / eps_;
+    history_ = A.history ? A.history + problem * (A.max_iter + 1) * (N + M) : nullptr;
+    mass_a_ = 0;
+    for (i64 i = 0; i < round_up(N, kWidth<T>); ++i) {
+      a_[i] = i < N ? A.a.data[problem * A.a.batch + i * A.a.item] : T(0);
+      r_[i] = u_[i] = 1, mass_a_ += a_[i];
+    }
+    double least_b = INFINITY;
+    masked_columns_ = false;
+    for (i64 j = 0; j < R.ld; ++j) {
+      const T w = j < M ? A.b.data[problem * A.b.batch + j * A.b.item] : T(0);
+      b_[j] = w, v_[j] = 1;
+      log_b_[j] = ::log(double(w));
+      gamma_[j] = log_b_[j];
+      if (j >= M) continue;
+      const double g = A.g0.data[problem * A.g0.batch + j * A.g0.item];
+      gamma_[j] += g * inv_eps_;
+      if (w > 0) least_b = w < least_b ? w : least_b;
+      else masked_columns_ = true;
+      if (history_) history_[N + j] = g;
+    }
+    if (history_)
+      for (i64 i = 0; i < N; ++i) history_[i] = 0;
+    // How far v and r may drift: lost entries weigh at most exp(tau - flush) against a column's
+    // b exp(-tau) and a row's exp(-tau).
+    const double reach = Traits<T>::kFlush - Traits<T>::kDigits - ::log(double(M));
+    const double spread = ::log(least_b / mass_a_);
+    tau_ = (reach + (spread < 0 ? spread : 0)) / 2;
+    const double ceiling = sizeof(T) == 4 ? 28.0 : 300.0;
+    tau_ = tau_ < ceiling ? tau_ : ceiling;
+    can_stay_ = tau_ > 3;
+    low_mass_ = ::exp(2 * (can_stay_ ? tau_ : 3) + Traits<T>::kDigits - Traits<T>::kFlush) * mass_a_;
+    v_low_ = T(::exp(-tau_)), v_high_ = T(::exp(tau_));
+    r_low_ = v_low_, r_high_ = v_high_ * T(M);
+    resident_ = false, redo_ = false;
+  }
+
+  // One iteration on the resident K. Returns true if the state before it already met tol.
+  bool resident_step(i64 done) {
+    R.sweep([&](i64 i, i64 rows, T* dots) { R.products(i, rows, v_, dots); },
+            [&](i64 part, i64 i, i64, const T* dots, T* coefficients) {
+              weigh(part, i, dots, coefficients);
+            },
+            col_);
+    double error = 0;
+    T low = 1, high = 1;
+    for (i64 p = 0; p < R.parts; ++p) {
+      const T least_r = -max<T>(-seen_[p].low), most_r = max<T>(seen_[p].high);
+      error += seen_[p].error;
+      low = least_r < low ? least_r : low;
+      high = most_r > high ? most_r : high;
+    }
+    if (args_.tol > 0 && error <= args_.tol) return true;
+    redo_ = !(low >= r_low_ && high <= r_high_);
+    if (redo_) {
+      absorb();
+      return false;
+    }
+    swap_rows();
+    if (!columns(false)) absorb();
+    return false;
+  }
+
+  // Lanes past `rows` hold r = 1 and a = 0: they change neither bounds nor error.
+  void weigh(i64 part, i64 i, const T* dots, T* coefficients) {
+    const Vec<T> r = load(dots), a = load(a_ + i), zero{};
+    const Vec<T> u = a > zero ? a / r : zero;
+    store(coefficients, u), store(u_new_ + i, u), store(r_new_ + i, r);
+    Bounds& seen = seen_[part];
+    if (i == part * R.per_part) seen = {r, r, 0};
+    seen.low = r < seen.low ? r : seen.low;
+    seen.high = vmax<T>(seen.high, r);
+    if (args_.tol > 0) seen.error += double(sum<T>(vabs<T>(load(u_ + i) * r - a)));
+  }
+
+  // One iteration from the potentials alone; K is made on the way.
+  bool log_step(i64 done) {
+    for (i64 j = 0; j < R.ld; ++j) gamma_t_[j] = T(gamma_[j]);
+    R.sweep([&](i64 i, i64 rows, T* dots) { make_rows(i, rows, dots); },
+            [&](i64 part, i64 i, i64, const T* dots, T* coefficients) {
+              weigh(part, i, dots, coefficients);
+            },
+            col_);
+    redo_ = false;
+    if (args_.tol > 0 && done > 0) {
+      double error = 0;
+      for (i64 i = 0; i < N; ++i)
+        if (a_[i] > 0) error += a_[i] * ::fabs(::exp(phi_[i] + shift_[i] + ::log(double(r_new_[i]))) - 1);
+      if (error <= args_.tol) return true;
+    }
+    swap_rows();
+    resident_ = true;
+    if (!columns(true)) absorb();
+    return false;
+  }
+
+  void make_rows(i64 i, i64 rows, T* dots) {
+    for (i64 k = 0; k < rows; ++k) {
+      const T* c = C_ + (i + k) * ldc_;
+      double& shift = shift_[i + k];
+      shift = row_max<T>(c, gamma_t_, T(inv_eps_), M);
+      dots[k] = R.fill_row(i + k, c, gamma_, inv_eps_, shift);
+      if (dots[k] > T(0.1) && dots[k] < T(10) * M) continue;
+      shift = row_max<double>(c, gamma_, inv_eps_, M);  // C / eps is beyond the digits of T
+      dots[k] = R.fill_row(i + k, c, gamma_, inv_eps_, shift);
+    }
+  }
+
+  void swap_rows() {
+    T* t = r_;
+    r_ = r_new_, r_new_ = t;
+    t = u_, u_ = u_new_, u_new_ = t;
+  }
+
+  // v = b / c. Returns false when K must not be kept for the next iteration.
+  bool columns(bool fresh) {
+    const Vec<T> one = broadcast<T>(1), zero{};
+    Vec<T> low = one, high = one, mass = broadcast<T>(T(INFINITY));
+    for (i64 j = 0; j < R.ld; j += kWidth<T>) {
+      const Vec<T> b = load(b_ + j), c = load(col_ + j);
+      const Vec<T> v = b > zero ? b / c : one;
+      store(v_ + j, v);
+      low = v < low ? v : low;
+      high = vmax<T>(high, v);
+      const Vec<T> used = b > zero ? c : mass;
+      mass = used < mass ? used : mass;
+    }
+    const T lowest = -max<T>(-low), highest = max<T>(high), least_mass = -max<T>(-mass);
+    if (fresh && !(least_mass >= T(low_mass_) && highest < T(INFINITY))) {
+      columns_in_log_domain();
+      return false;
+    }
+    return can_stay_ && lowest >= v_low_ && highest <= v_high_;
+  }
+
+  // gamma from phi by a log-sum-exp down every column; v becomes 1.
+  void columns_in_log_domain() {
+    settle_rows();
+    column_lse();
+    for (i64 j = 0; j < M; ++j)
+      if (b_[j] > 0) gamma_[j] = log_b_[j] - lse_[j];
+    for (i64 j = 0; j < R.ld; ++j) v_[j] = 1;
+  }
+
+  // lse_j = LSE_i(log a_i + phi_i - C_ij / eps)
+  void column_lse() {
+    constexpr i64 W = kWidth<T>;
+    T* total = col_;
+    for (i64 j = 0; j < R.ld; ++j) top_[j] = -INFINITY, total[j] = 0;
+    for (i64 i = 0; i < N; ++i) {
+      if (!(a_[i] > 0)) continue;
+      const double weight = ::log(double(a_[i])) + phi_[i], inv_eps = inv_eps_;
+      const T* __restrict c = C_ + i * ldc_;
+      double* __restrict top = top_;
+      for (i64 j = 0; j < M; ++j) {
+        const double x = weight - double(c[j]) * inv_eps;
+        top[j] = x > top[j] ? x : top[j];
+      }
+    }
+    for (i64 i = 0; i < N; ++i) {
+      if (!(a_[i] > 0)) continue;
+      const double weight = ::log(double(a_[i])) + phi_[i];
+      const T* c = C_ + i * ldc_;
+      for (i64 j = 0; j < M; ++j) work_[j] = T(weight - double(c[j]) * inv_eps_ - top_[j]);
+      for (i64 j = M; j < R.ld; ++j) work_[j] = 0;
+      for (i64 j = 0; j < R.ld; j += W) store(total + j, load(total + j) + exp<T>(load(work_ + j)));
+    }
+    for (i64 j = 0; j < M; ++j) lse_[j] = top_[j] + ::log(double(total[j]));
+  }
+
+  // phi from the resident rows' state.
+  void settle_rows() {
+    for (i64 i = 0; i < N; ++i) phi_[i] = -shift_[i] - ::log(double(r_[i]));
+  }
+
+  // All of the state into the potentials; K is to be made anew.
+  void absorb() {
+    settle_rows();
+    for (i64 j = 0; j < M; ++j)
+      if (b_[j] > 0) gamma_[j] += ::log(double(v_[j]));
+    for (i64 j = 0; j < R.ld; ++j) v_[j] = 1;
+    resident_ = false;
+  }
+
+  void record(i64 done) {
+    double* h = history_ + done * (N + M);
+    for (i64 i = 0; i < N; ++i)
+      h[i] = eps_ * (resident_ ? -shift_[i] - ::log(double(r_[i])) : phi_[i]);
+    for (i64 j = 0; j < M; ++j)
+      h[N + j] = b_[j] > 0 ? eps_ * (gamma_[j] + ::log(double(v_[j])) - log_b_[j]) : 0.0;
+  }
+
+  // Outputs; the plan's row sums and its cost need one more pass.
+  void finish(i64 problem, i64 done) {
+    if (resident_) absorb();  // K still has the column weights of before: v_ is applied through gamma
+    for (i64 j = 0; j < R.ld; ++j) gamma_t_[j] = T(gamma_[j]);
+    double errors[kMaxParts] = {0}, costs[kMaxParts] = {0};
+    R.for_parts([&](i64 part, i64 begin, i64 end) {
+      for (i64 i = begin; i < end; ++i) {
+        if (!(a_[i] > 0)) continue;
+        const T* c = C_ + i * ldc_;
+        const double weight = ::log(double(a_[i])) + phi_[i];
+        const T r = R.fill_row(i, c, gamma_, inv_eps_, -weight);
+        errors[part] += ::fabs(double(r) - double(a_[i]));
+        costs[part] += row_cost(R.row(i), c);
+      }
+    });
+    double error = 0, cost = 0, value = 0;
+    for (i64 p = 0; p < R.parts; ++p) error += errors[p], cost += costs[p];
+    if (masked_columns_) column_lse();
+    T *f = args_.f + problem * N, *g = args_.g + problem * M;
+    for (i64 i = 0; i < N; ++i) {
+      f[i] = T(eps_ * phi_[i]);
+      if (a_[i] > 0) value += a_[i] * eps_ * phi_[i];
+    }
+    for (i64 j = 0; j < M; ++j) {
+      const double gj = eps_ * (b_[j] > 0 ? gamma_[j] - log_b_[j] : -lse_[j]);
+      g[j] = T(gj);
+      if (b_[j] > 0) value += b_[j] * gj;
+    }
+    args_.value[problem] = T(value), args_.cost[problem] = T(cost);
+    args_.marginal_error[problem] = T(error), args_.n_iter[problem] = done;
+  }
+
+  double row_cost(const T* p, const T* c) const {
+    constexpr i64 W = kWidth<T>;
+    Vec<T> s{};
+    i64 j = 0;
+    for (; j + W <= M; j += W) s += load(p + j) * load(c + j);
+    double total = sum<T>(s);
+    for (; j < M; ++j) total += double(p[j]) * c[j];
+    return total;
+  }
+};
+
+template <class T>
+int sinkhorn(const SinkhornArgs<T>& args) {
+  const bool share = threads_share_a_problem(args.B, args.N, args.M, args.threads);
+  const int outer = share ? 1 : int(least(args.threads, args.B)), team = share ? args.threads : 1;
+  int status = kOk;
+#pragma omp parallel num_threads(outer) if (outer > 1)
+  {
+    FlushDenormals guard;
+    Scratch scratch(Sinkhorn<T>::bytes(args.N, args.M));
+    if (!scratch.ok()) {
+#pragma omp atomic write
+      status = kOutOfMemory;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (i64 p = 0; p < args.B; ++p) {
+      if (!scratch.ok()) continue;
+      scratch.rewind();
+      Sinkhorn<T> solver(args, team, scratch);
+      const int problem_status = solver.solve(p);
+      if (problem_status != kOk) {
+#pragma omp atomic write
+        status = problem_status;
+      }
+    }
+  }
+  return status;
+}
+
+}  // namespace otdd::cpu::OTDD_ISA

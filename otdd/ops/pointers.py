@@ -1,0 +1,36 @@
+"""What the `cpu` backend of every op shares: tensors as raw addresses, statuses as errors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from otdd import backends
+
+Strided = tuple[int, int, int]
+
+
+def refusal(t: Tensor) -> str | None:
+    """Why native CPU code cannot take `t`, or None; whether it is built is not looked at here."""
+    return None if t.device.type == "cpu" else f"the inputs are on {t.device}, not on the CPU"
+
+
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
+    return getattr(backends.native(), f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+
+
+def rows(t: Tensor) -> tuple[Tensor, Strided]:
+    """``(B, N, D)`` with contiguous rows: the tensor to keep alive, and (address, strides)."""
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        t = t.contiguous()
+    return t, (t.data_ptr(), t.stride(0), t.stride(1))
+
+
+def vectors(t: Tensor) -> Strided:
+    """``(B, N)`` with any strides, or ``(B,)``."""
+    return t.data_ptr(), t.stride(0), t.stride(1) if t.dim() == 2 else 0
+
+
+def check(status: int, op: str) -> None:
+    if status == 1:
+        raise MemoryError(f"{op}: no memory for the working copy of the costs")
