@@ -1,19 +1,271 @@
-"""The `otdd` command."""
+"""The `otdd` command. Nothing heavy is imported before a command has understood its flags."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from otdd.distill.config import ConfigError, RunConfig
+
+USAGE = """\
+usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a command
+
+  run        all stages: images, soft labels, students, table (continues an interrupted run)
+  sample     stage 1: the images of every set
+  relabel    stage 2: soft labels from teachers
+  train      stage 3: students of every set
+  evaluate   the table, transport costs and the picture of what is there
+  fit        train a small generator for a data set
+  env        versions, backends, and why some are missing
+
+first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
+"""
+
+ABOUT = {
+    "run": "Distil a data set: images, soft labels, students, table.",
+    "sample": "Stage 1: make the images of every set.",
+    "relabel": "Stage 2: soft labels for the sets in the folder.",
+    "train": "Stage 3: train and test students on the sets in the folder.",
+    "evaluate": "Gather the table, the transport costs and the picture of a folder.",
+}
+
+
+@dataclass(frozen=True)
+class RunFlags(RunConfig):
+    """Flags of the stages: the settings of a run, and how to show it."""
+
+    config: str | None = None
+    """YAML file of settings, under the flags."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the stack trace of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command of `otdd`; heavy imports happen inside the command."""
-    parser = argparse.ArgumentParser(prog="otdd", description="Dataset distillation.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    env = commands.add_parser("env", help="versions, backends and why some are missing")
-    env.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
-    if arguments.command == "env":
-        from otdd import environment
+    """Run one command and exit: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(_guarded(arguments))
 
-        environment.show(arguments.json)
+
+def _guarded(arguments: list[str]) -> int:
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        _say("\notdd: stopped; what is finished is kept, and the same command continues from there")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from otdd import __version__
+
+        sys.stdout.write(f"otdd {__version__}\n")
+        return 0
+    command, flags = arguments[0], arguments[1:]
+    commands: dict[str, Callable[[list[str]], int]] = {"fit": _fit, "env": _env}
+    if command in ABOUT:
+        return _run(command, flags)
+    if command in commands:
+        return commands[command](flags)
+    raise ConfigError(f"unknown command {command!r}; known: {', '.join([*ABOUT, *commands])}")
+
+
+def _run(command: str, flags: list[str]) -> int:
+    from otdd.distill.settings import load_yaml, merge, preset
+
+    file, name = _value(flags, "--config"), _value(flags, "--preset")
+    filed = load_yaml(file) if file is not None else {}
+    stored = {} if command == "run" else _stored(_value(flags, "--out") or filed.get("out"))
+    name = name or filed.get("preset")
+    base = merge(merge(stored, preset(name)), filed)
+    given = _parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
+    plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
+    config = RunConfig(**plain)
+    from otdd.terminal import Bars, print_metrics
+
+    with Bars(given.quiet) as bars:
+        from otdd.distill.pipeline import STAGES, run_stages
+
+        stages = STAGES if command == "run" else (command,)
+        metrics = run_stages(config, stages, bars)
+    if command in ("run", "train", "evaluate"):
+        print_metrics(metrics, config.out)
+    return 0
+
+
+def _fit(flags: list[str]) -> int:
+    from otdd.distill.data import load_data
+    from otdd.distill.fit import FitConfig, fit
+
+    @dataclass(frozen=True, kw_only=True)
+    class FitFlags(FitConfig):
+        """Flags of `otdd fit`."""
+
+        data: str
+        """digits, textures, or an ImageFolder with train/."""
+        out: str
+        """File of the generator, ending in .safetensors."""
+        resolution: int | None = None
+        """Side of the images in pixels; by default that of the data."""
+        quiet: bool = False
+        """No progress bars."""
+        debug: bool = False
+        """Show the stack trace of an error."""
+
+    about = "Train a small class-conditional generator; an interrupted one continues."
+    given = _parse(FitFlags, flags, "otdd fit", about, {})
+    if Path(given.out).is_dir():
+        raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
+    config = FitConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(FitConfig)})
+    data = load_data(given.data, resolution=given.resolution)
+    from otdd.terminal import Bars
+
+    with Bars(given.quiet) as bars:
+        made = fit(data, config, given.out, progress=bars)
+    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
+    return 0
+
+
+def _env(flags: list[str]) -> int:
+    unknown = [flag for flag in flags if flag not in ("--json", "--debug", "-h", "--help")]
+    if unknown:
+        raise ConfigError(f"unknown flag {unknown[0]}; otdd env knows --json")
+    if "-h" in flags or "--help" in flags:
+        sys.stdout.write("usage: otdd env [--json]\n\nversions, backends, why some are missing\n")
+        return 0
+    from otdd import environment
+
+    environment.show("--json" in flags)
+    return 0
+
+
+def _parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, Any]) -> Any:
+    """Flags over `base` over defaults, as an object of `cls`; refusals become `ConfigError`."""
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        default = _unchecked(cls, base, tyro.MISSING)
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                cls,
+                args=flags,
+                prog=prog,
+                description=about,
+                default=default,
+                config=(tyro.conf.AvoidSubcommands,),
+                use_underscores=True,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ConfigError(_one_line(errors.getvalue(), prog)) from None
+
+
+def _unchecked(cls: type, values: dict[str, Any], required: Any) -> Any:
+    """An object of `cls` in which settings that are still missing are marked for the parser."""
+    from otdd.distill.settings import convert_fields
+
+    made = convert_fields(cls, values)
+    default = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        value = required
+        if field.name in made:
+            value = made[field.name]
+        elif field.default is not MISSING:
+            value = field.default
+        elif field.default_factory is not MISSING:
+            value = field.default_factory()
+        object.__setattr__(default, field.name, value)
+    return default
+
+
+def _one_line(box: str, prog: str) -> str:
+    """The message inside a box of the flag parser."""
+    lines = []
+    for line in box.splitlines():
+        text = line.strip("╭╮╰╯│─ ")
+        if line.startswith("│") and not text:
+            break
+        if line.startswith("│"):
+            lines.append(text)
+    text = " ".join(lines)
+    if text.startswith("Missing from"):
+        names = ", ".join(re.findall(r"(--[\w.]+) [A-Z]", text))
+        return f"missing: {names} (otdd {prog.split()[-1]} --help explains)"
+    nested = re.fullmatch(r"Error parsing (\S+): (\w+): (.*)", text)
+    if nested and not nested[1].startswith("--"):
+        group = "" if nested[1][0].isupper() else f"{nested[1]}."
+        return f"--{group}{nested[2]}: {nested[3]}"
+    number = re.search(r"parsing (\S+): .*?(int|float).*: '(.*)'$", text)
+    if number:
+        wanted = {"int": "an integer", "float": "a number"}[number[2]]
+        return f"{number[1]}: {number[3]!r} is not accepted; expected {wanted}"
+    return (text[0].lower() + text[1:]) if text else "these flags are not understood"
+
+
+def _value(flags: list[str], name: str) -> str | None:
+    """Value of one flag, before the others are looked at."""
+    found = None
+    for i, flag in enumerate(flags):
+        if flag == name and i + 1 < len(flags):
+            found = flags[i + 1]
+        elif flag.startswith(name + "="):
+            found = flag.split("=", 1)[1]
+    return found
+
+
+def _stored(out: str | None) -> dict[str, Any]:
+    """Settings of a folder, so that a stage needs no more than --out."""
+    if out is None or not (Path(out) / "config.json").is_file():
+        return {}
+    try:
+        return dict(json.loads((Path(out) / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out}/config.json cannot be read: {error}") from None
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what is wrong; returns the exit code."""
+    if isinstance(error, ModuleNotFoundError):
+        _say(f'otdd: {error}; this command needs: pip install "otdd[distill]"')
+        return 1
+    expected: list[type[Exception]] = [ConfigError]
+    with contextlib.suppress(ImportError):
+        from otdd.distill.store import StoreError
+
+        expected.append(StoreError)
+    for module, name in (("data", "DataError"), ("generator", "GeneratorError")):
+        loaded = sys.modules.get(f"otdd.distill.{module}")
+        if loaded is not None:
+            expected.append(getattr(loaded, name))
+    if isinstance(error, tuple(expected)):
+        _say(f"otdd: {error}")
+        return 2
+    _say(f"otdd: failed: {type(error).__name__}: {error} (--debug shows where)")
+    return 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")

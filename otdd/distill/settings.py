@@ -60,21 +60,31 @@ def from_dict(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     Raises:
         ConfigError: an unknown key, a missing one, or a value of the wrong kind.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            known = ", ".join(prefix + k for k in fields)
-            raise ConfigError(f"{prefix}{key}: unknown setting; known: {known}")
-    for name, f in fields.items():
+    made = convert_fields(cls, values, prefix)
+    for f in dataclasses.fields(cls):
+        name = f.name
         free = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if free and name not in values:
             raise ConfigError(f"{prefix}{name}: missing; give --{prefix}{name} or set it in a file")
-    made = {k: _convert(hints[k], v, prefix + k) for k, v in values.items()}
     try:
         return cls(**made)
     except ConfigError as error:
         raise error if not prefix else ConfigError(f"{prefix}{error}") from None
+
+
+def convert_fields(cls: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The given settings of a config dataclass in their types; those not given stay away.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong kind.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            names = ", ".join(prefix + k for k in known)
+            raise ConfigError(f"{prefix}{key}: unknown setting; known: {names}")
+    return {k: _convert(hints[k], v, prefix + k) for k, v in values.items()}
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
@@ -123,26 +133,20 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return dict(loaded or {})
 
 
-def resolve(
-    flags: Mapping[str, Any] | None = None,
-    *,
-    file: str | Path | None = None,
-    preset: str | None = None,
-    base: Mapping[str, Any] | None = None,
-) -> RunConfig:
-    """Config from defaults, then preset, file and flags, the later the stronger.
+def preset(name: str | None) -> dict[str, Any]:
+    """Settings of a preset, its name among them; nothing for None."""
+    require(name is None or name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    return {} if name is None else {**PRESETS[name], "preset": name}
+
+
+def resolve(flags: Mapping[str, Any] | None = None, *, file: str | Path | None = None) -> RunConfig:
+    """Config from defaults, then a preset, a file and flags, the later the stronger.
 
     Args:
-        flags: nested settings given by the caller.
+        flags: nested settings given by the caller; `preset` among them names the preset.
         file: YAML file of settings.
-        preset: name in `PRESETS`; by default the one named in the flags or the file.
-        base: nested settings under all of these.
     """
+    flags = flags or {}
     filed = load_yaml(file) if file is not None else {}
-    name = preset or (flags or {}).get("preset") or filed.get("preset")
-    require(name is None or name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    values = dict(base or {})
-    if name is not None:
-        values = merge(values, {**PRESETS[name], "preset": name})
-    values = merge(merge(values, filed), flags or {})
-    return typing.cast(RunConfig, from_dict(RunConfig, values))
+    chosen = preset(flags.get("preset") or filed.get("preset"))
+    return typing.cast(RunConfig, from_dict(RunConfig, merge(merge(chosen, filed), flags)))

@@ -59,7 +59,7 @@ def test_flags_over_file_over_preset(tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_resolve(name):
-    assert resolve(BASE, preset=name).preset == name
+    assert resolve({**BASE, "preset": name}).preset == name
 
 
 def test_bad_files(tmp_path):

@@ -1,0 +1,281 @@
+"""All stages of a run, each from the store to the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from otdd import __version__
+from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.settings import identity, to_dict
+from otdd.distill.store import Store
+
+if TYPE_CHECKING:
+    from otdd.distill.data import ImageData
+    from otdd.distill.generator import Generator
+    from otdd.distill.relabel import Teacher
+
+Progress = Callable[[str, int, int], None]
+
+CONFIG = "config.json"
+METRICS = "metrics.json"
+GRID = "grid.png"
+SAMPLED = ("otg", "unguided")
+PACKAGES = ("torch", "numpy", "diffusers", "timm", "safetensors", "scikit-learn", "pillow")
+STAGES = ("sample", "relabel", "train", "evaluate")
+
+
+def _silent(text: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass
+class Run:
+    """One run: its settings, its store, and what the stages share.
+
+    Use `Run.open`, then the stages in order, or any of them on a store that has what it needs.
+    """
+
+    config: RunConfig
+    store: Store
+    data: ImageData
+    generator: Generator | None
+    progress: Progress = _silent
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: RunConfig, progress: Progress | None = None) -> Run:
+        """Check everything that can be checked before any work, then open the store.
+
+        Raises:
+            ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
+        """
+        known = {k: v for k, v in identity(config).items() if k != "data"}
+        Store(config.out).check(known)
+        from otdd.distill.data import load_data
+
+        data = load_data(
+            config.data, resolution=config.resolution, seed=config.seed, ipc=config.ipc
+        )
+        known |= {"data": data.name, "data_sha256": data.fingerprint}
+        Store(config.out).check(known)
+        _check_networks(config, data)
+        generator = None
+        if any(name in SAMPLED for name in config.sets):
+            generator = _load_generator(config, data)
+            known["generator_sha256"] = _digest(generator)
+        store = Store.open(config.out, known, lock=True)
+        resolved = to_dict(config)
+        if Path(config.data).is_dir():
+            resolved["data"] = str(Path(config.data).resolve())
+        store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
+        run = cls(config, store, data, generator, progress or _silent)
+        if store.has(METRICS):
+            run.timings = dict(store.read_json(METRICS)["timings"])
+        return run
+
+    def sample(self) -> None:
+        """Stage 1: the images of every set."""
+        from otdd.distill import baselines, sample
+
+        for name in self.config.sets:
+            if self.store.has_images(name):
+                continue
+            with self._timed(f"sample {name}"):
+                if name in SAMPLED:
+                    sample.sample(
+                        self.store,
+                        self.data,
+                        self.generator,
+                        self.config,
+                        set_name=name,
+                        progress=self.progress,
+                    )
+                else:
+                    baselines.baselines(self.store, self.data, self.config, name)
+
+    def relabel(self) -> None:
+        """Stage 2: soft labels of every set."""
+        from otdd.distill import relabel
+
+        if not self._wants_soft() or not self.config.relabel.store_labels:
+            return
+        for name in self._with_images():
+            if not relabel.relabelled(self.store, self.data, self.config, name):
+                teachers = self.teachers  # before the clock: they have their own
+                with self._timed(f"relabel {name}"):
+                    relabel.relabel(
+                        self.store, self.data, teachers, self.config, name, self.progress
+                    )
+
+    def train(self) -> None:
+        """Stage 3: students of every set, trained and tested."""
+        from otdd.distill import evaluate, relabel
+
+        stored = self.config.relabel.store_labels
+        for name in self._with_images():
+            left = evaluate.missing(self.store, self.config, name)
+            soft = [loss for loss in left if loss != "ce"]
+            labelled = not stored or relabel.relabelled(self.store, self.data, self.config, name)
+            if soft and not labelled:
+                raise ConfigError(f"set {name} has no soft labels yet; run `otdd relabel` first")
+            if left:
+                teachers = self.teachers if soft and not stored else ()
+                with self._timed(f"train {name}"):
+                    evaluate.train(
+                        self.store,
+                        self.data,
+                        self.config,
+                        name,
+                        teachers=teachers,
+                        progress=self.progress,
+                    )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Gather table, transport costs and picture; returns the content of metrics.json."""
+        from otdd.distill import evaluate, plots
+        from otdd.distill.codec import PixelCodec
+
+        names = self._with_images()
+        sets = {name: self.store.read_images(name) for name in names}
+        pairs = {name: (tensors["images"], tensors["labels"]) for name, tensors in sets.items()}
+        costs = self._known("ot_cost")
+        codec = self.generator.codec if self.generator is not None else PixelCodec()
+        with self._timed("evaluate"):
+            for number, name in enumerate(names, start=1):
+                if name not in costs:
+                    cost = evaluate.transport_cost(
+                        *pairs[name], self.data, codec, seed=self.config.seed
+                    )
+                    costs[name] = round(cost, 4)
+                self.progress("transport cost", number, len(names))
+            if not self.store.has(GRID) or set(costs) != set(self._known("ot_cost")):
+                self.store.write_bytes(GRID, plots.grid(pairs, self.data.classes))
+        return self._write_metrics({name: costs[name] for name in names})
+
+    @cached_property
+    def teachers(self) -> list[Teacher]:
+        """The teachers of the run, trained when first asked for."""
+        from otdd.distill import relabel
+
+        with self._timed("teachers"):
+            return relabel.make_teachers(self.store, self.data, self.config, self.progress)
+
+    def _with_images(self) -> list[str]:
+        names = [name for name in self.config.sets if self.store.has_images(name)]
+        if not names:
+            raise ConfigError(f"{self.config.out} holds no images yet; run `otdd sample` first")
+        return names
+
+    def _wants_soft(self) -> bool:
+        return any(loss != "ce" for loss in self.config.train.losses)
+
+    def _known(self, key: str) -> dict[str, Any]:
+        return dict(self.store.read_json(METRICS)[key]) if self.store.has(METRICS) else {}
+
+    def _timed(self, name: str) -> _Timer:
+        return _Timer(self, name)
+
+    def _write_metrics(self, costs: dict[str, float]) -> dict[str, Any]:
+        from otdd.distill import evaluate
+
+        metrics = {
+            "accuracy": evaluate.accuracy_rows(self.store, self.config),
+            "ot_cost": costs,
+            "timings": {k: round(v, 2) for k, v in self.timings.items()},
+            "versions": _versions(),
+            "config": to_dict(self.config),
+        }
+        self.store.write_json(METRICS, metrics)
+        return metrics
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Distil a data set: images, soft labels, students, table. Continues an interrupted run.
+
+    Args:
+        config: settings; `config.out` is the folder of the store.
+        progress: called as progress(text, done, total).
+
+    Returns:
+        What `metrics.json` holds.
+    """
+    return run_stages(config, STAGES, progress)
+
+
+def run_stages(
+    config: RunConfig, stages: tuple[str, ...], progress: Progress | None = None
+) -> dict[str, Any]:
+    """Some of the stages, in the order given; each continues where it was stopped."""
+    work = Run.open(config, progress)
+    with work.store:
+        for stage in stages:
+            result = getattr(work, stage)()
+        return result if result is not None else work._write_metrics(work._known("ot_cost"))
+
+
+@dataclass
+class _Timer:
+    """Adds the seconds of a block to the timings, also across interrupted runs."""
+
+    run: Run
+    name: str
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self._start
+        self.run.timings[self.name] = self.run.timings.get(self.name, 0.0) + spent
+
+
+def _check_networks(config: RunConfig, data: ImageData) -> None:
+    from otdd.distill.relabel import teacher_names
+    from otdd.distill.students import check_network
+
+    for arch in config.train.archs:
+        check_network(arch, data)
+    for teacher in teacher_names(config):
+        arch, _, file = teacher.partition("=")
+        if file and not Path(file).is_file():
+            raise ConfigError(f"relabel.teachers: no file {file}")
+        if not teacher.startswith("timm:"):
+            check_network(arch, data)
+
+
+def _load_generator(config: RunConfig, data: ImageData) -> Generator:
+    from otdd import _torchvision
+
+    _torchvision.repair()
+    from otdd.distill.generator import load_generator
+
+    return load_generator(config.generator, data)
+
+
+def _digest(generator: Generator) -> str:
+    digest = hashlib.sha256()
+    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"otdd": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,100 @@
+"""What a person sees in the terminal: progress bars and the table at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
+
+
+class Bars:
+    """Progress bars with the time left on a terminal; silent elsewhere.
+
+    Call it as progress(text, done, total); one bar per text, which becomes a line when it is full.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        self._shown = console.is_terminal and not quiet
+        self._bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._shown,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._since: dict[str, float] = {}
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        """Show that `done` of `total` steps are finished."""
+        if not self._shown:
+            return
+        if text not in self._tasks:
+            self._tasks[text] = self._bars.add_task(text, total=total)
+            self._since[text] = time.perf_counter()
+        self._bars.update(self._tasks[text], completed=done, total=total)
+        if done >= total:
+            self._bars.remove_task(self._tasks.pop(text))
+            spent = time.perf_counter() - self._since.pop(text)
+            self._bars.console.print(f"[green]done[/]  {text}  [dim]{spent:.1f} s[/]")
+
+
+def print_metrics(metrics: dict[str, Any], out: str) -> None:
+    """Print the accuracies of a run as a table, and where its files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    rows, costs = metrics["accuracy"], metrics["ot_cost"]
+    archs = list(dict.fromkeys(row["arch"] for row in rows)) or [""]
+    losses = [loss for loss in HEADINGS if any(row["loss"] == loss for row in rows)]
+    sets = list(dict.fromkeys([*(row["set"] for row in rows), *costs]))
+    seeds = max((len(row["runs"]) for row in rows), default=0)
+    for arch in archs:
+        config = metrics["config"]
+        title = f"{config['data']}, {config['ipc']} per class"
+        if rows:
+            title += f": accuracy of {arch} in %, mean ± std of {seeds} seeds"
+        table = Table(title=title, title_justify="left")
+        table.add_column("set")
+        for loss in losses:
+            table.add_column(HEADINGS[loss], justify="right")
+        table.add_column("OT cost", justify="right")
+        for name in sets:
+            cells = [_cell(rows, name, arch, loss) for loss in losses]
+            cost = f"{costs[name]:.4g}" if name in costs else ""
+            table.add_row(name, *cells, cost)
+        console.print(table)
+    console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _cell(rows: list[dict[str, Any]], name: str, arch: str, loss: str) -> str:
+    for row in rows:
+        if (row["set"], row["arch"], row["loss"]) == (name, arch, loss):
+            return f"{row['mean']:.1f} ± {row['std']:.1f}"
+    return ""
