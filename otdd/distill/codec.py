@@ -5,10 +5,13 @@ and `tensors` (what a generator file must carry). Encoding is deterministic.
 """
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from otdd import _torchvision
 
 
 class Codec(Protocol):
@@ -111,13 +114,19 @@ def codec_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         return PixelCodec()
     if config["kind"] != "autoencoder_kl":
         raise ValueError(f"unknown codec {config['kind']!r}; accepted: pixels, autoencoder_kl")
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(**config["vae"])
+    vae = import_diffusers().AutoencoderKL(**config["vae"])
     vae.load_state_dict({k: v.float() for k, v in tensors.items()})
     codec = AutoencoderCodec(vae)
     codec.grey = bool(config["grey"])
     return codec
+
+
+def import_diffusers() -> ModuleType:
+    """diffusers, imported when first needed: it takes seconds."""
+    _torchvision.repair()
+    import diffusers
+
+    return diffusers
 
 
 def _check_images(images: Tensor) -> None:

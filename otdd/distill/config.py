@@ -71,7 +71,9 @@ class SampleConfig:
     order: Literal["joint", "sequential"] = "joint"
     """All images of a class at once, or one after the other."""
     batch_classes: int = 64
-    """Classes that share a batch of the denoiser."""
+    """Classes sampled together; a group is written as soon as it is finished."""
+    batch_images: int = 256
+    """Most images in one call of the denoiser."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Optimal-transport guidance."""
 
@@ -79,6 +81,7 @@ class SampleConfig:
         require(self.steps >= 1, "steps", self.steps, "an integer >= 1")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "a number >= 0")
         require(self.batch_classes >= 1, "batch_classes", self.batch_classes, "an integer >= 1")
+        require(self.batch_images >= 1, "batch_images", self.batch_images, "an integer >= 1")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class ImageData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+        """(C, H, W)."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 

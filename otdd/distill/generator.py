@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from otdd.distill.codec import AutoencoderCodec, Codec, codec_from_config
+from otdd.distill.codec import AutoencoderCodec, Codec, codec_from_config, import_diffusers
 from otdd.distill.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -135,10 +135,9 @@ class Generator:
 
         The sampling loop clamps x0_hat itself, before it is guided, so no scheduler clips.
         """
-        import diffusers
-
         if name not in SCHEDULERS:
             raise ValueError(f"scheduler {name!r}; accepted: {', '.join(SCHEDULERS)}")
+        diffusers = import_diffusers()
         total = self.scheduler_config["num_train_timesteps"]
         if not 1 <= steps <= total:
             raise ValueError(f"steps must lie in 1..{total}, got {steps}")
@@ -200,14 +199,13 @@ class Generator:
 
     @classmethod
     def _load_folder(cls, folder: Path) -> Generator:
-        from diffusers import AutoencoderKL, DiTTransformer2DModel
-
         wanted = ("model_index.json", "scheduler/scheduler_config.json", "transformer", "vae")
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing:
             raise GeneratorError(f"{folder} is no DiT pipeline: {', '.join(missing)} missing")
-        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer")
-        vae = AutoencoderKL.from_pretrained(folder / "vae")
+        diffusers = import_diffusers()
+        transformer = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
+        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
         index = json.loads((folder / "model_index.json").read_text())
         names = {int(k): v for k, v in (index.get("id2label") or {}).items()}
         count = transformer.config.num_embeds_ada_norm
@@ -224,9 +222,7 @@ class Generator:
 
 def build_transformer(config: dict[str, Any]) -> torch.nn.Module:
     """A `DiTTransformer2DModel` from its configuration."""
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel(**config)
+    return import_diffusers().DiTTransformer2DModel(**config)
 
 
 def load_generator(spec: str | os.PathLike[str] | None, data: ImageData) -> Generator:
@@ -242,7 +238,9 @@ def load_generator(spec: str | os.PathLike[str] | None, data: ImageData) -> Gene
     if spec is not None:
         generator = Generator.load(spec)
     elif data.name in SHIPPED:
-        with resources.as_file(resources.files(__package__) / "assets" / SHIPPED[data.name]) as file:
+        with resources.as_file(
+            resources.files(__package__) / "assets" / SHIPPED[data.name]
+        ) as file:
             generator = Generator.load(file)
     else:
         raise GeneratorError(
