@@ -79,8 +79,9 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
         config = metrics["config"]
         title = f"{config['data']}, {config['ipc']} per class"
         if rows:
-            title += f": accuracy of {arch} in %, mean ± std of {seeds} seeds"
-        table = Table(title=title, title_justify="left")
+            title += f": test accuracy of {arch} in %, mean ± std of {seeds} students"
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        table = Table()
         table.add_column("set")
         for loss in losses:
             table.add_column(HEADINGS[loss], justify="right")

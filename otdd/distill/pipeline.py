@@ -19,6 +19,7 @@ from otdd.distill.settings import identity, to_dict
 from otdd.distill.store import Store
 
 if TYPE_CHECKING:
+    from otdd.distill.codec import Codec
     from otdd.distill.data import ImageData
     from otdd.distill.generator import Generator
     from otdd.distill.relabel import Teacher
@@ -69,7 +70,7 @@ class Run:
         Store(config.out).check(known)
         _check_networks(config, data)
         generator = None
-        if any(name in SAMPLED for name in config.sets):
+        if config.generator is not None or any(name in SAMPLED for name in config.sets):
             generator = _load_generator(config, data)
             known["generator_sha256"] = _digest(generator)
         store = Store.open(config.out, known, lock=True)
@@ -97,10 +98,10 @@ class Run:
                         self.generator,
                         self.config,
                         set_name=name,
-                        progress=self.progress,
+                        progress=lambda text, *count: self.progress(f"sample {text}", *count),
                     )
                 else:
-                    baselines.baselines(self.store, self.data, self.config, name)
+                    baselines.baselines(self.store, self.data, self.config, name, codec=self._codec)
 
     def relabel(self) -> None:
         """Stage 2: soft labels of every set."""
@@ -142,18 +143,16 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """Gather table, transport costs and picture; returns the content of metrics.json."""
         from otdd.distill import evaluate, plots
-        from otdd.distill.codec import PixelCodec
 
         names = self._with_images()
         sets = {name: self.store.read_images(name) for name in names}
         pairs = {name: (tensors["images"], tensors["labels"]) for name, tensors in sets.items()}
         costs = self._known("ot_cost")
-        codec = self.generator.codec if self.generator is not None else PixelCodec()
         with self._timed("evaluate"):
             for number, name in enumerate(names, start=1):
                 if name not in costs:
                     cost = evaluate.transport_cost(
-                        *pairs[name], self.data, codec, seed=self.config.seed
+                        *pairs[name], self.data, self._codec, seed=self.config.seed
                     )
                     costs[name] = round(cost, 4)
                 self.progress("transport cost", number, len(names))
@@ -168,6 +167,12 @@ class Run:
 
         with self._timed("teachers"):
             return relabel.make_teachers(self.store, self.data, self.config, self.progress)
+
+    @property
+    def _codec(self) -> Codec:
+        from otdd.distill.codec import PixelCodec
+
+        return self.generator.codec if self.generator is not None else PixelCodec()
 
     def _with_images(self) -> list[str]:
         names = [name for name in self.config.sets if self.store.has_images(name)]

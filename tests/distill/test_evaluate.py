@@ -1,0 +1,78 @@
+"""The table and the transport cost."""
+
+import torch
+
+from otdd.distill import evaluate
+from otdd.distill.codec import PixelCodec
+from otdd.distill.data import ImageData, LabeledImages, load_data
+from otdd.distill.plots import grid
+from otdd.distill.settings import resolve
+from otdd.distill.store import Store
+
+CONFIG = resolve(
+    {"data": "digits", "ipc": 1, "out": "x", "seeds": 2, "sets": ["otg"], "train": {"epochs": 2}}
+)
+
+
+def test_rows_and_resume(tmp_path):
+    store = Store.open(tmp_path, {})
+    name = evaluate.result_name("otg", "convnet", "ce", 0)
+    store.write_json(name, {"accuracy": 80.0, "best": 82.0})
+    rows = evaluate.accuracy_rows(store, CONFIG)
+    assert rows[0]["runs"] == [80.0]
+    other = evaluate.result_name("otg", "convnet", "ce", 1)
+    store.write_json(other, {"accuracy": 90.0, "best": 90.0})
+    assert evaluate.accuracy_rows(store, CONFIG) == [
+        {
+            "set": "otg",
+            "labels": "hard",
+            "loss": "ce",
+            "arch": "convnet",
+            "runs": [80.0, 90.0],
+            "mean": 85.0,
+            "std": 5.0,
+            "best_mean": 86.0,
+        }
+    ]
+    assert evaluate.missing(store, CONFIG, "otg") == ["kl", "otm"]
+
+
+def test_finished_students_are_left_alone(tmp_path):
+    data = load_data("digits")
+    store = Store.open(tmp_path, {})
+    first = [int((data.train.labels == k).nonzero()[0]) for k in range(10)]
+    store.write_images("otg", data.train.images[first], torch.arange(10))
+    config = resolve(
+        {"data": "digits", "ipc": 1, "out": "x", "seeds": 2, "train": {"epochs": 2, "losses": "ce"}}
+    )
+    kept = {"accuracy": 1.0, "best": 1.0}
+    store.write_json(evaluate.result_name("otg", "convnet", "ce", 0), kept)
+    evaluate.train(store, data, config, "otg")
+    (row,) = [r for r in evaluate.accuracy_rows(store, config) if r["set"] == "otg"]
+    assert row["runs"][0] == 1.0
+    assert 0 <= row["runs"][1] <= 100
+
+
+def test_transport_cost_of_the_data_itself_and_of_one_point():
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    images[2:] = 255
+    part = LabeledImages(images, torch.tensor([0, 0, 1, 1]))
+    data = ImageData("toy", ["black", "white"], part, part)
+    codec = PixelCodec()
+    assert evaluate.transport_cost(images, part.labels, data, codec) < 1e-6
+    one = evaluate.transport_cost(images[:1], torch.tensor([1]), data, codec)
+    assert abs(one - 4 * 2.0**2) < 1e-6
+
+
+def test_grid_is_a_readable_picture():
+    import io
+
+    from PIL import Image
+
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    png = grid({"otg": (images, labels), "random": (images, labels)}, ["a", "a very long name"])
+    with Image.open(io.BytesIO(png)) as picture:
+        assert picture.size[0] > 250
+        assert picture.size[1] > 6 * 48
+        assert len(picture.getcolors(10**6)) > 100

@@ -1,0 +1,93 @@
+"""Training of students: losses, determinism, averaging."""
+
+import pytest
+import torch
+
+from otdd.distill.augment import Augmentation, generator
+from otdd.distill.config import TrainConfig
+from otdd.distill.data import ImageData, LabeledImages
+from otdd.distill.match import Step, accuracy, make_loss, reproducible, train_student
+from otdd.distill.students import make_network
+
+
+def bars(count=40):
+    """Two classes that differ in which half is bright."""
+    labels = torch.arange(count) % 2
+    images = torch.randint(0, 100, (count, 1, 8, 8), dtype=torch.uint8, generator=generator("b"))
+    images[labels == 1, :, :4] += 100
+    images[labels == 0, :, 4:] += 100
+    part = LabeledImages(images, labels)
+    return ImageData("bars", ["down", "up"], part, part)
+
+
+DATA = bars()
+
+
+def steps(total=30, soft=False):
+    for number in range(total):
+        batch = Augmentation().draw(40, 20, (8, 8), seed=0, epoch=number, step=0)
+        hot = torch.nn.functional.one_hot(DATA.train.labels[batch.index], 2).float()
+        yield Step(batch, 6 * hot - 3 if soft else None)
+
+
+def train(loss="ce", seed=0, **settings):
+    config = TrainConfig(lr=5e-3, **settings)
+    student = make_network("convnet", DATA, seed)
+    images, labels = DATA.train.images, DATA.train.labels
+    with reproducible():
+        objective = make_loss(loss, config)
+        drawn = steps(soft=loss != "ce")
+        outcome = train_student(
+            student, images, labels, drawn, 30, objective, config, test=DATA.test
+        )
+    return student, outcome
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "otm"])
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.0}, {"optimizer": "sgd", "stretch": 2.0}])
+def test_learns(loss, settings):
+    student, outcome = train(loss, **settings)
+    assert outcome.accuracy == accuracy(student, DATA.test) >= 95
+    assert outcome.best >= outcome.accuracy
+
+
+def test_same_seed_same_bytes():
+    (one, _), (two, _), (other, _) = train(), train(), train(seed=1)
+    same = zip(one.parameters(), two.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in same)
+    assert not torch.equal(one.body.head.weight, other.body.head.weight)
+
+
+def test_losses_are_their_formulas():
+    student, teacher = torch.randn(2, 4, 3, generator=generator("l"), dtype=torch.float64)
+    base = torch.tensor([0, 1, 2, 0])
+    mixed = torch.nn.functional.one_hot(base, 3).double()
+    config = TrainConfig(beta_2=0.0, kappa_1=0.5, kappa_2=2.0, tau=2.0)
+
+    def value(kind):
+        return make_loss(kind, config)(student, mixed, base, teacher)
+
+    cross = -student.log_softmax(1)[torch.arange(4), base].mean()
+    torch.testing.assert_close(value("ce"), cross)
+    squared = (student - teacher).square().mean()
+    torch.testing.assert_close(value("otm"), 0.5 * cross + 2 * squared)
+    p, q = (teacher / 2).softmax(1), (student / 2).softmax(1)
+    torch.testing.assert_close(value("kl"), 4 * (p * (p / q).log()).sum(1).mean())
+    transported = TrainConfig(beta_2=1.0)
+    with_plan = make_loss("otm", transported)(student, mixed, base, teacher)
+    assert with_plan > 0.025 * cross + squared
+
+
+def test_soft_losses_need_soft_labels():
+    with pytest.raises(ValueError, match="needs soft labels"):
+        make_loss("kl", TrainConfig())(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), None)
+    with pytest.raises(ValueError, match="unknown loss 'mse'"):
+        make_loss("mse", TrainConfig())
+
+
+def test_reproducible_restores_the_settings():
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with reproducible():
+        assert torch.get_num_threads() == 1
+        assert torch.are_deterministic_algorithms_enabled()
+    assert before == (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())

@@ -1,0 +1,76 @@
+"""Student networks: shapes, seeds, checkpoints, refusals."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from otdd.distill.config import ConfigError
+from otdd.distill.data import ImageData, LabeledImages
+from otdd.distill.students import OWN, check_network, load_checkpoint, make_network
+
+
+def toy_data(size=8, channels=1, classes=3):
+    images = torch.randint(0, 256, (12, channels, size, size), dtype=torch.uint8)
+    labels = torch.arange(12) % classes
+    part = LabeledImages(images, labels)
+    return ImageData("toy", [f"c{k}" for k in range(classes)], part, part)
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3), (20, 1)])
+def test_own_networks_take_any_size(name, size, channels):
+    data = toy_data(size, channels)
+    network = make_network(name, data, seed=0)
+    logits = network(torch.rand(2, channels, size, size))
+    assert logits.shape == (2, 3)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_depth_grows_with_the_image():
+    def depth(size):
+        body = make_network("convnet", toy_data(size), seed=0).body
+        return sum(isinstance(m, torch.nn.Conv2d) for m in body.modules())
+
+    assert [depth(s) for s in (8, 16, 32, 64)] == [2, 2, 3, 4]
+
+
+def test_seed_decides_the_weights_and_nothing_else_changes():
+    data = toy_data()
+    before = torch.random.get_rng_state()
+    one, two, other = (make_network("convnet", data, seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(one.body.head.weight, two.body.head.weight)
+    assert not torch.equal(one.body.head.weight, other.body.head.weight)
+
+
+def test_timm_by_name():
+    network = make_network("resnet10t", toy_data(32, 3), seed=0)
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_unknown_and_unfit_architectures():
+    with pytest.raises(ConfigError, match=r"unknown architecture 'resnet1'.*timm name \(like"):
+        check_network("resnet1", toy_data())
+    with pytest.raises(ConfigError, match="cannot take images of 1x8x8"):
+        check_network("vgg11", toy_data())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_checkpoints(tmp_path, suffix, whole):
+    source = make_network("convnet", toy_data(), seed=5)
+    state = (source if whole else source.body).state_dict()
+    file = tmp_path / f"net.{suffix}"
+    save_file(state, file) if suffix == "safetensors" else torch.save({"state_dict": state}, file)
+    loaded = load_checkpoint("convnet", file, toy_data())
+    assert torch.equal(loaded.body.head.weight, source.body.head.weight)
+
+
+def test_checkpoints_that_do_not_fit_or_hold_code(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="does not hold a convnet"):
+        load_checkpoint("convnet", tmp_path / "x.safetensors", toy_data())
+    torch.save({"x": print}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_checkpoint("convnet", tmp_path / "x.pt", toy_data())
