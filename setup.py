@@ -30,7 +30,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = (
-    "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -DNDEBUG -Wall"
+    "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -DNDEBUG"
 ).split()
 ISA_FLAGS = {
     "baseline": [],
@@ -193,7 +193,7 @@ def escape(text: str) -> str:
 def ninja_file(plan: Plan, root: Path, includes: Sequence[str], target: str) -> str:
     """Text of build.ninja. `includes` (Python, pybind11) go to bindings.cpp alone."""
     defines = ["-DOTDD_ISAS_X86=1"] if "avx2" in plan.isas else []
-    defines += ["-DOTDD_CUDA=1"] if plan.cuda.home else []
+    cuda = ["-DOTDD_CUDA=1"] if plan.cuda.home else []
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
@@ -211,7 +211,7 @@ def ninja_file(plan: Plan, root: Path, includes: Sequence[str], target: str) -> 
         objects.append(name)
 
     common = [*plan.cxx_flags, *defines, f"-I{root / 'csrc'}"]
-    compile_("cxx", root / "csrc/bindings.cpp", "bindings.o", [*common, "-I.", *includes])
+    compile_("cxx", root / "csrc/bindings.cpp", "bindings.o", [*common, *cuda, "-I.", *includes])
     cpu = sorted((root / "csrc/cpu").glob("*.cpp"))
     kernels = [source for source in cpu if source.stem.startswith("kernels")]
     for source in (source for source in cpu if source not in kernels):

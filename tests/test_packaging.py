@@ -248,11 +248,32 @@ def test_pure_python_install_says_why_cpu_is_missing(tmp_path):
     result = run(*command, env={"OTDD_NATIVE": "0", "CXX": "/nowhere"})
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list(tmp_path.glob("site/otdd/_native*"))
-    code = "from otdd import backends; print(backends.__file__, backends.available()['cpu'])"
+    # The finder of an editable install in this environment would lend its native module.
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path"
+        " if not getattr(f, '__module__', '').startswith('__editable__')];"
+        "from otdd import backends; print(backends.__file__, backends.available()['cpu'])"
+    )
     environment = {"PYTHONPATH": str(tmp_path / "site")}
     result = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert result.stdout.startswith(str(tmp_path / "site")), result.stderr
     assert "OTDD_NATIVE=0" in result.stdout
+
+
+def test_kernels_of_two_instruction_sets_share_no_code():
+    # The linker keeps one copy of a shared function: an AVX-512 one would end older processors.
+    objects = sorted(ROOT.glob("build/native-*/cpu_kernels*.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("needs the objects of a build in this tree, and nm")
+    defined = {}
+    for path in objects:
+        lines = run("nm", "--defined-only", "--extern-only", "--demangle", str(path)).stdout
+        symbols = {line.split(None, 2)[2] for line in lines.splitlines()}
+        symbols = {name for name in symbols if not name.startswith("DW.ref.")}
+        for other, theirs in defined.items():
+            if other.parent == path.parent:
+                assert not symbols & theirs, f"in {other.name} and {path.name}"
+        defined[path] = symbols
 
 
 # The installed package.
