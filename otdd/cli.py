@@ -55,6 +55,9 @@ class RunFlags(RunConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failure, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # terminals without ± or box drawing
     sys.exit(_guarded(arguments))
 
 
@@ -203,12 +206,13 @@ def _unchecked(cls: type, values: dict[str, Any], required: Any) -> Any:
 
 def _one_line(box: str, prog: str) -> str:
     """The message inside a box of the flag parser."""
-    lines = []
-    for line in box.splitlines():
-        text = line.strip("╭╮╰╯│─ ")
-        if line.startswith("│") and not text:
+    lines: list[str] = []
+    for line in box.splitlines()[1:]:  # after the title
+        text = line.strip("╭╮╰╯│ ")
+        rule = not text.strip("─-")
+        if rule and lines:
             break
-        if line.startswith("│"):
+        if not rule:
             lines.append(text)
     text = " ".join(lines)
     if text.startswith("Missing from"):

@@ -89,6 +89,7 @@ class Run:
 
         for name in self.config.sets:
             if self.store.has_images(name):
+                self.store.remove(f"sets/{name}/groups")  # a kill may have come before this
                 continue
             with self._timed(f"sample {name}"):
                 if name in SAMPLED:
@@ -147,7 +148,7 @@ class Run:
         names = self._with_images()
         sets = {name: self.store.read_images(name) for name in names}
         pairs = {name: (tensors["images"], tensors["labels"]) for name, tensors in sets.items()}
-        costs = self._known("ot_cost")
+        costs = self._known("ot_cost", {})
         with self._timed("evaluate"):
             for number, name in enumerate(names, start=1):
                 if name not in costs:
@@ -156,7 +157,7 @@ class Run:
                     )
                     costs[name] = round(cost, 4)
                 self.progress("transport cost", number, len(names))
-            if not self.store.has(GRID) or set(costs) != set(self._known("ot_cost")):
+            if not self.store.has(GRID) or set(costs) != set(self._known("ot_cost", {})):
                 self.store.write_bytes(GRID, plots.grid(pairs, self.data.classes))
         return self._write_metrics({name: costs[name] for name in names})
 
@@ -183,8 +184,15 @@ class Run:
     def _wants_soft(self) -> bool:
         return any(loss != "ce" for loss in self.config.train.losses)
 
-    def _known(self, key: str) -> dict[str, Any]:
-        return dict(self.store.read_json(METRICS)[key]) if self.store.has(METRICS) else {}
+    def _teacher_facts(self) -> list[dict[str, Any]]:
+        if "teachers" not in self.__dict__:  # not asked for this time
+            return self._known("teachers", [])
+        return [{"name": t.name, "accuracy": t.accuracy} for t in self.teachers]
+
+    def _known(self, key: str, default: Any) -> Any:
+        return (
+            self.store.read_json(METRICS).get(key, default) if self.store.has(METRICS) else default
+        )
 
     def _timed(self, name: str) -> _Timer:
         return _Timer(self, name)
@@ -195,6 +203,7 @@ class Run:
         metrics = {
             "accuracy": evaluate.accuracy_rows(self.store, self.config),
             "ot_cost": costs,
+            "teachers": self._teacher_facts(),
             "timings": {k: round(v, 2) for k, v in self.timings.items()},
             "versions": _versions(),
             "config": to_dict(self.config),
@@ -224,7 +233,7 @@ def run_stages(
     with work.store:
         for stage in stages:
             result = getattr(work, stage)()
-        return result if result is not None else work._write_metrics(work._known("ot_cost"))
+        return result if result is not None else work._write_metrics(work._known("ot_cost", {}))
 
 
 @dataclass

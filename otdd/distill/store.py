@@ -183,6 +183,14 @@ class Store:
             finally:
                 temp.unlink(missing_ok=True)
 
+    def remove(self, name: str) -> None:
+        """Remove a file or folder, if it is there."""
+        path = self.path / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:
@@ -286,10 +294,7 @@ class Store:
         if self._lock is None:
             return
         for path in list(self.path.rglob(TEMP + "*")):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            self.remove(str(path.relative_to(self.path)))
 
 
 def _temp_name() -> str:
