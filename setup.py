@@ -29,16 +29,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CXX_FLAGS = (
-    "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -DNDEBUG"
-).split()
-ISA_FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": (
-        "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mprefer-vector-width=512"
-    ).split(),
-}
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -DNDEBUG"
+AVX2 = "-mavx2 -mfma"
+AVX512 = f"{AVX2} -mavx512f -mavx512dq -mavx512vl -mavx512bw -mprefer-vector-width=512"
+ISA_FLAGS = {"baseline": [], "avx2": AVX2.split(), "avx512": AVX512.split()}
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 
@@ -69,10 +63,8 @@ class Plan:
 
     def summary(self) -> str:
         openmp = "OpenMP" if self.openmp else "no OpenMP (the compiler does not take -fopenmp)"
-        if self.cuda.home:
-            cuda = f"CUDA {self.cuda.version} for {self.cuda.archs} from {self.cuda.home}"
-        else:
-            cuda = f"no CUDA ({self.cuda.reason})"
+        cuda = f"CUDA {self.cuda.version} for {self.cuda.archs} from {self.cuda.home}"
+        cuda = cuda if self.cuda.home else f"no CUDA ({self.cuda.reason})"
         return f"native module: CPU {'+'.join(self.isas)}, {openmp}; {cuda}"
 
 
@@ -94,9 +86,8 @@ def gencode_flags(archs: str) -> list[str]:
     for arch in (part.strip() for part in archs.replace(",", ";").split(";")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if not match:
-            raise BuildError(
-                f"OTDD_CUDA_ARCHS must look like {DEFAULT_CUDA_ARCHS!r}, not {archs!r}"
-            )
+            wanted = f"OTDD_CUDA_ARCHS must look like {DEFAULT_CUDA_ARCHS!r}"
+            raise BuildError(f"{wanted}, not {archs!r}")
         number = "".join(match.group(1, 2, 3))
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match.group(4):
@@ -167,7 +158,7 @@ def make_plan(env: Mapping[str, str]) -> Plan:
         openmp=bool(openmp),
         isas=cpu_isas(platform.machine()),
         cuda=find_cuda(env, cuda_homes(env, shutil.which)),
-        cxx_flags=[*CXX_FLAGS, *openmp, *shlex.split(env.get("CXXFLAGS", ""))],
+        cxx_flags=[*CXX_FLAGS.split(), *openmp, *shlex.split(env.get("CXXFLAGS", ""))],
         link_flags=[*shared, *openmp, *shlex.split(env.get("LDFLAGS", ""))],
     )
 
@@ -246,12 +237,8 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def ninja_program() -> str:
-    try:
-        import ninja
-    except ImportError:
-        if found := shutil.which("ninja"):
-            return found
-        raise BuildError("ninja is missing: pip install ninja") from None
+    import ninja  # its package brings the program along
+
     return str(Path(ninja.BIN_DIR, "ninja"))
 
 
