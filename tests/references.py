@@ -9,6 +9,17 @@ import torch
 from torch import Tensor
 
 
+def problem(
+    B: int, N: int, M: int, dtype: torch.dtype = torch.float64, decades: float = 1, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random costs in [0, 1] and weights of mass 1 over `decades` orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed + 7 * N + M)
+    C = torch.rand(B, N, M, generator=generator, dtype=dtype)
+    a = 10 ** (-decades * torch.rand(B, N, generator=generator, dtype=dtype))
+    b = 10 ** (-decades * torch.rand(B, M, generator=generator, dtype=dtype))
+    return C, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+
+
 def cost_oracle(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Cost ``(..., N, M)`` through the full ``(..., N, M, D)`` difference."""
     difference = x.unsqueeze(-2) - y.unsqueeze(-3)
@@ -29,7 +40,7 @@ def cost_oracle(x: Tensor, y: Tensor, metric: str) -> Tensor:
 def torch_loop(
     C: Tensor, a: Tensor, b: Tensor, eps: float | Tensor, max_iter: int, g: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The plain log-domain loop that people write: potentials (f, g) after `max_iter` iterations."""
+    """The plain log-domain loop that people write: (f, g) after `max_iter` iterations."""
     eps = torch.as_tensor(eps, dtype=C.dtype)
     e1, e2 = (eps[..., None], eps[..., None, None]) if eps.dim() else (eps, eps)
     log_a, log_b = a.log(), b.log()
@@ -41,7 +52,9 @@ def torch_loop(
     return f, g
 
 
-def plan_oracle(C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float | Tensor) -> Tensor:
+def plan_oracle(
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float | Tensor
+) -> Tensor:
     e = torch.as_tensor(eps, dtype=C.dtype)
     e = e[..., None, None] if e.dim() else e
     log_plan = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / e + a.log().unsqueeze(-1)

@@ -10,6 +10,7 @@ int plan(const PlanArgs<T>& A) {
 #pragma omp parallel for num_threads(A.threads) schedule(static) \
     if (A.threads > 1 && A.B * A.N * A.M > 16384)
   for (i64 k = 0; k < A.B * A.N; ++k) {
+    FlushDenormals guard;
     const i64 p = k / A.N, i = k % A.N;
     const double inv_eps = 1 / A.eps.data[p * A.eps.batch];
     const double f = A.f.data[p * A.f.batch + i * A.f.item];

@@ -37,11 +37,18 @@ struct Resident {
   // fn(part, first row, end row) for every part.
   template <class Fn>
   void for_parts(Fn fn) {
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    const auto part = [&](i64 p) {
+      const i64 begin = least(N, p * per_part);
+      fn(p, begin, least(N, begin + per_part));
+    };
+    if (team == 1) {  // even a parallel region of one thread would cost more than a small problem
+      for (i64 p = 0; p < parts; ++p) part(p);
+      return;
+    }
+#pragma omp parallel for num_threads(team) schedule(static)
     for (i64 p = 0; p < parts; ++p) {
       FlushDenormals guard;
-      const i64 begin = least(N, p * per_part), end = least(N, begin + per_part);
-      fn(p, begin, end);
+      part(p);
     }
   }
 

@@ -123,6 +123,10 @@ inline T sum(Vec<T> v) {
 }
 template <class T>
 inline T max(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_max_pd((__m512d)v);
+#endif
   T s = v[0];
   for (int l = 1; l < kWidth<T>; ++l) s = v[l] > s ? v[l] : s;
   return s;
@@ -164,6 +168,28 @@ inline Vec<T> exp(Vec<T> x) {
   const Int scale = ((Int)shifted - (Int)broadcast<T>(R::kMagic)) << R::kBits;
   const Vec<T> y = (Vec<T>)((Int)p + scale);
   return lost ? Vec<T>{} : y;
+}
+
+// kWidth<double> numbers of either type as doubles, and back.
+inline VecD widen(const double* p) { return load(p); }
+inline VecD widen(const float* p) {
+  typedef float Half __attribute__((vector_size(kBytes / 2)));
+  Half h;
+  __builtin_memcpy(&h, p, kBytes / 2);
+  return __builtin_convertvector(h, VecD);
+}
+
+// log(x) for normal x > 0, within 2 ulp: x = 2^n m, m about 1, log m = 2 atanh((m - 1) / (m + 1)).
+inline VecD log(VecD x) {
+  const VecI64 bits = (VecI64)x - (VecI64{} + 0x3fe6a09e667f3bcdLL);  // so that m is in [.7, 1.4]
+  const VecI64 n = bits >> 52;
+  const VecD m = (VecD)((VecI64)x - (n << 52));
+  const VecD s = (m - 1.0) / (m + 1.0), z = s * s;
+  VecD p = VecD{} + 1.0 / 21;
+  for (int k = 19; k >= 3; k -= 2) p = p * z + 1.0 / k;
+  const VecD whole = __builtin_convertvector(n, VecD);
+  return whole * 6.93147180369123816490e-01 +
+         (2 * (s + s * (z * p)) + whole * 1.90821492927058770002e-10);
 }
 
 // Products of tiny numbers count as 0: they are far below any sum they enter, and slow otherwise.

@@ -243,24 +243,30 @@ class Sinkhorn {
 
   // phi from the resident rows' state.
   void settle_rows() {
-    for (i64 i = 0; i < N; ++i) phi_[i] = -shift_[i] - ::log(double(r_[i]));
+    logs(r_, N, phi_);
+    for (i64 i = 0; i < N; ++i) phi_[i] = -shift_[i] - phi_[i];
+  }
+
+  static void logs(const T* x, i64 n, double* out) {
+    for (i64 k = 0; k < n; k += kWidth<double>) store(out + k, log(widen(x + k)));
   }
 
   // All of the state into the potentials; K is to be made anew.
   void absorb() {
     settle_rows();
-    for (i64 j = 0; j < M; ++j)
-      if (b_[j] > 0) gamma_[j] += ::log(double(v_[j]));
+    logs(v_, M, lse_);
+    for (i64 j = 0; j < M; ++j) gamma_[j] += lse_[j];  // v is 1 where b is 0
     for (i64 j = 0; j < R.ld; ++j) v_[j] = 1;
     resident_ = false;
   }
 
   void record(i64 done) {
     double* h = history_ + done * (N + M);
-    for (i64 i = 0; i < N; ++i)
-      h[i] = eps_ * (resident_ ? -shift_[i] - ::log(double(r_[i])) : phi_[i]);
+    if (resident_) settle_rows();
+    for (i64 i = 0; i < N; ++i) h[i] = eps_ * phi_[i];
+    logs(v_, M, lse_);
     for (i64 j = 0; j < M; ++j)
-      h[N + j] = b_[j] > 0 ? eps_ * (gamma_[j] + ::log(double(v_[j])) - log_b_[j]) : 0.0;
+      h[N + j] = b_[j] > 0 ? eps_ * (gamma_[j] + lse_[j] - log_b_[j]) : 0.0;
   }
 
   // Outputs; the plan's row sums and its cost need one more pass.

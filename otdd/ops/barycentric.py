@@ -1,36 +1,179 @@
 """`barycentric`: where the plan sends each source, without keeping the plan."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
-from otdd.ops import checks
-from otdd.ops.sinkhorn import SinkhornResult
+from otdd import backends
+from otdd.ops import checks, pointers
+from otdd.ops.sinkhorn import SinkhornResult, problem_tensors
+from otdd.ops.sinkhorn.op import plan_rows
+from otdd.ops.sinkhorn.reference import over
+
+_CHUNK = 1 << 20  # entries of the plan that exist at a time
 
 
-def barycentric(result: SinkhornResult, y: Tensor) -> Tensor:
-    """Barycentric projection ``T(x_i) = sum_j P_ij y_j / sum_j P_ij``.
+def barycentric(
+    potentials: SinkhornResult | tuple[Tensor, Tensor],
+    y: Tensor,
+    *,
+    C: Tensor | None = None,
+    eps: float | Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Barycentric projection ``T(x_i) = (1 / a_i) sum_j P_ij y_j``.
 
-    The plan lives only inside this call; it is differentiable in what `result` is (see
-    `SinkhornResult`) and in `y`. At convergence the row sums are a, so this is ``diag(1/a) P y``;
-    dividing by the row sums themselves keeps every image inside the hull of y before that too. A
-    row of weight zero is sent to 0.
+    ``P_ij / a_i = b_j exp((f_i + g_j - C_ij) / eps)`` is made some rows at a time, forward and
+    backward. A row of weight zero is sent to 0.
 
     Args:
-        result: A solve with costs ``(..., N, M)``.
-        y: Values at the targets, ``(..., M, D)``.
+        potentials: A result of `otdd.ops.sinkhorn`, differentiable as its `plan` is; or potentials
+            ``(f, g)`` with `C` and `eps`, differentiable in f, g, C and b.
+        y: Values at the targets, ``(..., M, D)``, with the leading dimensions of the solve or
+            broadcastable to them. Differentiable.
+        C: Costs ``(..., N, M)``, for potentials only.
+        eps: Regularisation strength, as in `otdd.ops.sinkhorn`, for potentials only.
+        a: Row weights, for potentials only; they matter only where they are 0.
+        b: Column weights, for potentials only.
+        backend: ``reference``, ``cpu``, or None for that of the solve, or the first that can.
 
     Returns:
         Images of the sources, ``(..., N, D)``.
 
     Raises:
-        ValueError: `y` does not have M rows, or is on another device.
+        ValueError: Shapes that don't fit, another device, or C, eps, a or b beside a result.
         TypeError: `y` is not floating point or has another dtype than the solve.
     """
+    if isinstance(potentials, SinkhornResult):
+        given = [name for name, t in (("C", C), ("eps", eps), ("a", a), ("b", b)) if t is not None]
+        checks.require(not given, "potentials", f"a result beside {given}", "one or the other")
+        r, detach = potentials, potentials.grad == "envelope"
+        tensors = [t.detach() if detach else t for t in (r.C, r.f, r.g, r.a, r.b)]
+        eps_flat, chosen = r.eps, backend or r.backend
+    else:
+        checks.require(C is not None and eps is not None, "C and eps", "None", "both, with (f, g)")
+        tensors, eps_flat = problem_tensors(C, eps, potentials, a, b)
+        chosen = backend
+    C, f, g, a, b = tensors
     y = checks.as_float(y, "y")
-    checks.same_kind(y, "y", result.f, "the solve")
-    M = result.g.shape[-1]
-    checks.require(
-        y.dim() >= 2 and y.shape[-2] == M, "y", f"shape {tuple(y.shape)}", f"(..., {M}, D)"
+    checks.same_kind(y, "y", f, "the solve")
+    *batch, N, M = C.shape
+    try:
+        y = y.expand(*batch, *y.shape[-2:])
+        fits = y.shape[-2] == M
+    except RuntimeError:
+        fits = False
+    checks.require(fits, "y", f"shape {tuple(y.shape)}", f"{(*batch, M)} + (D,) or broadcastable")
+    refusals = {"cpu": pointers.refusal(C), "reference": None}
+    chosen = backends.choose("barycentric", refusals, chosen)
+    count = C.shape[:-2].numel()
+    image = _barycentric(
+        C.reshape(count, N, M),
+        f.reshape(count, N),
+        g.reshape(count, M),
+        (a > 0).to(a.dtype).reshape(count, N),
+        b.reshape(count, M),
+        eps_flat,
+        y.reshape(count, M, y.shape[-1]),
+        chosen,
     )
-    plan = result.plan
-    mass = plan.sum(-1, keepdim=True)
-    return (plan @ y) / mass.masked_fill(mass == 0, 1)
+    return image.reshape(*batch, N, y.shape[-1])
+
+
+@torch.library.custom_op("otdd::barycentric", mutates_args=())
+def _barycentric(
+    C: Tensor,
+    f: Tensor,
+    g: Tensor,
+    mask: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    y: Tensor,
+    backend: str,
+) -> Tensor:
+    if checks.values_are_checked(y):
+        checks.finite(y, "y")
+    image = y.new_empty(*C.shape[:2], y.shape[-1])
+    for rows, weights in _chunks(C, f, g, mask, b, eps, backend):
+        image[:, rows] = weights @ y
+    return image
+
+
+@_barycentric.register_fake
+def _(C, f, g, mask, b, eps, y, backend):  # noqa: ANN001, ANN202
+    return y.new_empty(C.shape[0], C.shape[1], y.shape[-1])
+
+
+@torch.library.custom_op("otdd::barycentric_backward", mutates_args=())
+def _barycentric_backward(
+    grad: Tensor,
+    C: Tensor,
+    f: Tensor,
+    g: Tensor,
+    mask: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    y: Tensor,
+    through_plan: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of C, f, g, b (zeros unless `through_plan`) and y."""
+    e = eps.to(C.dtype).unsqueeze(-1)
+    dC = torch.zeros(C.shape if through_plan else (0,), dtype=C.dtype, device=C.device)
+    df, dg, dy = C.new_zeros(f.shape), C.new_zeros(g.shape), C.new_zeros(y.shape)
+    for rows, weights in _chunks(C, f, g, mask, b, eps, backend):
+        dy += weights.mT @ grad[:, rows]
+        if through_plan:
+            flow = weights * (grad[:, rows] @ y.mT)
+            dC[:, rows] = -flow / e.unsqueeze(-1)
+            df[:, rows] = flow.sum(-1) / e
+            dg += flow.sum(-2) / e
+    return dC, df, dg, over(dg * e, b), dy
+
+
+@_barycentric_backward.register_fake
+def _(grad, C, f, g, mask, b, eps, y, through_plan, backend):  # noqa: ANN001, ANN202
+    dC = C.new_empty(C.shape if through_plan else (0,))
+    return (
+        dC,
+        C.new_empty(f.shape),
+        C.new_empty(g.shape),
+        C.new_empty(b.shape),
+        y.new_empty(y.shape),
+    )
+
+
+def _chunks(
+    C: Tensor, f: Tensor, g: Tensor, mask: Tensor, b: Tensor, eps: Tensor, backend: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows with their ``b_j exp((f_i + g_j - C_ij) / eps)``."""
+    B, N, M = C.shape
+    step = max(1, _CHUNK // max(1, B * M))
+    ones = C.new_ones(()).expand(B)
+    for i in range(0, N, step):
+        rows = slice(i, i + step)
+        yield rows, plan_rows(C[:, rows], f[:, rows], g, mask[:, rows], b, eps, ones, backend)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@checks.outside_autocast
+def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+    through_plan = any(ctx.needs_input_grad[:5])
+    dC, df, dg, db, dy = _barycentric_backward(
+        grad.contiguous(), *ctx.saved_tensors, through_plan, ctx.backend
+    )
+    if not through_plan:
+        dC = df = dg = db = None
+    return dC, df, dg, None, db, None, dy, None
+
+
+_barycentric.register_autograd(_backward, setup_context=_setup_context)
+for _device in ("cpu", "cuda"):
+    _barycentric.register_autocast(_device, torch.float32)

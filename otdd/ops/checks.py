@@ -5,8 +5,11 @@ force a GPU to synchronise, so they are checked inside the op on the CPU, and on
 when the environment variable ``OTDD_CHECKS=1`` is set.
 """
 
+import functools
 import math
+import numbers
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +35,9 @@ def as_float(t: Tensor, name: str) -> Tensor:
     if t.dtype in _HALF:
         return t.float()
     if t.dtype not in _FULL:
-        raise TypeError(f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64")
+        raise TypeError(
+            f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64"
+        )
     return t
 
 
@@ -52,8 +57,10 @@ def values_are_checked(t: Tensor) -> bool:
 
 def finite(t: Tensor, name: str) -> None:
     """Raises ``ValueError`` with the first offending index if ``t`` holds NaN or inf."""
+    if math.isfinite(_one(t).sum().item()):  # NaN and inf survive in a sum
+        return
     bad = ~torch.isfinite(t)
-    if bool(bad.any()):
+    if bool(bad.any()):  # else the sum itself overflowed
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"{name}: got {t[where].item()} at index {where} of shape {tuple(t.shape)} "
@@ -63,21 +70,24 @@ def finite(t: Tensor, name: str) -> None:
 
 def weights(w: Tensor, name: str, binary: bool = False) -> None:
     """Raises unless every row of ``w`` ``(B, N)`` is finite, non-negative and not all zero."""
-    if 0 in w.stride():  # an expanded scalar: one value stands for all
-        w = w[: min(1, w.shape[0]), :1]
     if w.numel() == 0:
         return
-    finite(w, name)
-    low = w.min().item()
+    low, high = (bound.item() for bound in torch.aminmax(_one(w)))  # NaN survives
+    if not (math.isfinite(low) and math.isfinite(high)):
+        finite(w, name)
     require(low >= 0, name, f"a negative weight, {low}", "weights >= 0")
-    require(bool((w.sum(-1) > 0).all()), name, "only zero weights in one problem", "one weight > 0")
-    if binary:
-        require(
-            bool(((w == 0) | (w == 1)).all()),
-            name,
-            "weights other than 0 and 1",
-            "0 or 1 (a mask) with marginals='sinkd'",
-        )
+    if low == 0:
+        some = bool((w.amax(-1) > 0).all())
+        require(some, name, "only zero weights in one problem", "one weight > 0")
+    if binary and not bool(((w == 0) | (w == 1)).all()):
+        accepted = "0 or 1 (a mask) with marginals='sinkd'"
+        require(False, name, "weights other than 0 and 1", accepted)
+
+
+def _one(t: Tensor) -> Tensor:
+    """A single entry of a tensor that is one number expanded; else the tensor itself."""
+    expanded = t.numel() > 0 and not any(t.stride())
+    return t[(0,) * t.dim()] if expanded else t
 
 
 def positive_eps(eps: float | Tensor) -> None:
@@ -86,5 +96,18 @@ def positive_eps(eps: float | Tensor) -> None:
         bad = ~(torch.isfinite(eps) & (eps > 0))
         if bool(bad.any()):
             raise ValueError(f"eps: got {eps[bad][0].item()}; accepted: finite numbers > 0")
-    else:
+    elif isinstance(eps, numbers.Real):
         require(math.isfinite(eps) and eps > 0, "eps", eps, "a finite number > 0")
+    else:
+        raise TypeError(f"eps: got {type(eps).__name__}; accepted: a number or a torch.Tensor")
+
+
+def outside_autocast(backward: Callable) -> Callable:
+    """An op's backward that keeps its precision when it runs inside ``torch.autocast``."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):  # noqa: ANN001, ANN002, ANN202
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run

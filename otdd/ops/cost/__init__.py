@@ -47,7 +47,9 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
     checks.require(x.dim() >= 2, "x", f"shape {tuple(x.shape)}", "(..., N, D)")
     checks.require(y.dim() >= 2, "y", f"shape {tuple(y.shape)}", "(..., M, D)")
     for name, t in (("x", x), ("y", y)):
-        checks.require(0 not in t.shape[-2:], name, f"shape {tuple(t.shape)}", "at least one point, D >= 1")
+        checks.require(
+            0 not in t.shape[-2:], name, f"shape {tuple(t.shape)}", "at least one point, D >= 1"
+        )
     checks.require(x.shape[-1] == y.shape[-1], "y", f"D = {y.shape[-1]}", f"D of x, {x.shape[-1]}")
     try:
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -101,6 +103,7 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.save_for_backward(x, y, *([output] if ctx.metric == "l2" else []))
 
 
+@checks.outside_autocast
 def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
     x, y = ctx.saved_tensors[:2]
     need_x, need_y = ctx.needs_input_grad[:2]

@@ -1,7 +1,7 @@
-"""`sinkhorn`: many entropic optimal-transport problems, solved at once, safely and differentiably."""
+"""`sinkhorn`: many entropic optimal-transport problems at once, safe and differentiable."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -62,7 +62,9 @@ class SinkhornResult:
         )
         if self.grad == "envelope":
             flat = tuple(t.detach() for t in flat)
-            P = plan_op(*flat, self.eps, flat[0].new_ones(()).expand(flat[0].shape[0]), self.backend)
+            P = plan_op(
+                *flat, self.eps, flat[0].new_ones(()).expand(flat[0].shape[0]), self.backend
+            )
         else:
             P = plan_from_potentials(*flat, self.eps)
         return P.reshape(shape)
@@ -83,7 +85,7 @@ def sinkhorn(
 ) -> SinkhornResult:
     """Solves ``min_P <P, C> + eps KL(P | a x b)`` for every problem of a batch.
 
-    Sinkhorn's iteration in the log domain (Cuturi 2013; Peyre & Cuturi 2019, eq. 4.44), rows first::
+    Sinkhorn's iteration in the log domain (Peyre & Cuturi 2019, eqs. 4.43-44), rows first::
 
         f_i = -eps LSE_j(log b_j + (g_j - C_ij) / eps)
         g_j = -eps LSE_i(log a_i + (f_i - C_ij) / eps)
@@ -120,34 +122,28 @@ def sinkhorn(
         TypeError: Not floating point, or different dtypes.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
-    C = checks.as_float(C, "C")
-    checks.require(C.dim() >= 2, "C", f"shape {tuple(C.shape)}", "(..., N, M)")
-    checks.require(0 not in C.shape[-2:], "C", f"shape {tuple(C.shape)}", "N >= 1 and M >= 1")
-    checks.require(grad in ("envelope", "unrolled", "implicit"), "grad", repr(grad), "envelope, unrolled, implicit")
-    checks.require(marginals in ("measure", "sinkd"), "marginals", repr(marginals), "measure, sinkd")
-    checks.require(
-        isinstance(max_iter, int) and max_iter >= 1, "max_iter", max_iter, "a whole number >= 1"
-    )
+    options = (("grad", grad, get_args(Grad)), ("marginals", marginals, get_args(Marginals)))
+    for name, seen, accepted in options:
+        checks.require(seen in accepted, name, repr(seen), ", ".join(accepted))
+    whole = isinstance(max_iter, int) and max_iter >= 1
+    checks.require(whole, "max_iter", max_iter, "a whole number >= 1")
     checks.require(0 <= tol < float("inf"), "tol", tol, "a finite number >= 0")
+    mass = 1.0 if marginals == "sinkd" else None
+    (C, _, g, a, b), eps_flat = problem_tensors(C, eps, init, a, b, mass)
     *batch, N, M = C.shape
     count = C.shape[:-2].numel()
-    sinkd = marginals == "sinkd"
-    a_full = _weights(a, "a", C, (*batch, N), 1.0 if sinkd else 1.0 / N)
-    b_full = _weights(b, "b", C, (*batch, M), 1.0 if sinkd else 1.0 / M)
-    eps_flat = _eps(eps, C, batch)
-    g = _start(init, C, (*batch, M))
-    C3 = C.reshape(count, N, M)
-    chosen = backends.choose("sinkhorn", {"cpu": pointers.refusal(C3), "reference": None}, backend)
+    refusals = {"cpu": pointers.refusal(C), "reference": None}
+    chosen = backends.choose("sinkhorn", refusals, backend)
     f, g, value, cost, marginal_error, n_iter, _ = sinkhorn_op(
-        C3,
-        a_full.reshape(count, N),
-        b_full.reshape(count, M),
+        C.reshape(count, N, M),
+        a.reshape(count, N),
+        b.reshape(count, M),
         eps_flat,
         g.reshape(count, M),
         max_iter,
         float(tol),
         grad,
-        sinkd,
+        marginals == "sinkd",
         chosen,
     )
     if grad == "envelope":
@@ -161,28 +157,77 @@ def sinkhorn(
         marginal_error=marginal_error.reshape(batch),
         converged=(marginal_error <= tol).reshape(batch),
         C=C,
-        a=a_full,
-        b=b_full,
+        a=a,
+        b=b,
         eps=eps_flat,
         grad=grad,
         backend=chosen,
     )
 
 
-def _weights(
-    w: Tensor | None, name: str, C: Tensor, shape: tuple[int, ...], default: float
+def problem_tensors(
+    C: Tensor,
+    eps: float | Tensor,
+    potentials: tuple[Tensor, Tensor] | SinkhornResult | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    mass: float | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Checks a problem's tensors and brings them to one batch shape and float32 or float64.
+
+    Args:
+        C: Costs, ``(..., N, M)``.
+        eps: A number or a tensor over the batch.
+        potentials: ``(f, g)``, a result, or None for zeros.
+        a: Row weights, or None for equal ones.
+        b: Column weights, or None for equal ones.
+        mass: Default weight of a point; None for 1 over their number.
+
+    Returns:
+        ``(C, f, g, a, b)``, and eps flat over the batch in float64.
+    """
+    C = checks.as_float(C, "C")
+    checks.require(C.dim() >= 2, "C", f"shape {tuple(C.shape)}", "(..., N, M)")
+    checks.require(0 not in C.shape[-2:], "C", f"shape {tuple(C.shape)}", "N >= 1 and M >= 1")
+    *batch, N, M = C.shape
+    f, g = _potentials(potentials, C)
+    return (
+        C,
+        f,
+        g,
+        _per_point(a, "a", C, (*batch, N), mass or 1.0 / N),
+        _per_point(b, "b", C, (*batch, M), mass or 1.0 / M),
+    ), _eps(eps, C, batch)
+
+
+def _potentials(
+    potentials: tuple[Tensor, Tensor] | SinkhornResult | None, C: Tensor
+) -> tuple[Tensor, Tensor]:
+    if isinstance(potentials, SinkhornResult):
+        potentials = potentials.f, potentials.g
+    elif potentials is None:
+        potentials = None, None
+    pair = isinstance(potentials, tuple | list) and len(potentials) == 2
+    checks.require(pair, "init", type(potentials).__name__, "(f, g) or a SinkhornResult")
+    *batch, N, M = C.shape
+    f, g = potentials
+    return (
+        _per_point(f, "potentials f", C, (*batch, N), 0.0),
+        _per_point(g, "potentials g", C, (*batch, M), 0.0),
+    )
+
+
+def _per_point(
+    t: Tensor | None, name: str, C: Tensor, shape: tuple[int, ...], default: float
 ) -> Tensor:
-    if w is None:
+    """`t`, checked and expanded to `shape`, or `default` everywhere."""
+    if t is None:
         return C.new_full((), default).expand(shape)
-    w = checks.as_float(w, name)
-    checks.same_kind(w, name, C, "C")
-    return _broadcast(w, name, shape)
-
-
-def _broadcast(t: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-    last_fits = t.dim() >= 1 and t.shape[-1] == shape[-1]
+    t = checks.as_float(t, name)
+    checks.same_kind(t, name, C, "C")
+    fits = t.dim() >= 1 and t.shape[-1] == shape[-1]
     try:
-        fits = last_fits and torch.broadcast_shapes(t.shape, shape) == torch.Size(shape)
+        fits = fits and torch.broadcast_shapes(t.shape, shape) == torch.Size(shape)
     except RuntimeError:
         fits = False
     checks.require(fits, name, f"shape {tuple(t.shape)}", f"{shape} or broadcastable to it")
@@ -203,14 +248,3 @@ def _eps(eps: float | Tensor, C: Tensor, batch: list[int]) -> Tensor:
             f"the batch {tuple(batch)}"
         ) from None
     return eps.reshape(-1)
-
-
-def _start(
-    init: tuple[Tensor, Tensor] | SinkhornResult | None, C: Tensor, shape: tuple[int, ...]
-) -> Tensor:
-    if init is None:
-        return C.new_zeros(()).expand(shape)
-    g = init.g if isinstance(init, SinkhornResult) else init[1]
-    g = checks.as_float(g, "init").detach()
-    checks.same_kind(g, "init", C, "C")
-    return _broadcast(g, "init", shape)

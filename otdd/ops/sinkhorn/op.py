@@ -64,7 +64,7 @@ def plan_op(
     C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, scale: Tensor, backend: str
 ) -> Tensor:
     """``scale * P``, ``scale (B,)``: the envelope gradient with respect to the cost."""
-    return _plan(C, f, g, a, b, eps, scale, backend)
+    return plan_rows(C, f, g, a, b, eps, scale, backend)
 
 
 @plan_op.register_fake
@@ -94,7 +94,7 @@ def backward_op(
     """
     if dcost is not None:
         e = eps.to(C.dtype).unsqueeze(-1)
-        flow = _plan(C, f, g, a, b, eps, dcost, backend)
+        flow = plan_rows(C, f, g, a, b, eps, dcost, backend)
         weighted = flow * C
         to_rows, to_columns = weighted.sum(-1), weighted.sum(-2)
         df, dg = df + to_rows / e, dg + to_columns / e
@@ -106,7 +106,10 @@ def backward_op(
     return dC, da, db
 
 
-def _plan(C, f, g, a, b, eps, scale, backend) -> Tensor:  # noqa: ANN001
+def plan_rows(
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, scale: Tensor, backend: str
+) -> Tensor:
+    """``scale * P`` by `backend`, for all rows or some of them."""
     if backend == "cpu":
         return cpu.plan_cpu(C, f, g, a, b, eps, scale)
     return plan_from_potentials(C, f, g, a, b, eps) * scale[:, None, None]
@@ -115,7 +118,11 @@ def _plan(C, f, g, a, b, eps, scale, backend) -> Tensor:  # noqa: ANN001
 @backward_op.register_fake
 def _(C, a, b, eps, f, g, history, n_iter, df, dg, dcost, mode, backend):  # noqa: ANN001, ANN202
     B, N, M = C.shape
-    return torch.empty_like(C, memory_format=torch.contiguous_format), C.new_empty(B, N), C.new_empty(B, M)
+    return (
+        torch.empty_like(C, memory_format=torch.contiguous_format),
+        C.new_empty(B, N),
+        C.new_empty(B, M),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -126,7 +133,8 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN202
+@checks.outside_autocast
+def _backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
     C, a, b, eps, f, g, history, n_iter = ctx.saved_tensors
     none = (None,) * 7
     if ctx.grad == "envelope":

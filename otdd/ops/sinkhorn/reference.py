@@ -13,8 +13,10 @@ from torch import Tensor
 
 
 class Solution(NamedTuple):
-    """What one solve returns; ``history`` holds (f, g) after 0..T iterations,
-    ``(B, T + 1, N + M)`` in float64, or is empty."""
+    """What one solve returns.
+
+    ``history`` holds (f, g) after 0..T iterations, ``(B, T + 1, N + M)`` in float64, or is empty.
+    """
 
     f: Tensor
     g: Tensor

@@ -1,0 +1,124 @@
+"""Losses built on the ops, as `nn.Module`s."""
+
+import torch
+from torch import Tensor, nn
+
+from otdd.ops import METRICS, cost_matrix, sinkhorn
+from otdd.ops.checks import as_float, require, same_kind
+
+
+class SinkhornLoss(nn.Module):
+    """Entropic OT between point clouds, or the Sinkhorn divergence.
+
+    With `debias`, ``S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2`` (Feydy et al., AISTATS 2019,
+    eq. 3), which is zero at x = y; without, ``OT(x, y)``; ``OT`` is the dual value of
+    `otdd.ops.sinkhorn` with the KL regulariser.
+
+    Args:
+        metric: Ground cost, as in `otdd.ops.cost_matrix`; ``sqeuclidean`` is ``|x - y|^2``, without
+            GeomLoss's 1/2.
+        eps: Regularisation strength > 0 in the units of the cost.
+        debias: Subtract the self-transport terms.
+        max_iter: Iterations of each solve.
+        tol: L1 marginal error at which a problem stops by itself; 0 never.
+        grad: ``envelope``, ``unrolled`` or ``implicit``, as in `otdd.ops.sinkhorn`.
+        backend: As in `otdd.ops.sinkhorn`.
+
+    Shape: x ``(..., N, D)``, y ``(..., M, D)``, weights a ``(..., N)`` and b ``(..., M)`` (uniform
+    if None) -> ``(...)``.
+    """
+
+    def __init__(
+        self,
+        metric: str = "sqeuclidean",
+        eps: float = 0.05,
+        debias: bool = True,
+        *,
+        max_iter: int = 100,
+        tol: float = 0.0,
+        grad: str = "envelope",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        require(metric in METRICS, "metric", repr(metric), ", ".join(METRICS))
+        require(eps > 0, "eps", eps, "a number > 0")
+        self.metric, self.eps, self.debias = metric, eps, debias
+        self.options = {"max_iter": max_iter, "tol": tol, "grad": grad, "backend": backend}
+
+    def forward(
+        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
+    ) -> Tensor:
+        loss = self._transport(x, y, a, b)
+        if self.debias:
+            loss = loss - (self._transport(x, x, a, a) + self._transport(y, y, b, b)) / 2
+        return loss
+
+    def _transport(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        C = cost_matrix(x, y, self.metric, backend=self.options["backend"])
+        return sinkhorn(C, a, b, eps=self.eps, **self.options).value
+
+    def extra_repr(self) -> str:
+        return f"metric={self.metric!r}, eps={self.eps}, debias={self.debias}"
+
+
+class OTLogitLoss(nn.Module):
+    """Optimal transport between a batch of student and a batch of teacher predictions.
+
+    ``C_ij = |softmax(s_i / tau) - softmax(t_j / tau)|_1`` in [0, 2] and the loss is ``<P, C>`` with
+    the Sinkhorn plan over the batch (Cui et al., NeurIPS 2025, "OT logit matching"; cost and
+    normalisation after SinKD, Cui et al., COLING 2024). The teacher is detached.
+
+    Args:
+        tau: Temperature > 0 of both softmaxes.
+        eps: Regularisation strength > 0.
+        max_iter: Sinkhorn iterations.
+        reduction: ``mean`` (the plan has mass 1) or ``sum`` (mass B, SinKD's scale).
+        marginals: ``measure`` or ``sinkd``, as in `otdd.ops.sinkhorn`.
+        grad: ``envelope`` holds the plan fixed; ``unrolled`` differentiates the iterations too.
+        backend: As in `otdd.ops.sinkhorn`.
+
+    Shape: logits ``(..., B, K)`` both -> a scalar, the mean over leading dimensions.
+    """
+
+    def __init__(
+        self,
+        tau: float = 2.0,
+        eps: float = 0.1,
+        max_iter: int = 20,
+        reduction: str = "mean",
+        *,
+        marginals: str = "measure",
+        grad: str = "envelope",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        require(tau > 0, "tau", tau, "a number > 0")
+        require(eps > 0, "eps", eps, "a number > 0")
+        require(reduction in ("mean", "sum"), "reduction", repr(reduction), "mean, sum")
+        self.tau, self.eps, self.max_iter, self.reduction = tau, eps, max_iter, reduction
+        self.marginals, self.grad, self.backend = marginals, grad, backend
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        student = as_float(student_logits, "student_logits")
+        teacher = as_float(teacher_logits, "teacher_logits").detach()
+        same_kind(teacher, "teacher_logits", student, "student_logits")
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        require(
+            student.shape == teacher.shape, "teacher_logits", shapes, "equal shapes (..., B, K)"
+        )
+        p, q = (torch.softmax(logits / self.tau, -1) for logits in (student, teacher))
+        C = cost_matrix(p, q, "l1", backend=self.backend)
+        result = sinkhorn(
+            C,
+            eps=self.eps,
+            max_iter=self.max_iter,
+            grad=self.grad,
+            marginals=self.marginals,
+            backend=self.backend,
+        )
+        mass_of_plan = C.shape[-1] if self.marginals == "sinkd" else 1
+        mass_wanted = C.shape[-1] if self.reduction == "sum" else 1
+        return result.cost.mean() * (mass_wanted / mass_of_plan)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, eps={self.eps}, max_iter={self.max_iter}, {self.reduction}"

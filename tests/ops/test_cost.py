@@ -1,0 +1,174 @@
+"""`cost_matrix` against the naive oracle: values, gradients, layouts, errors."""
+
+import pytest
+import torch
+from references import cost_oracle
+
+from otdd.backends import BackendError
+from otdd.ops import METRICS, cost_matrix
+
+BACKENDS = ("reference", "cpu")
+SHAPES = [(), (1,), (3,), (2, 3)], [(1, 1, 1), (5, 7, 3), (64, 33, 17), (4, 4, 129), (1, 300, 40)]
+
+
+def clouds(batch: tuple, N: int, M: int, D: int, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(N * 1000 + M * 10 + D)
+    return torch.randn(*batch, N, D, dtype=dtype), torch.randn(*batch, M, D, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("sizes", SHAPES[1])
+@pytest.mark.parametrize("batch", SHAPES[0])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_values(backend, metric, sizes, batch, dtype, tol):
+    x, y = clouds(batch, *sizes, dtype)
+    C = cost_matrix(x, y, metric, backend=backend)
+    expected = cost_oracle(x.double(), y.double(), metric)
+    assert C.dtype == dtype
+    assert C.shape == expected.shape
+    torch.testing.assert_close(C.double(), expected, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("sizes", [(5, 7, 3), (1, 9, 20), (70, 3, 70)])
+def test_gradients(backend, metric, sizes):
+    x, y = (t.requires_grad_() for t in clouds((2,), *sizes))
+    G = torch.randn(2, *sizes[:2], dtype=torch.float64)
+    got = torch.autograd.grad((cost_matrix(x, y, metric, backend=backend) * G).sum(), (x, y))
+    expected = torch.autograd.grad((cost_oracle(x, y, metric) * G).sum(), (x, y))
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "cosine"])
+def test_double_backward(backend, metric):
+    x, y = (t.requires_grad_() for t in clouds((2,), 4, 3, 5))
+    assert torch.autograd.gradgradcheck(
+        lambda x, y: cost_matrix(x, y, metric, backend=backend), (x, y)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_only_one_side_needs_grad(backend, metric):
+    x, y = clouds((), 4, 6, 3)
+    for a, b in ((x.requires_grad_(), y), (x.detach(), y.requires_grad_())):
+        cost_matrix(a, b, metric, backend=backend).sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(y.grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_layouts_do_not_matter(backend, metric):
+    x, y = clouds((3,), 9, 8, 20)
+    expected = cost_matrix(x, y, metric, backend=backend)
+    strided = cost_matrix(
+        x.mT.contiguous().mT, y.repeat(1, 1, 2)[..., :20], metric, backend=backend
+    )
+    every_second = torch.empty(6, 18, 40, dtype=x.dtype)[::2, ::2, ::2].copy_(x)
+    torch.testing.assert_close(strided, expected)
+    torch.testing.assert_close(cost_matrix(every_second, y, metric, backend=backend), expected)
+    shared = cost_matrix(x, y[0], metric, backend=backend)
+    torch.testing.assert_close(shared[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_gradient(backend):
+    x, y = (t.requires_grad_() for t in clouds((), 6, 5, 9))
+    G = torch.randn(5, 6, dtype=torch.float64).T
+    got = torch.autograd.grad(cost_matrix(x, y, backend=backend), (x, y), G)
+    expected = torch.autograd.grad(cost_oracle(x, y, "l1"), (x, y), G)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(backend, metric, dtype):
+    x, y = clouds((), 5, 6, 40, torch.float32)
+    x, y = x.to(dtype).requires_grad_(), y.to(dtype)
+    C = cost_matrix(x, y, metric, backend=backend)
+    assert C.dtype == torch.float32
+    torch.testing.assert_close(C, cost_oracle(x.float(), y.float(), metric), rtol=1e-5, atol=1e-5)
+    C.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean"])
+def test_close_points_far_from_the_origin_keep_their_digits(backend, metric):
+    x = torch.randn(20, 64) * 1e-3 + 100
+    C = cost_matrix(x, x, metric, backend=backend)
+    expected = cost_oracle(x.double(), x.double(), metric)
+    assert (C.diagonal() == 0).all()
+    torch.testing.assert_close(C.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_coinciding_and_zero_points_have_finite_gradients(backend, metric):
+    x = torch.tensor([[0.0, 0.0], [1.0, 2.0]], requires_grad=True)
+    C = cost_matrix(x, x.detach().clone(), metric, backend=backend)
+    C.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    if metric == "cosine":
+        assert (C[0] == 1).all()
+        assert (x.grad[0] == 0).all()
+    else:
+        assert (C.diagonal() == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_empty_batch(backend, metric):
+    x, y = (t.requires_grad_() for t in clouds((0,), 3, 4, 5))
+    C = cost_matrix(x, y, metric, backend=backend)
+    assert C.shape == (0, 3, 4)
+    C.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_no_buffer_of_all_differences():
+    x, y = clouds((), 256, 300, 400, torch.float32)
+    peak = _largest_allocation(lambda: cost_matrix(x.requires_grad_(), y).sum().backward())
+    assert peak <= 4 * max(256 * 300, 300 * 400)
+
+
+def _largest_allocation(run) -> int:
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "says"),
+    [
+        ({"metric": "manhattan"}, ValueError, "metric: got 'manhattan'.*l1, l2"),
+        ({"y": torch.randn(4, 6)}, ValueError, "y: got D = 6; accepted: D of x, 5"),
+        ({"x": torch.randn(5)}, ValueError, r"x: got shape \(5,\)"),
+        ({"x": torch.randn(3, 0), "y": torch.randn(4, 0)}, ValueError, "x: got shape"),
+        ({"x": torch.randn(0, 5)}, ValueError, "at least one point"),
+        ({"y": torch.randn(4, 5).double()}, TypeError, "y: got dtype torch.float64"),
+        ({"x": torch.ones(3, 5, dtype=torch.int64)}, TypeError, "x: got dtype torch.int64"),
+        ({"x": [[1.0]]}, TypeError, "x: got list"),
+        ({"x": torch.full((3, 5), torch.nan)}, ValueError, r"x: got nan at index \(0, 0, 0\)"),
+        ({"y": torch.full((4, 5), torch.inf)}, ValueError, "y: got inf"),
+        ({"y": torch.randn(4, 5, device="meta")}, ValueError, "y: got device meta"),
+        ({"x": torch.randn(2, 3, 5), "y": torch.randn(3, 4, 5)}, ValueError, "leading dimensions"),
+        ({"backend": "fortran"}, ValueError, "fortran"),
+        ({"backend": "cuda"}, BackendError, "cuda"),
+    ],
+)
+def test_bad_input(kwargs, error, says):
+    good = {"x": torch.randn(3, 5), "y": torch.randn(4, 5)}
+    with pytest.raises(error, match=says):
+        cost_matrix(**{**good, **kwargs})
+
+
+def test_large_finite_values_are_not_mistaken_for_infinite_ones():
+    x = torch.full((2, 2), 3e38)
+    assert (cost_matrix(x, x) == 0).all()

@@ -1,0 +1,118 @@
+"""The ops as citizens of PyTorch: opcheck, compile, autocast, half-way through a training step."""
+
+import pytest
+import torch
+from references import problem
+
+from otdd.losses import OTLogitLoss, SinkhornLoss
+from otdd.ops import METRICS, barycentric, cost_matrix, sinkhorn
+from otdd.ops.barycentric import _barycentric
+from otdd.ops.cost import _cost_matrix
+from otdd.ops.sinkhorn.op import plan_op, sinkhorn_op
+
+BACKENDS = ("reference", "cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def args_of(grad: str, backend: str, requires_grad: bool) -> tuple:
+    C, a, b = problem(3, 4, 5, torch.float32)
+    eps = torch.full((3,), 0.1, dtype=torch.float64)
+    C, a, b = (t.requires_grad_(requires_grad) for t in (C, a, b))
+    return C, a, b, eps, torch.zeros(3, 5), 6, 0.0, grad, False, backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+def test_opcheck_sinkhorn(backend, grad):
+    torch.library.opcheck(sinkhorn_op, args_of(grad, backend, True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_opcheck_cost_matrix(backend, metric):
+    x, y = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
+    torch.library.opcheck(_cost_matrix, (x, y, metric, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_barycentric_and_plan(backend):
+    C, a, b, eps, g, *_ = args_of("envelope", backend, True)
+    f, y = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 5, 2, requires_grad=True)
+    mask = torch.ones(3, 4)
+    torch.library.opcheck(_barycentric, (C, f, g, mask, b, eps, y, backend))
+    plain = [t.detach() for t in (C, f, g, a, b)]
+    torch.library.opcheck(plan_op, (*plain, eps, torch.ones(3), backend))
+
+
+def step(x: torch.Tensor, y: torch.Tensor, grad: str, backend: str) -> torch.Tensor:
+    C = cost_matrix(x, y, "l1", backend=backend)
+    result = sinkhorn(C, eps=0.5, max_iter=7, grad=grad, backend=backend)
+    loss = result.value.sum() + result.cost.sum() + (result.plan**2).sum()
+    return loss + barycentric(result, y).square().sum()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+def test_compile_fullgraph(backend, grad):
+    torch._dynamo.reset()
+    x, y = torch.randn(2, 6, 3, requires_grad=True), torch.randn(2, 5, 3, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    want = step(x, y, grad, backend)
+    got = compiled(x, y, grad, backend)
+    torch.testing.assert_close(got, want)
+    expected = torch.autograd.grad(want, (x, y))
+    torch.testing.assert_close(torch.autograd.grad(got, (x, y)), expected)
+
+
+def test_compile_fullgraph_chooses_a_backend_by_itself():
+    torch._dynamo.reset()
+    C = torch.rand(2, 4, 5)
+    compiled = torch.compile(
+        lambda C: sinkhorn(C, eps=0.1, tol=1e-3).value, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(C), sinkhorn(C, eps=0.1, tol=1e-3).value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_autocast_leaves_the_ops_in_float32(backend, metric):
+    x, y = torch.randn(2, 6, 30, requires_grad=True), torch.randn(2, 5, 30)
+    want = sinkhorn(cost_matrix(x, y, metric, backend=backend), eps=0.5, backend=backend)
+    want.value.sum().backward()
+    expected, x.grad = x.grad, None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        C = cost_matrix(x, y, metric, backend=backend)
+        got = sinkhorn(C, eps=0.5, backend=backend)
+        image = barycentric(got, y)
+        got.value.sum().backward()
+    assert C.dtype == got.value.dtype == image.dtype == torch.float32
+    torch.testing.assert_close(got.plan, want.plan)
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_inside_autocast_and_compile(backend):
+    torch._dynamo.reset()
+    s, t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    for loss in (OTLogitLoss(backend=backend), SinkhornLoss(eps=0.5, backend=backend)):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(s, t), loss(s, t))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert loss(s, t).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_problem_does_not_poison_its_batch(backend, monkeypatch):
+    from otdd.ops import checks
+
+    monkeypatch.setattr(checks, "values_are_checked", lambda t: False)
+    C = torch.rand(3, 4, 5)
+    clean = sinkhorn(C, eps=0.1, tol=1e-2, backend="reference")
+    C[1, 2, 3] = torch.nan
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="C: got nan"):  # the native solver always looks
+            sinkhorn(C, eps=0.1, tol=1e-2, backend=backend)
+        return
+    result = sinkhorn(C, eps=0.1, tol=1e-2, backend=backend)
+    assert result.converged.tolist() == [True, False, True]
+    torch.testing.assert_close(result.value[::2], clean.value[::2])

@@ -1,0 +1,84 @@
+"""The loss modules."""
+
+import pytest
+import torch
+from references import cost_oracle, sinkd_oracle, sinkhorn_oracle
+
+from otdd.losses import OTLogitLoss, SinkhornLoss
+from otdd.ops import METRICS
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("debias", [False, True])
+def test_sinkhorn_loss(metric, debias):
+    torch.manual_seed(0)
+    x = (0.5 * torch.randn(2, 6, 3, dtype=torch.float64)).requires_grad_()
+    y = 0.5 * torch.randn(2, 5, 3, dtype=torch.float64) + 0.3
+    a = torch.softmax(torch.randn(2, 6, dtype=torch.float64), -1)
+    b = torch.softmax(torch.randn(2, 5, dtype=torch.float64), -1)
+
+    def oracle(p, q, u, v):
+        return sinkhorn_oracle(cost_oracle(p, q, metric), u, v, eps=1.0, max_iter=1000)["value"]
+
+    want = oracle(x, y, a, b)
+    if debias:
+        want = want - (oracle(x, x, a, a) + oracle(y, y, b, b)) / 2
+    got = SinkhornLoss(metric, eps=1.0, debias=debias, max_iter=1000)(x, y, a, b)
+    assert got.shape == (2,)
+    torch.testing.assert_close(got, want)
+    (seen,), (exact,) = (torch.autograd.grad(t.sum(), x) for t in (got, want))
+    torch.testing.assert_close(seen, exact, rtol=1e-6, atol=1e-8)
+
+
+def test_divergence_of_a_cloud_from_itself_is_zero():
+    x = torch.randn(30, 4)
+    assert SinkhornLoss(eps=1.0)(x, x.clone()).abs() < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("marginals", ["measure", "sinkd"])
+def test_logit_loss_is_sinkd_up_to_its_mass(reduction, marginals):
+    torch.manual_seed(0)
+    student = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
+    p, q = torch.softmax(student / 2, -1), torch.softmax(teacher / 2, -1)
+    C = cost_oracle(p, q, "l1")
+    want = (sinkd_oracle(C, 0.1, 20) * C).sum() / (7 if reduction == "mean" else 1)
+    loss = OTLogitLoss(reduction=reduction, marginals=marginals, grad="unrolled")
+    got = loss(student, teacher)
+    torch.testing.assert_close(got, want)
+    (exact,) = torch.autograd.grad(want, student)
+    got.backward()
+    torch.testing.assert_close(student.grad, exact)
+    assert teacher.grad is None
+
+
+def test_logit_loss_pulls_the_student_to_the_teacher():
+    torch.manual_seed(0)
+    student = torch.randn(16, 5, requires_grad=True)
+    teacher = 3 * torch.randn(16, 5)
+    loss = OTLogitLoss()
+    optimiser = torch.optim.Adam([student], lr=0.1)
+    first = loss(student, teacher).item()
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss(student, teacher).backward()
+        optimiser.step()
+    assert loss(student, teacher).item() < 0.5 * first
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: OTLogitLoss(tau=0), "tau: got 0"),
+        (lambda: OTLogitLoss(eps=-1), "eps: got -1"),
+        (lambda: OTLogitLoss(reduction="max"), "reduction: got 'max'"),
+        (lambda: SinkhornLoss("manhattan"), "metric: got 'manhattan'"),
+        (lambda: SinkhornLoss(eps=0), "eps: got 0"),
+        (lambda: OTLogitLoss()(torch.rand(3, 4), torch.rand(4, 4)), "teacher_logits: got"),
+        (lambda: OTLogitLoss()(torch.full((3, 4), torch.nan), torch.rand(3, 4)), "nan"),
+    ],
+)
+def test_bad_input(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
