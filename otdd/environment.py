@@ -22,7 +22,6 @@ PACKAGES = (
     "safetensors",
     "scikit-learn",
     "scikit-image",
-    "matplotlib",
     "POT",
     "geomloss",
 )

@@ -282,9 +282,9 @@ def test_kernels_of_two_instruction_sets_share_no_code():
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [
-        (["-c", "import otdd; otdd.__version__"], {"torch", "numpy", "diffusers", "matplotlib"}),
+        (["-c", "import otdd; otdd.__version__"], {"torch", "numpy", "diffusers", "timm"}),
         (["-c", "import otdd; otdd.ops; otdd.losses"], {"diffusers", "timm", "triton", "sklearn"}),
-        (["-m", "otdd", "--help"], {"torch", "numpy", "diffusers", "timm", "yaml", "matplotlib"}),
+        (["-m", "otdd", "--help"], {"torch", "numpy", "diffusers", "timm", "yaml"}),
     ],
 )
 def test_imports_are_lazy(arguments, absent):
