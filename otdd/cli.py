@@ -105,6 +105,8 @@ def _run(command: str, flags: list[str]) -> int:
     given = _parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
     plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**plain)
+    # Threads that spin while they wait make a busy machine ten times slower; before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from otdd.terminal import Bars, print_metrics
 
     with Bars(given.quiet) as bars:

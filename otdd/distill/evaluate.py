@@ -18,7 +18,7 @@ from otdd.distill.relabel import Plan, Progress, Teacher, hard_steps, live_steps
 from otdd.distill.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from otdd.distill.codec import Codec
 
@@ -49,7 +49,8 @@ def train(
     images, labels = tensors["images"], tensors["labels"]
     total = Plan.of(config, data, len(images)).total
     kept: list[Step] | None = None
-    for number, (arch, loss, seed) in enumerate(_students(config), start=1):
+    ticker = _Ticker(progress, f"train {set_name}", total, len(_students(config)))
+    for arch, loss, seed in _students(config):
         name = result_name(set_name, arch, loss, seed)
         if not store.has(name):
             steps: Iterator[Step] | list[Step]
@@ -66,12 +67,12 @@ def train(
             with reproducible():
                 student = students.make_network(arch, data, seed)
                 objective = make_loss(loss, config.train)
+                seen = ticker.count(steps)
                 outcome = train_student(
-                    student, images, labels, steps, total, objective, config.train, test=data.test
+                    student, images, labels, seen, total, objective, config.train, test=data.test
                 )
             store.write_json(name, {"accuracy": outcome.accuracy, "best": outcome.best})
-        if progress is not None:
-            progress(f"train {set_name}", number, len(_students(config)))
+        ticker.student_done()
 
 
 def missing(store: Store, config: RunConfig, set_name: str) -> list[str]:
@@ -133,6 +134,29 @@ def transport_cost(
 def result_name(set_name: str, arch: str, loss: str, seed: int) -> str:
     """File of the result of one student."""
     return f"results/{set_name}/{arch.replace('/', '_')}/{LABELS[loss]}-{loss}-{seed}.json"
+
+
+class _Ticker:
+    """Reports the steps of all students of a set as one count."""
+
+    def __init__(self, progress: Progress | None, text: str, steps: int, students: int) -> None:
+        self.progress, self.text, self.steps, self.total = progress, text, steps, steps * students
+        self.finished = 0
+        self._report(0)
+
+    def count(self, steps: Iterable[Step]) -> Iterator[Step]:
+        for number, step in enumerate(steps, start=1):
+            yield step
+            if number % 10 == 0 and number < self.steps:
+                self._report(number)
+
+    def student_done(self) -> None:
+        self.finished += 1
+        self._report(0)
+
+    def _report(self, number: int) -> None:
+        if self.progress is not None:
+            self.progress(self.text, self.finished * self.steps + number, self.total)
 
 
 def _students(config: RunConfig) -> list[tuple[str, str, int]]:

@@ -59,6 +59,8 @@ class Run:
         Raises:
             ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
         """
+        progress = progress or _silent
+        progress("prepare", 0, 1)
         known = {k: v for k, v in identity(config).items() if k != "data"}
         Store(config.out).check(known)
         from otdd.distill.data import load_data
@@ -78,9 +80,10 @@ class Run:
         if Path(config.data).is_dir():
             resolved["data"] = str(Path(config.data).resolve())
         store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
-        run = cls(config, store, data, generator, progress or _silent)
+        run = cls(config, store, data, generator, progress)
         if store.has(METRICS):
             run.timings = dict(store.read_json(METRICS)["timings"])
+        progress("prepare", 1, 1)
         return run
 
     def sample(self) -> None:

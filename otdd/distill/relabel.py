@@ -96,6 +96,8 @@ def relabel(
     plan = Plan.of(config, data, len(images))
     per_shard = plan.epochs_per_shard(len(data.classes))
     meta = {"teachers": [[t.name, t.digest] for t in teachers], "classes": list(data.classes)}
+    if progress is not None:
+        progress(f"relabel {set_name}", 0, plan.epochs)
     for first in range(0, plan.epochs, per_shard):
         last = min(first + per_shard, plan.epochs)
         name = shard_name(set_name, first // per_shard)
@@ -221,10 +223,12 @@ def _trained(
 
     def steps() -> Iterator[Step]:
         for epoch in range(epochs):
+            if progress is not None:
+                progress(f"teacher {arch}", epoch, epochs)
             for batch in plan.epoch(epoch):
                 yield Step(batch)
-            if progress is not None:
-                progress(f"teacher {arch}", epoch + 1, epochs)
+        if progress is not None:
+            progress(f"teacher {arch}", epochs, epochs)
 
     images = data.train.images
     with reproducible():

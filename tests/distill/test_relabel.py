@@ -94,7 +94,7 @@ def test_shards_resume_to_the_same_bytes(store, teachers, monkeypatch):
     store.write_images("kmeans", images["images"], images["labels"])
     seen = []
     stage.relabel(store, DATA, teachers, CONFIG, "kmeans", lambda *a: seen.append(a))
-    assert seen == [("relabel kmeans", n, 3) for n in (1, 2, 3)]
+    assert seen == [("relabel kmeans", n, 3) for n in (0, 1, 2, 3)]
     shards = [store.path / stage.shard_name("kmeans", i) for i in range(3)]
     before = [s.read_bytes() for s in shards]
     shards[1].unlink()
