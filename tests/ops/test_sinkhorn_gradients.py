@@ -1,4 +1,4 @@
-"""The three gradients of `sinkhorn` and `barycentric` against autograd through the float64 oracle."""
+"""The gradients of `sinkhorn` and `barycentric` against autograd through the oracle."""
 
 import pytest
 import torch
