@@ -2,8 +2,8 @@
 
     python benchmarks/sinkhorn_cpu.py --out benchmarks/results/sinkhorn_cpu.json
 
-Each pair is timed in turn, A B A B, on one thread and on two; the figure is the median and the ratio
-is the median of the pairs' ratios. Agreement with the float64 oracle is checked before timing.
+Each pair is timed in turn, A B A B, on one thread and on two; a time is a median and a ratio is the
+median of the pairs' ratios. Agreement with the float64 oracle is checked before timing.
 """
 
 import argparse

@@ -80,47 +80,72 @@ struct Resident {
 
   // dots[k] = <K_{i+k}, w>
   void products(i64 i, i64 rows, const T* w, T* dots) const {
-    constexpr i64 W = kWidth<T>;
-    i64 k = 0;
-    for (; k + 4 <= rows; k += 4) {
-      const T *r0 = K + (i + k) * ld, *r1 = r0 + ld, *r2 = r1 + ld, *r3 = r2 + ld;
-      Vec<T> s0{}, s1{}, s2{}, s3{};
-      for (i64 j = 0; j < ld; j += W) {
-        const Vec<T> x = load(w + j);
-        s0 += load(r0 + j) * x;
-        s1 += load(r1 + j) * x;
-        s2 += load(r2 + j) * x;
-        s3 += load(r3 + j) * x;
-      }
-      dots[k] = sum<T>(s0), dots[k + 1] = sum<T>(s1), dots[k + 2] = sum<T>(s2), dots[k + 3] = sum<T>(s3);
-    }
-    for (; k < rows; ++k) {
-      const T* r = K + (i + k) * ld;
-      Vec<T> s{};
-      for (i64 j = 0; j < ld; j += W) s += load(r + j) * load(w + j);
-      dots[k] = sum<T>(s);
+    switch (ld / kWidth<T>) {  // narrow matrices keep w, and in add_rows the sums, in registers
+      case 1: return products_of<1>(i, rows, w, dots);
+      case 2: return products_of<2>(i, rows, w, dots);
+      case 3: return products_of<3>(i, rows, w, dots);
+      case 4: return products_of<4>(i, rows, w, dots);
+      default: return products_of<0>(i, rows, w, dots);
     }
   }
 
   // acc += sum_k c[k] K_{i+k}
   void add_rows(i64 i, i64 rows, const T* c, T* acc) const {
-    constexpr i64 W = kWidth<T>;
-    i64 k = 0;
-    for (; k + 4 <= rows; k += 4) {
-      const T *r0 = K + (i + k) * ld, *r1 = r0 + ld, *r2 = r1 + ld, *r3 = r2 + ld;
-      const T c0 = c[k], c1 = c[k + 1], c2 = c[k + 2], c3 = c[k + 3];
-      for (i64 j = 0; j < ld; j += W) {
-        Vec<T> s = load(acc + j) + load(r0 + j) * c0 + load(r1 + j) * c1;
-        s += load(r2 + j) * c2 + load(r3 + j) * c3;
-        store(acc + j, s);
-      }
-    }
-    for (; k < rows; ++k) {
-      const T* r = K + (i + k) * ld;
-      for (i64 j = 0; j < ld; j += W) store(acc + j, load(acc + j) + load(r + j) * c[k]);
+    switch (ld / kWidth<T>) {
+      case 1: return add_rows_of<1>(i, rows, c, acc);
+      case 2: return add_rows_of<2>(i, rows, c, acc);
+      case 3: return add_rows_of<3>(i, rows, c, acc);
+      case 4: return add_rows_of<4>(i, rows, c, acc);
+      default: return add_rows_of<0>(i, rows, c, acc);
     }
   }
 
+ private:
+  template <int kVecs>
+  void products_of(i64 i, i64 rows, const T* w, T* dots) const {
+    constexpr i64 W = kWidth<T>;
+    const i64 width = kVecs ? kVecs * W : ld;
+    const T* r = K + i * width;
+    i64 k = 0;
+    for (; k + 4 <= rows; k += 4, r += 4 * width) {
+      Vec<T> s[4] = {};
+      for (i64 j = 0; j < width; j += W) {
+        const Vec<T> x = load(w + j);
+        for (int l = 0; l < 4; ++l) s[l] += load(r + l * width + j) * x;
+      }
+      sum4<T>(s, dots + k);
+    }
+    for (; k < rows; ++k, r += width) {
+      Vec<T> s{};
+      for (i64 j = 0; j < width; j += W) s += load(r + j) * load(w + j);
+      dots[k] = sum<T>(s);
+    }
+  }
+
+  template <int kVecs>
+  void add_rows_of(i64 i, i64 rows, const T* c, T* acc) const {
+    constexpr i64 W = kWidth<T>;
+    const T* r = K + i * (kVecs ? kVecs * W : ld);
+    if constexpr (kVecs > 0) {
+      Vec<T> s[kVecs];
+      for (int v = 0; v < kVecs; ++v) s[v] = load(acc + v * W);
+      for (i64 k = 0; k < rows; ++k, r += kVecs * W)
+        for (int v = 0; v < kVecs; ++v) s[v] += load(r + v * W) * c[k];
+      for (int v = 0; v < kVecs; ++v) store(acc + v * W, s[v]);
+    } else {
+      i64 k = 0;
+      for (; k + 4 <= rows; k += 4, r += 4 * ld)
+        for (i64 j = 0; j < ld; j += W) {
+          Vec<T> s = load(acc + j) + load(r + j) * c[k] + load(r + ld + j) * c[k + 1];
+          s += load(r + 2 * ld + j) * c[k + 2] + load(r + 3 * ld + j) * c[k + 3];
+          store(acc + j, s);
+        }
+      for (; k < rows; ++k, r += ld)
+        for (i64 j = 0; j < ld; j += W) store(acc + j, load(acc + j) + load(r + j) * c[k]);
+    }
+  }
+
+ public:
   // K_i = exp(column_j - c_j / eps - shift) for one row, and its sum. The exponent is formed in
   // double: it is a small difference of large numbers.
   T fill_row(i64 i, const T* c, const double* column, double inv_eps, double shift) {

@@ -132,6 +132,34 @@ inline T max(Vec<T> v) {
   return s;
 }
 
+// out[k] = sum of s[k]: four at once share their shuffles.
+template <class T>
+inline void sum4(const Vec<T>* s, T* out) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 s0 = (__m512)s[0], s1 = (__m512)s[1], s2 = (__m512)s[2], s3 = (__m512)s[3];
+    const __m512 t01 = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+    const __m512 t23 = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+    const __m512 t = _mm512_add_ps(_mm512_shuffle_ps(t01, t23, 0x44), _mm512_shuffle_ps(t01, t23, 0xee));
+    const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
+    return;
+  }
+#endif
+  for (int k = 0; k < 4; ++k) out[k] = sum<T>(s[k]);
+}
+
+template <class Mask>
+inline bool any(Mask m) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
+#else
+  bool found = false;
+  for (unsigned l = 0; l < sizeof(m) / sizeof(m[0]); ++l) found |= m[l] != 0;
+  return found;
+#endif
+}
+
 // exp(x), within 2 ulp; exactly 0 below kLowest (-inf included), x above kHighest is not expected.
 // x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) by its Taylor series, 2^n through the exponent bits.
 template <class T>

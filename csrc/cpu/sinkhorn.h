@@ -53,6 +53,7 @@ class Sinkhorn {
   }
 
  private:
+  using Mask = typename Traits<T>::Int;
   const SinkhornArgs<T>& args_;
   i64 N, M;
   Resident<T> R;
@@ -64,8 +65,8 @@ class Sinkhorn {
   double* history_;
   T *a_, *r_, *r_new_, *u_, *u_new_, *b_, *v_, *col_, *gamma_t_, *work_;
   double *phi_, *shift_, *gamma_, *log_b_, *lse_, *top_;
-  struct Bounds {
-    Vec<T> low, high;
+  struct Seen {
+    Mask outside;  // rows whose product left its bounds
     double error;
   } seen_[kMaxParts];
 
@@ -116,15 +117,10 @@ class Sinkhorn {
             },
             col_);
     double error = 0;
-    T low = 1, high = 1;
-    for (i64 p = 0; p < R.parts; ++p) {
-      const T least_r = -max<T>(-seen_[p].low), most_r = max<T>(seen_[p].high);
-      error += seen_[p].error;
-      low = least_r < low ? least_r : low;
-      high = most_r > high ? most_r : high;
-    }
+    Mask outside{};
+    for (i64 p = 0; p < R.parts; ++p) error += seen_[p].error, outside |= seen_[p].outside;
     if (args_.tol > 0 && error <= args_.tol) return true;
-    redo_ = !(low >= r_low_ && high <= r_high_);
+    redo_ = any(outside);
     if (redo_) {
       absorb();
       return false;
@@ -139,10 +135,9 @@ class Sinkhorn {
     const Vec<T> r = load(dots), a = load(a_ + i), zero{};
     const Vec<T> u = a > zero ? a / r : zero;
     store(coefficients, u), store(u_new_ + i, u), store(r_new_ + i, r);
-    Bounds& seen = seen_[part];
-    if (i == part * R.per_part) seen = {r, r, 0};
-    seen.low = r < seen.low ? r : seen.low;
-    seen.high = vmax<T>(seen.high, r);
+    Seen& seen = seen_[part];
+    if (i == part * R.per_part) seen.outside = Mask{}, seen.error = 0;
+    seen.outside |= (r < broadcast(r_low_)) | (r > broadcast(r_high_));
     if (args_.tol > 0) seen.error += double(sum<T>(vabs<T>(load(u_ + i) * r - a)));
   }
 
@@ -187,23 +182,21 @@ class Sinkhorn {
 
   // v = b / c. Returns false when K must not be kept for the next iteration.
   bool columns(bool fresh) {
-    const Vec<T> one = broadcast<T>(1), zero{};
-    Vec<T> low = one, high = one, mass = broadcast<T>(T(INFINITY));
+    const Vec<T> one = broadcast<T>(1), zero{}, low = broadcast(v_low_), high = broadcast(v_high_);
+    const Vec<T> too_little = broadcast(T(low_mass_));
+    Mask outside{}, lost{};
     for (i64 j = 0; j < R.ld; j += kWidth<T>) {
       const Vec<T> b = load(b_ + j), c = load(col_ + j);
       const Vec<T> v = b > zero ? b / c : one;
       store(v_ + j, v);
-      low = v < low ? v : low;
-      high = vmax<T>(high, v);
-      const Vec<T> used = b > zero ? c : mass;
-      mass = used < mass ? used : mass;
+      outside |= (v < low) | (v > high);
+      if (fresh) lost |= (b > zero) & (c < too_little);
     }
-    const T lowest = -max<T>(-low), highest = max<T>(high), least_mass = -max<T>(-mass);
-    if (fresh && !(least_mass >= T(low_mass_) && highest < T(INFINITY))) {
+    if (any(lost)) {
       columns_in_log_domain();
       return false;
     }
-    return can_stay_ && lowest >= v_low_ && highest <= v_high_;
+    return can_stay_ && !any(outside);
   }
 
   // gamma from phi by a log-sum-exp down every column; v becomes 1.
