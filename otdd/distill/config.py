@@ -43,6 +43,8 @@ class GuidanceConfig:
     """Real latents of the class in one problem."""
     strength: float = 0.3
     """beta_1, the size of one guidance step."""
+    repulsion: float = 0.0
+    """Push away from near real latents of other classes, relative to the pull of the own class."""
     window: tuple[float, float] = (0.0, 1.0)
     """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
     memory: int = 64
@@ -53,6 +55,7 @@ class GuidanceConfig:
         require(self.max_iter >= 1, "max_iter", self.max_iter, "an integer >= 1")
         require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
         require(self.strength >= 0, "strength", self.strength, "a number >= 0")
+        require(0 <= self.repulsion < 1, "repulsion", self.repulsion, "a number in [0, 1)")
         require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
         ok = 0.0 <= self.window[0] < self.window[1] <= 1.0
         require(ok, "window", self.window, "two fractions start < end in [0, 1]")
@@ -91,8 +94,9 @@ class RelabelConfig:
     teachers: tuple[str, ...] = ("auto",)
     """`auto` (ConvNets trained here, as many as the images per class ask for), names of students
     to train here (convnet, convnet-3, ...), `timm:NAME`, or a checkpoint (`arch=FILE`)."""
-    teacher_epochs: int = 40
-    """Epochs over the real training data of a teacher trained here."""
+    teacher_epochs: int | None = None
+    """Epochs over the real data of a teacher trained here; by default some 800 steps, and at least
+    10 epochs."""
     store_labels: bool = True
     """Keep the logits of every epoch in the store; otherwise teachers run during training."""
     flip: Literal["auto", "on", "off"] = "auto"
@@ -110,7 +114,8 @@ class RelabelConfig:
 
     def __post_init__(self) -> None:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
-        require(self.teacher_epochs >= 1, "teacher_epochs", self.teacher_epochs, "an integer >= 1")
+        epochs = self.teacher_epochs
+        require(epochs is None or epochs >= 1, "teacher_epochs", epochs, "an integer >= 1")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
         for key in ("shift", "rotate", "zoom"):
@@ -220,7 +225,9 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "lambda_1": 0.1,
                 "max_iter": 20,
                 "reference_size": 200,
-                "window": (0.1, 0.4),
+                "strength": 5.0,
+                "repulsion": 0.0,
+                "window": (0.08, 0.4),
                 "memory": 64,
             },
         },

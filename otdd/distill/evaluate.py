@@ -64,7 +64,7 @@ def train(
                 steps = kept or stored_steps(store, data, config, set_name)
             else:
                 steps = live_steps(images, data, teachers, config)
-            with reproducible():
+            with reproducible(data.image_shape):
                 student = students.make_network(arch, data, seed)
                 objective = make_loss(loss, config.train)
                 seen = ticker.count(steps)

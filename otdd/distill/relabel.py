@@ -25,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 SHARD_BYTES = 32 * 2**20
 TEACHER = TrainConfig(losses=("ce",), batch=64, lr=3e-3)
+TEACHER_STEPS, TEACHER_EPOCHS = 800, 10
 # |T(IPC)|: up to this many images per class, so many teachers.
 TEACHERS_BY_IPC = ((9, 1), (49, 2), (99, 4), (2**63, 8))
 # Teachers trained here take turns in architecture, then in seed.
@@ -102,7 +103,7 @@ def relabel(
         last = min(first + per_shard, plan.epochs)
         name = shard_name(set_name, first // per_shard)
         if not store.has(name):
-            with reproducible():
+            with reproducible(data.image_shape):
                 batches = [b for epoch in range(first, last) for b in plan.epoch(epoch)]
                 logits = [soft_labels(teachers, batch.apply(images)) for batch in batches]
             made = {**stack(batches), "logits": torch.stack(logits)}
@@ -210,16 +211,11 @@ def _trained(
     if store.has(file):
         network.load_state_dict(store.read_tensors(file))
         return network
-    epochs = config.relabel.teacher_epochs
-    size = (data.image_shape[1], data.image_shape[2])
-    plan = Plan(
-        augmentation(config.relabel, data.name, size),
-        len(data.train),
-        min(TEACHER.batch, len(data.train)),
-        size,
-        epochs,
-        seed,
-    )
+    batch, size = min(TEACHER.batch, len(data.train)), (data.image_shape[1], data.image_shape[2])
+    per_epoch = -(-len(data.train) // batch)
+    epochs = config.relabel.teacher_epochs or max(TEACHER_EPOCHS, -(-TEACHER_STEPS // per_epoch))
+    drawn = augmentation(config.relabel, data.name, size)
+    plan = Plan(drawn, len(data.train), batch, size, epochs, seed)
 
     def steps() -> Iterator[Step]:
         for epoch in range(epochs):
@@ -231,7 +227,7 @@ def _trained(
             progress(f"teacher {arch}", epochs, epochs)
 
     images = data.train.images
-    with reproducible():
+    with reproducible(data.image_shape):
         loss = make_loss("ce", TEACHER)
         train_student(network, images, data.train.labels, steps(), plan.total, loss, TEACHER)
     state = network.state_dict()
