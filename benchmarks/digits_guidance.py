@@ -24,7 +24,7 @@ import torch
 
 from otdd.distill import evaluate
 from otdd.distill.baselines import BASELINES, baselines
-from otdd.distill.config import GuidanceConfig, RunConfig, SampleConfig, TrainConfig
+from otdd.distill.config import PRESETS, GuidanceConfig, RunConfig, SampleConfig, TrainConfig
 from otdd.distill.data import ImageData, load_data
 from otdd.distill.generator import Generator, load_generator
 from otdd.distill.sample import sample
@@ -33,10 +33,23 @@ from otdd.distill.store import Store
 
 RESULTS = Path(__file__).parent / "results" / "digits_guidance.json"
 
+
+def _guided(**settings: Any) -> dict[str, Any]:
+    return {"guidance": settings}
+
+
 # Settings of `sample` laid over the defaults; `guidance` is nested.
 VARIANTS: dict[str, dict[str, Any]] = {
     "otg": {},
-    **{f"strength-{s}": {"guidance": {"strength": s}} for s in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)},
+    **{f"strength-{s}": _guided(strength=s) for s in (0.1, 0.3, 1.0)},
+    **{f"repulsion-{k}": _guided(repulsion=k) for k in (0.0, 0.5)},
+    **{f"lambda-{v}": _guided(lambda_1=v) for v in (0.03, 0.3)},
+    "l1": _guided(metric="l1"),
+    "target-z_t": _guided(target="z_t"),
+    "first-half": _guided(window=(0.0, 0.5)),
+    "last-half": _guided(window=(0.5, 1.0)),
+    "sequential": {"order": "sequential"},
+    "paper": PRESETS["paper"]["sample"],
 }
 
 
@@ -131,7 +144,7 @@ def student_accuracy(
     from otdd.distill.students import make_network
 
     total = Plan.of(config, data, len(images)).total
-    with reproducible():
+    with reproducible(data.image_shape):
         student = make_network("convnet", data, seed)
         steps = hard_steps(len(images), data, config, seed)
         loss = make_loss("ce", config.train)

@@ -41,9 +41,9 @@ class GuidanceConfig:
     """Sinkhorn iterations per guided step."""
     reference_size: int = 200
     """Real latents of the class in one problem."""
-    strength: float = 0.3
+    strength: float = 0.7
     """beta_1, the size of one guidance step."""
-    repulsion: float = 0.0
+    repulsion: float = 0.3
     """Push away from near real latents of other classes, relative to the pull of the own class."""
     window: tuple[float, float] = (0.0, 1.0)
     """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""

@@ -13,6 +13,9 @@ and moves each latent by one of two forms. With T(z_n) = sum_j P_nj x_j / sum_j 
                  rho_t = 0.0015 * rms(model output) * sqrt(1 - alpha_bar_t) / rms(g)
 
 (for the L1 cost g_n = sum_j P_nj sign(z_n - x_j); rho_t is that of influence-guided diffusion).
+With `repulsion` = kappa > 0 the real latents R of the other classes in the call push away: the
+projection is T + kappa * (T - R(T)), where R(z) = sum_j softmax_j(-c(z, x_j) / std(C)) x_j over
+them, and the gradient form subtracts kappa times the gradient of the cost weighted by that softmax.
 """
 
 from __future__ import annotations
@@ -148,28 +151,54 @@ class OTGuidance:
         present, groups = _groups(class_labels)
         sources = _pad(x.detach().flatten(1).float(), groups, len(present))
         index = [self._classes.index(k) for k in present]
-        C = cost_matrix(sources.rows, self._reference.rows[index], self.config.metric)
-        return self._plan(C, sources.weights, self._reference.weights[index]).cost
+        y, b = self._reference.rows[index], self._reference.weights[index]
+        C = cost_matrix(sources.rows, y, self.config.metric)
+        eps = self._eps(C, sources.weights, b)
+        return sinkhorn(C, sources.weights, b, eps=eps, max_iter=self.config.max_iter).cost
 
     def _solve(self, sources: _Padded, y: Tensor, b: Tensor) -> Tensor:
-        x = sources.rows
+        x, kappa = sources.rows, self.config.repulsion if len(y) > 1 else 0.0
         gradient = self.config.form == "gradient"
         with torch.set_grad_enabled(gradient):
             x = x.detach().requires_grad_(gradient)
             C = cost_matrix(x, y, self.config.metric)
-            result = self._plan(C.detach(), sources.weights, b)
+            eps = self._eps(C.detach(), sources.weights, b)
+            result = sinkhorn(
+                C.detach(), sources.weights, b, eps=eps, max_iter=self.config.max_iter
+            )
             if not gradient:
-                return x - barycentric(result, y)
-            return torch.autograd.grad((result.plan * C).sum(), x)[0]
+                image = barycentric(result, y)
+                if kappa:
+                    others, near = self._others(image, y, b, eps / self.config.lambda_1)
+                    image = image + kappa * (image - near @ others)
+                return x - image
+            objective = (result.plan * C).sum()
+            if kappa:
+                others, near = self._others(x.detach(), y, b, eps / self.config.lambda_1)
+                away = near * cost_matrix(x, others, self.config.metric)
+                objective = objective - kappa * (sources.weights[..., None] * away).sum()
+            return torch.autograd.grad(objective, x)[0]
 
-    def _plan(self, C: Tensor, a: Tensor, b: Tensor) -> object:
+    def _others(self, x: Tensor, y: Tensor, b: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Real latents of all classes (K * M, D), and how near those of others are (K, N, K * M).
+
+        Nearness sums to 1: softmax_j(-C_nj / std(C)) over the latents of the other classes.
+        """
+        classes, width, _ = y.shape
+        others = y.flatten(0, 1)
+        own = torch.arange(classes, device=y.device).repeat_interleave(width)
+        barred = (own == torch.arange(classes, device=y.device)[:, None]) | (b.flatten() == 0)
+        C = cost_matrix(x, others, self.config.metric)
+        scores = (-C / spread[:, None, None]).masked_fill(barred[:, None], -torch.inf)
+        return others, scores.softmax(-1)
+
+    def _eps(self, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
         valid = (a > 0)[:, :, None] & (b > 0)[:, None, :]
         count = valid.sum((1, 2))
         mean = (C * valid).sum((1, 2)) / count
         spread = ((C - mean[:, None, None]).square() * valid).sum((1, 2)) / count
         floor = 1e-6 * mean.abs() + 1e-12  # a single pair has no spread
-        eps = (self.config.lambda_1 * spread.sqrt()).maximum(floor)
-        return sinkhorn(C, a, b, eps=eps, max_iter=self.config.max_iter)
+        return self.config.lambda_1 * spread.sqrt().maximum(floor)
 
     def _noised(self, y: Tensor, present: list[int], t: int, alpha_bar: float | None) -> Tensor:
         if alpha_bar is None:
