@@ -1,0 +1,171 @@
+"""`OTGuidance`: the direction is the one of METHOD, for every target, form, cost and class size."""
+
+import pytest
+import torch
+
+from otdd.distill.config import ConfigError, GuidanceConfig
+from otdd.distill.guidance import OTGuidance, pick_reference, rng
+from otdd.ops import METRICS, cost_matrix, sinkhorn
+
+PLAIN = {"repulsion": 0.0, "strength": 0.5}
+
+
+def reference(counts=(30, 20), shift: float = 2.0):
+    generator = torch.Generator().manual_seed(0)
+    latents = [
+        shift * k + torch.randn(n, 1, 4, 4, generator=generator) for k, n in enumerate(counts)
+    ]
+    return torch.cat(latents), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def guided(**settings) -> OTGuidance:
+    guidance = OTGuidance(GuidanceConfig(**{**PLAIN, **settings}))
+    guidance.set_reference(*reference())
+    return guidance
+
+
+def latents(labels) -> torch.Tensor:
+    return torch.randn(len(labels), 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", ["projection", "gradient"])
+def test_direction_of_one_class_is_the_definition(metric, form):
+    real, _ = reference((30,))
+    guidance = OTGuidance(GuidanceConfig(metric=metric, form=form, **PLAIN))
+    guidance.set_reference(real, torch.zeros(30, dtype=torch.int64))
+    z = latents(range(5))
+    seen = guidance.direction(z, 0, torch.zeros(5, dtype=torch.int64), alpha_bar=0.5)
+    x, y = z.flatten(1).double().requires_grad_(), real.flatten(1).double()
+    C = cost_matrix(x, y, metric)
+    eps = 0.1 * C.detach().std(unbiased=False).item()
+    plan = sinkhorn(C.detach(), eps=eps, max_iter=20).plan
+    if form == "projection":
+        want = x.detach() - plan @ y * 5
+    else:
+        (want,) = torch.autograd.grad((plan * C).sum(), x)
+    torch.testing.assert_close(seen.flatten(1).double(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_l1_gradient_is_the_sum_of_signs():
+    real, _ = reference((40,))
+    guidance = OTGuidance(GuidanceConfig(metric="l1", form="gradient", **PLAIN))
+    guidance.set_reference(real, torch.zeros(40, dtype=torch.int64))
+    z = latents(range(1))
+    g = guidance.direction(z, 0, torch.zeros(1, dtype=torch.int64)).flatten()
+    want = torch.sign(z.flatten(1) - real.flatten(1)).mean(0)  # N = 1: the plan is uniform
+    torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_latent_is_pulled_to_the_coordinate_median():
+    real, _ = reference((41,))
+    guidance = OTGuidance(GuidanceConfig(metric="l1", form="gradient", repulsion=0.0, strength=1))
+    guidance.set_reference(real, torch.zeros(41, dtype=torch.int64))
+    z, label = torch.full((1, 1, 4, 4), 3.0), torch.zeros(1, dtype=torch.int64)
+    for _ in range(400):
+        z = z - 0.05 * guidance.direction(z, 0, label)
+    torch.testing.assert_close(z[0], real.median(0).values, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", ["projection", "gradient"])
+@pytest.mark.parametrize("repulsion", [0.0, 0.3])
+def test_steps_lower_the_transport_cost(metric, form, repulsion):
+    guidance = guided(metric=metric, form=form, repulsion=repulsion, strength=0.2)
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    z = 2 * latents(labels)
+    before = guidance.transport_cost(z, labels)
+    for _ in range(5):
+        z = guidance(z, 0, labels, alpha_bar=0.5, output_rms=200.0)
+    assert (guidance.transport_cost(z, labels) < before).all()
+
+
+def test_classes_do_not_mix_and_ragged_classes_are_exact():
+    guidance = guided()
+    labels = torch.tensor([1, 0, 1, 1])
+    z = latents(labels)
+    together = guidance.direction(z, 0, labels)
+    for k in (0, 1):
+        alone = guidance.direction(z[labels == k], 0, labels[labels == k])
+        torch.testing.assert_close(together[labels == k], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_finished_latents_take_their_share_of_the_plan():
+    guidance = guided()
+    labels = torch.zeros(1, dtype=torch.int64)
+    z, past = latents(labels), reference((3,))[0]
+    memory = (past, torch.zeros(3, dtype=torch.int64))
+    seen = guidance.direction(z, 0, labels, memory=memory)
+    joint = guidance.direction(torch.cat([z, past]), 0, torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(seen, joint[:1], rtol=1e-4, atol=1e-5)
+    short = guided(memory=2)
+    kept = guidance.direction(z, 0, labels, memory=(past[1:], memory[1][1:]))
+    torch.testing.assert_close(short.direction(z, 0, labels, memory=memory), kept)
+
+
+def test_repulsion_moves_away_from_the_other_class():
+    labels = torch.tensor([0, 0, 1, 1])
+    z = latents(labels)
+    plain, pushed = guided(), guided(repulsion=0.4)
+    a, b = (g(z, 0, labels).flatten(1).mean(1) for g in (plain, pushed))
+    assert (b[:2] < a[:2]).all()  # class 0 lies below class 1
+    assert (b[2:] > a[2:]).all()
+
+
+def test_noised_references():
+    guidance = guided(target="q_sample")
+    labels = torch.tensor([0, 1])
+    z = latents(labels)
+    torch.testing.assert_close(
+        guidance.direction(z, 7, labels, alpha_bar=0.3),
+        guidance.direction(z, 7, labels, alpha_bar=0.3),
+    )
+    assert not torch.allclose(
+        guidance.direction(z, 7, labels, alpha_bar=0.3),
+        guidance.direction(z, 8, labels, alpha_bar=0.3),
+    )
+    clean = guidance.direction(z, 7, labels, alpha_bar=1.0)
+    torch.testing.assert_close(clean, guided().direction(z, 7, labels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="alpha_bar is needed"):
+        guidance.direction(z, 7, labels)
+
+
+def test_window_and_scale():
+    guidance = guided(window=(0.2, 0.6))
+    assert [guidance.active(k, 10) for k in range(10)] == [False] * 2 + [True] * 4 + [False] * 4
+    move = torch.randn(2, 1, 4, 4)
+    torch.testing.assert_close(guided().step(move), 0.5 * move)
+    step = guided(form="gradient").step(move, alpha_bar=0.36, output_rms=2.0)
+    rms = move.flatten(1).square().mean(1).sqrt().view(2, 1, 1, 1)
+    torch.testing.assert_close(step, 0.5 * 0.0015 * 2 * 0.8 / rms * move)
+    with pytest.raises(ValueError, match="alpha_bar"):
+        guided(form="gradient").step(move)
+
+
+def test_references_are_drawn_by_seed_and_in_order():
+    labels = torch.arange(2).repeat_interleave(50)
+    first, other = pick_reference(labels, 10, 0), pick_reference(labels, 10, 1)
+    assert torch.equal(first, pick_reference(labels, 10, 0))
+    assert not torch.equal(first, other)
+    assert torch.bincount(labels[first]).tolist() == [10, 10]
+    assert (first.diff() > 0).all()
+    assert torch.rand(1, generator=rng(0, "a")) != torch.rand(1, generator=rng(0, "b"))
+
+
+def test_refusals():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="set_reference"):
+        OTGuidance()(latents(labels), 0, labels)
+    guidance = guided()
+    with pytest.raises(ValueError, match=r"classes \[5\] have no reference"):
+        guidance(latents(labels), 0, torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="the reference has"):
+        guidance(torch.randn(2, 1, 5, 5), 0, labels)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        guidance(torch.full((2, 1, 4, 4), torch.nan), 0, labels)
+    with pytest.raises(ValueError, match="class_labels must be int64"):
+        guidance(latents(labels), 0, torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match="latents must be a floating tensor"):
+        guidance.set_reference(torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="lambda_1"):
+        GuidanceConfig(lambda_1=0)

@@ -1,0 +1,156 @@
+"""Guided sampling and the baselines: exact resume, independence of grouping, every combination."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from otdd.distill import sample as stage
+from otdd.distill.baselines import BASELINES, baselines
+from otdd.distill.codec import PixelCodec
+from otdd.distill.config import GuidanceConfig, RunConfig, SampleConfig
+from otdd.distill.data import DataError, ImageData, LabeledImages
+from otdd.distill.evaluate import transport_cost
+from otdd.distill.fit import FitConfig, fit
+from otdd.distill.generator import Generator, GeneratorError
+from otdd.distill.store import Store
+
+CLASSES, COUNT = 5, 12
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(CLASSES, 1, 1, 8, 8, generator=generator)
+    noise = torch.rand(CLASSES, COUNT, 1, 8, 8, generator=generator)
+    images = ((0.7 * base + 0.3 * noise) * 255).to(torch.uint8).flatten(0, 1)
+    part = LabeledImages(images, torch.arange(CLASSES).repeat_interleave(COUNT))
+    return ImageData("toy", [f"c{k}" for k in range(CLASSES)], part, part)
+
+
+@pytest.fixture(scope="module")
+def generator(data, tmp_path_factory) -> Generator:
+    config = FitConfig(width=32, layers=1, steps=40, batch=16)
+    return fit(data, config, tmp_path_factory.mktemp("g") / "toy.safetensors")
+
+
+def settings(ipc: int = 2, seed: int = 0, guidance=None, **kwargs) -> RunConfig:
+    kwargs = {"steps": 4, "batch_classes": 2} | kwargs
+    made = SampleConfig(guidance=GuidanceConfig(**(guidance or {})), **kwargs)
+    return RunConfig(data="toy", ipc=ipc, out="unused", seed=seed, sample=made)
+
+
+def run(folder, data, generator, config, name="otg") -> dict[str, torch.Tensor]:
+    store = Store(folder)
+    stage.sample(store, data, generator, config, set_name=name)
+    return store.read_images(name)
+
+
+@pytest.mark.parametrize("target", ["z_t", "x0", "through", "q_sample"])
+@pytest.mark.parametrize("order", ["joint", "sequential"])
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++"])
+def test_every_target_order_and_scheduler(tmp_path, data, generator, target, order, scheduler):
+    config = settings(order=order, scheduler=scheduler, guidance={"target": target})
+    guided = run(tmp_path / "a", data, generator, config)
+    free = run(tmp_path / "b", data, generator, config, "unguided")
+    assert guided["images"].shape == (CLASSES * 2, 1, 8, 8)
+    assert guided["labels"].tolist() == [k for k in range(CLASSES) for _ in range(2)]
+    assert torch.isfinite(guided["latents"]).all()
+    assert not torch.equal(guided["latents"], free["latents"])
+
+
+@pytest.mark.parametrize("order", ["joint", "sequential"])
+def test_guidance_on_x0_lowers_the_transport_cost(tmp_path, data, generator, order):
+    config = settings(ipc=3, steps=10, order=order)
+    costs = {}
+    for name in ("otg", "unguided"):
+        made = run(tmp_path / name, data, generator, config, name)
+        costs[name] = transport_cost(made["images"], made["labels"], data, PixelCodec())
+    assert costs["otg"] < 0.65 * costs["unguided"]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 9])
+@pytest.mark.parametrize("order", ["joint", "sequential"])
+def test_interrupted_sampling_ends_with_the_same_bytes(tmp_path, data, generator, at, order):
+    config = settings(order=order, scheduler="ddpm")
+    run(tmp_path / "whole", data, generator, config)
+    store = Store(tmp_path / "cut")
+
+    def stop(_: str, done: int, __: int) -> None:
+        if done == at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stage.sample(store, data, generator, config, progress=stop)
+    run(tmp_path / "cut", data, generator, config)
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
+    assert files == sorted(p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*.*"))
+    for name in files:
+        if (tmp_path / "whole" / name).is_file():
+            assert (tmp_path / "whole" / name).read_bytes() == (
+                tmp_path / "cut" / name
+            ).read_bytes()
+
+
+def test_an_image_depends_on_seed_class_and_index_alone(tmp_path, data, generator):
+    config = settings(ipc=2)
+    few = run(tmp_path / "a", data, generator, config, "unguided")["latents"]
+    more = run(tmp_path / "b", data, generator, settings(ipc=3, batch_classes=5), "unguided")
+    other = run(tmp_path / "c", data, generator, settings(seed=1), "unguided")["latents"]
+    kept = more["latents"].view(CLASSES, 3, *few.shape[1:])[:, :2].flatten(0, 1)
+    torch.testing.assert_close(kept, few, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(few, other, atol=1e-2)
+
+
+def test_progress_counts_to_its_total(tmp_path, data, generator):
+    seen = []
+    stage.sample(
+        Store(tmp_path), data, generator, settings(), progress=lambda *step: seen.append(step)
+    )
+    assert [done for _, done, _ in seen] == list(range(1, 13))  # 3 groups of 4 steps
+    assert {total for *_, total in seen} == {12}
+
+
+def test_class_missing_from_the_generator(tmp_path, data, generator):
+    other = dataclasses.replace(data, classes=[*data.classes[:4], "zebra"])
+    with pytest.raises(GeneratorError, match="zebra"):
+        stage.sample(Store(tmp_path), other, generator, settings())
+    with pytest.raises(ValueError, match="accepted: otg, unguided"):
+        stage.sample(Store(tmp_path), data, generator, settings(), set_name="random")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines(tmp_path, data, name):
+    made = []
+    for folder, seed in (("a", 0), ("b", 0)):
+        store = Store(tmp_path / folder)
+        baselines(store, data, settings(ipc=3, seed=seed), name)
+        made.append(store.read_images(name))
+    assert torch.equal(made[0]["images"], made[1]["images"])
+    images = made[0]["images"].view(CLASSES, 3, 1, 8, 8)
+    if name != "kmeans":  # distinct real images of their own class
+        for k in range(CLASSES):
+            real = {image.numpy().tobytes() for image in data.train.of_class(k)}
+            chosen = {image.numpy().tobytes() for image in images[k]}
+            assert len(chosen) == 3
+            assert chosen <= real
+
+
+def test_one_centroid_is_the_mean(tmp_path, data):
+    store = Store(tmp_path)
+    baselines(store, data, settings(ipc=1), "kmeans")
+    mean = torch.stack([data.train.of_class(k).float().mean(0) for k in range(CLASSES)])
+    seen = store.read_images("kmeans")["images"].float()
+    torch.testing.assert_close(seen, mean, rtol=0, atol=0.51)
+
+
+def test_baselines_refuse_what_cannot_be(tmp_path, data):
+    with pytest.raises(DataError, match="ipc=13"):
+        baselines(Store(tmp_path), data, settings(ipc=13), "random")
+    with pytest.raises(ValueError, match="accepted: random, kmeans, kmeans-real"):
+        baselines(Store(tmp_path), data, settings(), "otg")
