@@ -79,7 +79,9 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
         config = metrics["config"]
         title = f"{config['data']}, {config['ipc']} per class"
         if rows:
-            title += f": test accuracy of {arch} in %, mean ± std of {seeds} students"
+            title += f": test accuracy of {arch} in %, mean ± std of {seeds} student" + "s" * (
+                seeds != 1
+            )
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         table = Table()
         table.add_column("set")
