@@ -104,7 +104,7 @@ def test_stages_one_by_one_then_run_finds_all_done(capsys, tmp_path):
     assert code == 0
     assert results == {p: p.stat().st_mtime_ns for p in (out / "results").rglob("*.json")}
     assert json.loads((out / "metrics.json").read_text())["accuracy"] == first["accuracy"]
-    assert "mean ± std of 1 students" in printed
+    assert "mean ± std of 1 student" in printed
     assert "kmeans" in printed
     assert f"written to {out}" in printed
 
