@@ -5,7 +5,9 @@ student on hard labels per set, its test accuracy, and the transport cost of the
 training data. Results are written after every row, and rows that are there are not made again:
 
     python benchmarks/digits_guidance.py --ipc 1 5 10 --seeds 5
-    python benchmarks/digits_guidance.py --variants otg strength-0.5 --ipc 1
+    python benchmarks/digits_guidance.py --variants otg strength-0.3 --ipc 1
+
+Seeds that no setting was chosen on are in results/digits_guidance_fresh.json (--first-seed 100).
 """
 
 import argparse
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=names, choices=names)
     parser.add_argument("--ipc", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--generator", default=None)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -72,7 +75,7 @@ def main() -> None:
         for name in args.variants:
             if (name, ipc) in done:
                 continue
-            row = measure(data, generator, name, ipc, args.seeds)
+            row = measure(data, generator, name, ipc, args.seeds, args.first_seed)
             report["rows"].append(row)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -84,12 +87,12 @@ def main() -> None:
 
 
 def measure(
-    data: ImageData, generator: Generator, name: str, ipc: int, seeds: int
+    data: ImageData, generator: Generator, name: str, ipc: int, seeds: int, first: int = 0
 ) -> dict[str, Any]:
     """One row: mean and deviation over seeds of accuracy and transport cost."""
     runs, costs, start = [], [], time.perf_counter()
     settings = from_dict(SampleConfig, VARIANTS.get(name, {}))
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         with tempfile.TemporaryDirectory() as folder:
             accuracy, cost = _one(data, generator, name, ipc, seed, settings, folder)
         runs.append(accuracy)
