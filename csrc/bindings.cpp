@@ -96,13 +96,13 @@ int plan(i64 B, i64 N, i64 M, Strided C, Strided f, Strided g, Strided a, Stride
 }
 
 template <class T>
-int backward(bool unrolled, i64 B, i64 N, i64 M, i64 steps, Strided C, Strided a, Strided b,
+int backward(bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps, Strided C, Strided a, Strided b,
              Strided eps, Strided f, Strided g, Address history, Address n_iter, Strided df,
              Strided dg, Address dC, Address da, Address db, int threads) {
   const otdd::cpu::BackwardArgs<T> args{
       B, N, M, steps, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps),
       vectors<T>(f), vectors<T>(g), in<double>(history), in<i64>(n_iter), vectors<T>(df),
-      vectors<T>(dg), out<T>(dC), out<T>(da), out<T>(db), threads};
+      vectors<T>(dg), out<T>(dC), out<T>(da), out<T>(db), rtol, threads};
   py::gil_scoped_release release;
   const auto kernels = otdd::cpu::kernels<T>();
   return unrolled ? kernels.unrolled(args) : kernels.implicit(args);

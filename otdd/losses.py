@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from otdd.backends import NAMES
 from otdd.ops import METRICS, cost_matrix, sinkhorn
-from otdd.ops.checks import as_float, require, same_kind
+from otdd.ops.checks import as_float, positive_eps, require, same_kind, solver_options
+from otdd.ops.sinkhorn import GRADS, MARGINALS
 
 
 class SinkhornLoss(nn.Module):
@@ -40,14 +42,20 @@ class SinkhornLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        require(metric in METRICS, "metric", repr(metric), ", ".join(METRICS))
-        require(eps > 0, "eps", eps, "a number > 0")
+        backends = (None, *NAMES)
+        solver_options(
+            max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS), backend=(backend, backends)
+        )
+        positive_eps(eps, torch.float32)
         self.metric, self.eps, self.debias = metric, eps, debias
         self.options = {"max_iter": max_iter, "tol": tol, "grad": grad, "backend": backend}
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
+        if self.debias and x.dim() >= 2 and y.dim() >= 2:  # each term then has the whole batch
+            batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+            x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
         loss = self._transport(x, y, a, b)
         if self.debias:
             loss = loss - (self._transport(x, x, a, a) + self._transport(y, y, b, b)) / 2
@@ -92,9 +100,16 @@ class OTLogitLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        require(tau > 0, "tau", tau, "a number > 0")
-        require(eps > 0, "eps", eps, "a number > 0")
-        require(reduction in ("mean", "sum"), "reduction", repr(reduction), "mean, sum")
+        solver_options(
+            max_iter,
+            0.0,
+            reduction=(reduction, ("mean", "sum")),
+            marginals=(marginals, MARGINALS),
+            grad=(grad, GRADS),
+            backend=(backend, (None, *NAMES)),
+        )
+        require(isinstance(tau, int | float) and 0 < tau < float("inf"), "tau", tau, "a number > 0")
+        positive_eps(eps, torch.float32)
         self.tau, self.eps, self.max_iter, self.reduction = tau, eps, max_iter, reduction
         self.marginals, self.grad, self.backend = marginals, grad, backend
 
@@ -106,6 +121,8 @@ class OTLogitLoss(nn.Module):
         require(
             student.shape == teacher.shape, "teacher_logits", shapes, "equal shapes (..., B, K)"
         )
+        enough = student.dim() >= 2 and student.numel() > 0
+        require(enough, "student_logits", f"shape {tuple(student.shape)}", "(..., B, K), not empty")
         p, q = (torch.softmax(logits / self.tau, -1) for logits in (student, teacher))
         C = cost_matrix(p, q, "l1", backend=self.backend)
         result = sinkhorn(

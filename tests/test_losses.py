@@ -30,6 +30,13 @@ def test_sinkhorn_loss(metric, debias):
     torch.testing.assert_close(seen, exact, rtol=1e-6, atol=1e-8)
 
 
+def test_clouds_and_weights_broadcast():
+    x, y = torch.rand(2, 4, 3), torch.rand(5, 3)
+    a, b = (torch.softmax(torch.randn(2, n), -1) for n in (4, 5))
+    got = SinkhornLoss(eps=0.5)(x, y, a, b)
+    torch.testing.assert_close(got, SinkhornLoss(eps=0.5)(x, y.expand(2, 5, 3), a, b))
+
+
 def test_divergence_of_a_cloud_from_itself_is_zero():
     x = torch.randn(30, 4)
     assert SinkhornLoss(eps=1.0)(x, x.clone()).abs() < 1e-5
@@ -73,6 +80,12 @@ def test_logit_loss_pulls_the_student_to_the_teacher():
         (lambda: OTLogitLoss(tau=0), "tau: got 0"),
         (lambda: OTLogitLoss(eps=-1), "eps: got -1"),
         (lambda: OTLogitLoss(reduction="max"), "reduction: got 'max'"),
+        (lambda: SinkhornLoss(max_iter=0), "max_iter: got 0"),
+        (lambda: SinkhornLoss(grad="x"), "grad: got 'x'"),
+        (lambda: SinkhornLoss(backend="gpu"), "backend: got 'gpu'"),
+        (lambda: OTLogitLoss(marginals="x"), "marginals: got 'x'"),
+        (lambda: OTLogitLoss()(torch.rand(0, 3, 4), torch.rand(0, 3, 4)), "not empty"),
+        (lambda: OTLogitLoss()(torch.rand(4), torch.rand(4)), "student_logits: got shape"),
         (lambda: SinkhornLoss("manhattan"), "metric: got 'manhattan'"),
         (lambda: SinkhornLoss(eps=0), "eps: got 0"),
         (lambda: OTLogitLoss()(torch.rand(3, 4), torch.rand(4, 4)), "teacher_logits: got"),

@@ -308,14 +308,14 @@ class Implicit {
 
   void solve() {
     double rho = dot(residual_, residual_);
-    const double goal = rho * 1e-26;
+    const double rtol = args_.rtol, goal = rho * rtol * rtol;
     for (i64 j = 0; j < m_; ++j) direction_[j] = residual_[j];
     for (i64 step = 0; step < 10 * M && rho > goal; ++step) {
       for (i64 j = 0; j < m_; ++j) w_[j] = direction_[j] * over_half_[j];
       through(nullptr, 1);
       for (i64 j = 0; j < m_; ++j) image_[j] = direction_[j] - col_[j] * over_half_[j];
       const double curvature = dot(direction_, image_);
-      if (!(curvature > 0)) break;
+      if (!(curvature > rtol * dot(direction_, direction_))) break;
       const T length = T(rho / curvature);
       for (i64 j = 0; j < m_; ++j) {
         x_[j] += length * direction_[j];

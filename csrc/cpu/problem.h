@@ -59,6 +59,7 @@ struct BackwardArgs {
   const i64* n_iter;
   Vectors<T> df, dg;
   T *dC, *da, *db;  // contiguous
+  double rtol;      // implicit: residual and curvature below which there is only rounding
   int threads;
 };
 

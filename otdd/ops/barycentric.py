@@ -55,11 +55,15 @@ def barycentric(
         eps_flat, chosen = r.eps, backend or r.backend
     else:
         checks.require(C is not None and eps is not None, "C and eps", "None", "both, with (f, g)")
+        pair = isinstance(potentials, tuple | list) and not any(t is None for t in potentials)
+        accepted = "a SinkhornResult, or tensors (f, g)"
+        checks.require(pair, "potentials", type(potentials).__name__, accepted)
         tensors, eps_flat = problem_tensors(C, eps, potentials, a, b)
         chosen = backend
     C, f, g, a, b = tensors
     y = checks.as_float(y, "y")
     checks.same_kind(y, "y", f, "the solve")
+    checks.require(y.dim() >= 2, "y", f"shape {tuple(y.shape)}", "(..., M, D)")
     *batch, N, M = C.shape
     try:
         y = y.expand(*batch, *y.shape[-2:])
@@ -74,7 +78,7 @@ def barycentric(
         C.reshape(count, N, M),
         f.reshape(count, N),
         g.reshape(count, M),
-        (a > 0).to(a.dtype).reshape(count, N),
+        a.reshape(count, N),
         b.reshape(count, M),
         eps_flat,
         y.reshape(count, M, y.shape[-1]),
@@ -88,22 +92,26 @@ def _barycentric(
     C: Tensor,
     f: Tensor,
     g: Tensor,
-    mask: Tensor,
+    a: Tensor,
     b: Tensor,
     eps: Tensor,
     y: Tensor,
     backend: str,
 ) -> Tensor:
     if checks.values_are_checked(y):
-        checks.finite(y, "y")
+        for t, name in ((C, "C"), (f, "potentials f"), (g, "potentials g"), (y, "y")):
+            checks.finite(t, name)
+        checks.weights(a, "a")
+        checks.weights(b, "b")
+        checks.positive_eps(eps, C.dtype)
     image = y.new_empty(*C.shape[:2], y.shape[-1])
-    for rows, weights in _chunks(C, f, g, mask, b, eps, backend):
+    for rows, weights in _chunks(C, f, g, a, b, eps, backend):
         image[:, rows] = weights @ y
     return image
 
 
 @_barycentric.register_fake
-def _(C, f, g, mask, b, eps, y, backend):  # noqa: ANN001, ANN202
+def _(C, f, g, a, b, eps, y, backend):  # noqa: ANN001, ANN202
     return y.new_empty(C.shape[0], C.shape[1], y.shape[-1])
 
 
@@ -113,7 +121,7 @@ def _barycentric_backward(
     C: Tensor,
     f: Tensor,
     g: Tensor,
-    mask: Tensor,
+    a: Tensor,
     b: Tensor,
     eps: Tensor,
     y: Tensor,
@@ -124,7 +132,7 @@ def _barycentric_backward(
     e = eps.to(C.dtype).unsqueeze(-1)
     dC = torch.zeros(C.shape if through_plan else (0,), dtype=C.dtype, device=C.device)
     df, dg, dy = C.new_zeros(f.shape), C.new_zeros(g.shape), C.new_zeros(y.shape)
-    for rows, weights in _chunks(C, f, g, mask, b, eps, backend):
+    for rows, weights in _chunks(C, f, g, a, b, eps, backend):
         dy += weights.mT @ grad[:, rows]
         if through_plan:
             flow = weights * (grad[:, rows] @ y.mT)
@@ -135,7 +143,7 @@ def _barycentric_backward(
 
 
 @_barycentric_backward.register_fake
-def _(grad, C, f, g, mask, b, eps, y, through_plan, backend):  # noqa: ANN001, ANN202
+def _(grad, C, f, g, a, b, eps, y, through_plan, backend):  # noqa: ANN001, ANN202
     dC = C.new_empty(C.shape if through_plan else (0,))
     return (
         dC,
@@ -147,12 +155,12 @@ def _(grad, C, f, g, mask, b, eps, y, through_plan, backend):  # noqa: ANN001, A
 
 
 def _chunks(
-    C: Tensor, f: Tensor, g: Tensor, mask: Tensor, b: Tensor, eps: Tensor, backend: str
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, backend: str
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows with their ``b_j exp((f_i + g_j - C_ij) / eps)``."""
     B, N, M = C.shape
     step = max(1, _CHUNK // max(1, B * M))
-    ones = C.new_ones(()).expand(B)
+    mask, ones = (a > 0).to(C.dtype), C.new_ones(()).expand(B)
     for i in range(0, N, step):
         rows = slice(i, i + step)
         yield rows, plan_rows(C[:, rows], f[:, rows], g, mask[:, rows], b, eps, ones, backend)

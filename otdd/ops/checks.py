@@ -32,6 +32,8 @@ def as_float(t: Tensor, name: str) -> Tensor:
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}; accepted: torch.Tensor")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {t.layout}; accepted: dense tensors")
     if t.dtype in _HALF:
         return t.float()
     if t.dtype not in _FULL:
@@ -90,16 +92,28 @@ def _one(t: Tensor) -> Tensor:
     return t[(0,) * t.dim()] if expanded else t
 
 
-def positive_eps(eps: float | Tensor) -> None:
-    """Raises ``ValueError`` unless eps is finite and > 0 (a tensor: every entry)."""
+def positive_eps(eps: float | Tensor, dtype: torch.dtype) -> None:
+    """Raises unless eps is > 0 and a normal number of `dtype` (a tensor: every entry)."""
+    bounds = torch.finfo(dtype)
+    accepted = f"numbers > 0 within {dtype}, {bounds.tiny:.3g} to {bounds.max:.3g}"
     if isinstance(eps, Tensor):
-        bad = ~(torch.isfinite(eps) & (eps > 0))
+        bad = ~((eps >= bounds.tiny) & (eps <= bounds.max))
         if bool(bad.any()):
-            raise ValueError(f"eps: got {eps[bad][0].item()}; accepted: finite numbers > 0")
-    elif isinstance(eps, numbers.Real):
-        require(math.isfinite(eps) and eps > 0, "eps", eps, "a finite number > 0")
+            raise ValueError(f"eps: got {eps[bad][0].item()}; accepted: {accepted}")
+    elif isinstance(eps, numbers.Real) and not isinstance(eps, bool):
+        require(bounds.tiny <= eps <= bounds.max, "eps", eps, accepted)
     else:
         raise TypeError(f"eps: got {type(eps).__name__}; accepted: a number or a torch.Tensor")
+
+
+def solver_options(max_iter: int, tol: float, **choices: tuple[object, tuple[str, ...]]) -> None:
+    """Raises unless the options of a solve are accepted; choices are name=(seen, accepted)."""
+    for name, (seen, accepted) in choices.items():
+        require(seen in accepted, name, repr(seen), ", ".join(map(str, accepted)))
+    whole = isinstance(max_iter, int | numbers.Integral) and not isinstance(max_iter, bool)
+    require(whole and 1 <= max_iter < 2**31, "max_iter", max_iter, "a whole number >= 1")
+    number = isinstance(tol, int | float | numbers.Real) and not isinstance(tol, bool)
+    require(number and 0 <= tol < float("inf"), "tol", tol, "a finite number >= 0")
 
 
 def outside_autocast(backward: Callable) -> Callable:

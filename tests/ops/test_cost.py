@@ -169,6 +169,14 @@ def test_bad_input(kwargs, error, says):
         cost_matrix(**{**good, **kwargs})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_cosine_of_very_long_and_very_short_vectors(backend, scale):
+    x, y = clouds((), 5, 6, 7, torch.float32)
+    seen = cost_matrix(scale * x, scale * y, "cosine", backend=backend)
+    torch.testing.assert_close(seen, cost_matrix(x, y, "cosine", backend=backend))
+
+
 def test_large_finite_values_are_not_mistaken_for_infinite_ones():
     x = torch.full((2, 2), 3e38)
     assert (cost_matrix(x, x) == 0).all()

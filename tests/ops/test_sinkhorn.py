@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,6 +191,14 @@ def test_half_precision_is_computed_in_float32(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_numpy_are_numbers(backend):
+    C = torch.rand(3, 4)
+    numpy_result = sinkhorn(C, eps=np.float32(0.1), max_iter=np.int64(7), backend=backend)
+    result = sinkhorn(C, eps=float(np.float32(0.1)), max_iter=7, backend=backend)
+    assert torch.equal(numpy_result.f, result.f)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     C = torch.zeros(0, 3, 4, requires_grad=True)
     result = sinkhorn(C, eps=0.1, backend=backend)
@@ -278,12 +287,18 @@ NAN, INF = torch.nan, torch.inf
         ({"C": torch.ones(2, 0, 3)}, ValueError, "N >= 1"),
         ({"C": torch.ones(2, 3, dtype=torch.int32)}, TypeError, "torch.int32"),
         ({"C": [[1.0]]}, TypeError, "C: got list"),
-        ({"eps": 0.0}, ValueError, "eps: got 0.0; accepted: a finite number > 0"),
+        ({"eps": 0.0}, ValueError, "eps: got 0.0; accepted: numbers > 0"),
         ({"eps": -1}, ValueError, "eps: got -1"),
         ({"eps": NAN}, ValueError, "eps: got nan"),
         ({"eps": torch.tensor([0.1, 0.0])}, ValueError, "eps: got 0.0"),
         ({"eps": torch.ones(3)}, ValueError, r"eps: got shape \(3,\)"),
         ({"eps": torch.ones(2, requires_grad=True)}, ValueError, "eps: got a tensor that requires"),
+        ({"eps": 1e-50}, ValueError, "eps: got 1e-50; accepted: numbers > 0 within torch.float32"),
+        ({"eps": True}, TypeError, "eps: got bool"),
+        ({"eps": torch.ones(2, dtype=torch.complex64)}, ValueError, "eps: got dtype"),
+        ({"tol": None}, ValueError, "tol: got None"),
+        ({"max_iter": True}, ValueError, "max_iter: got True"),
+        ({"C": torch.ones(3, 4).to_sparse()}, TypeError, "C: got a tensor of layout"),
         ({"eps": "small"}, TypeError, "eps: got str"),
         ({"max_iter": 0}, ValueError, "max_iter: got 0"),
         ({"max_iter": 2.5}, ValueError, "max_iter: got 2.5"),
@@ -301,7 +316,7 @@ NAN, INF = torch.nan, torch.inf
         ({"a": torch.ones(3).double()}, TypeError, "a: got dtype torch.float64"),
         ({"a": torch.ones(3, device="meta")}, ValueError, "a: got device meta"),
         ({"init": torch.ones(4)}, ValueError, "init: got Tensor"),
-        ({"init": (None, torch.ones(5))}, ValueError, "potentials g: got shape"),
+        ({"init": (None, torch.ones(5))}, ValueError, "init, its g: got shape"),
         ({"init": (None, torch.full((4,), NAN))}, ValueError, "init: got nan"),
         ({"marginals": "sinkd", "a": torch.full((3,), 0.3)}, ValueError, "0 or 1"),
         ({"backend": "abacus"}, ValueError, "abacus"),

@@ -185,12 +185,47 @@ def test_gradients_of_one_large_problem(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", ["unrolled", "implicit"])
+def test_an_offset_of_the_costs_costs_no_digits(backend, grad):
+    torch.manual_seed(0)
+    C = (torch.rand(2, 20, 33) + 80).requires_grad_()
+    steps = 5 if grad == "unrolled" else 2000
+    result = sinkhorn(C, eps=0.05, max_iter=steps, grad=grad, backend=backend)
+    wide = C.detach().double().requires_grad_()
+    expected = sinkhorn_oracle(wide, eps=0.05, max_iter=steps)
+    (got,) = torch.autograd.grad(result.cost.sum(), C)
+    (want,) = torch.autograd.grad(expected["cost"].sum(), wide)
+    tol = 2e-3 if backend == "cpu" else 2e-2
+    assert (got.double() - want).norm() <= tol * want.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(5))
+def test_implicit_where_the_plan_falls_into_blocks(backend, seed):
+    torch.manual_seed(seed)
+    C = torch.full((6, 6), 5.0)
+    C[:3, :3], C[3:, 3:] = torch.rand(3, 3), torch.rand(3, 3)
+    w = torch.randn(6, 6)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = C.to(dtype).requires_grad_()
+        result = sinkhorn(leaf, eps=0.05, max_iter=2000, grad="implicit", backend=backend)
+        grads.append(torch.autograd.grad((result.plan * w.to(dtype)).sum(), leaf)[0].double())
+    assert (grads[0] - grads[1]).norm() <= 1e-2 * grads[1].norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_second_derivatives_are_refused_not_wrong(backend):
     C = problem(1, 4, 4)[0].requires_grad_()
     result = sinkhorn(C, eps=0.1, backend=backend)
     (first,) = torch.autograd.grad(result.value.sum(), C, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(first.square().sum(), C)
+    a = torch.full((4,), 0.25, dtype=C.dtype, requires_grad=True)
+    value = sinkhorn(C, a, eps=0.1, backend=backend).value.sum()
+    (first,) = torch.autograd.grad(value, a, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.square().sum(), (a, C))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -244,6 +279,22 @@ def test_barycentric_bad_input():
         barycentric(result, torch.rand(5, 2))
     with pytest.raises(ValueError, match="C and eps"):
         barycentric((result.f, result.g), torch.rand(4, 2))
+    f, g = result.f, result.g
+    ok, y = {"C": C, "eps": 0.1}, torch.rand(4, 2)
+    for bad, error, says in (
+        ({"eps": torch.tensor(-1.0)}, ValueError, "eps: got -1.0"),
+        ({"b": -torch.ones(4)}, ValueError, "b: got a negative weight"),
+        ({"a": torch.zeros(3)}, ValueError, "a: got only zero weights"),
+        ({"C": torch.full_like(C, torch.nan)}, ValueError, "C: got nan"),
+    ):
+        with pytest.raises(error, match=says):
+            barycentric((f, g), y, **{**ok, **bad})
+    with pytest.raises(ValueError, match="potentials: got tuple"):
+        barycentric((None, None), y, **ok)
+    with pytest.raises(ValueError, match="potentials: got Tensor"):
+        barycentric(f, y, **ok)
+    with pytest.raises(ValueError, match=r"y: got shape \(4,\)"):
+        barycentric(result, torch.rand(4))
     with pytest.raises(ValueError, match="beside"):
         barycentric(result, torch.rand(4, 2), C=C)
     with pytest.raises(TypeError, match="y: got dtype"):

@@ -73,6 +73,18 @@ def test_compile_fullgraph_chooses_a_backend_by_itself():
     torch.testing.assert_close(compiled(C), sinkhorn(C, eps=0.1, tol=1e-3).value)
 
 
+def test_compiled_solve_follows_its_options():
+    torch._dynamo.reset()
+    C = torch.rand(2, 4, 5)
+
+    def solve(C: torch.Tensor, eps: float, max_iter: int, tol: float) -> torch.Tensor:
+        return sinkhorn(C, eps=eps, max_iter=max_iter, tol=tol).value
+
+    compiled = torch.compile(solve, fullgraph=True, backend="aot_eager")
+    for options in ((0.1, 5, 0.0), (0.2, 5, 0.0), (0.3, 9, 1e-3), (0.4, 12, 1e-2)):
+        torch.testing.assert_close(compiled(C, *options), solve(C, *options))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_autocast_leaves_the_ops_in_float32(backend, metric):

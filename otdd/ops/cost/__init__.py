@@ -10,6 +10,7 @@ from otdd.ops.cost.reference import (
     cost_matrix_reference,
     l1_backward_reference,
     normalised,
+    peak,
 )
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine")
@@ -128,11 +129,11 @@ def _sqeuclidean_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cosine_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    unit = normalised(x)
+    unit, top = normalised(x), peak(x)
     d_unit = -(grad @ normalised(y))
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(x / top, dim=-1, keepdim=True)  # of x it is top times that
     tangent = d_unit - (d_unit * unit).sum(-1, keepdim=True) * unit
-    return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1), 0)
+    return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1) / top, 0)
 
 
 _cost_matrix.register_autograd(_backward, setup_context=_setup_context)

@@ -27,8 +27,15 @@ def _euclidean(x: Tensor, y: Tensor) -> Tensor:
 
 def normalised(x: Tensor) -> Tensor:
     """``x / |x|`` along the last axis; a zero vector stays zero (its cosine to anything is 0)."""
+    x = x / peak(x)  # so that no square under- or overflows
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm > 0, norm, 1)
+
+
+def peak(x: Tensor) -> Tensor:
+    """Largest magnitude along the last axis, a constant for the gradient; 1 for a zero vector."""
+    top = x.detach().abs().amax(-1, keepdim=True)
+    return torch.where(top > 0, top, 1)
 
 
 def l1_backward_reference(

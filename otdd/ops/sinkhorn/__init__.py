@@ -13,6 +13,7 @@ from otdd.ops.sinkhorn.reference import plan_from_potentials
 
 Grad: TypeAlias = Literal["envelope", "unrolled", "implicit"]
 Marginals: TypeAlias = Literal["measure", "sinkd"]
+GRADS, MARGINALS = get_args(Grad), get_args(Marginals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,8 @@ def sinkhorn(
         max_iter: Iterations at most, >= 1.
         tol: If > 0, each problem stops by itself once its `marginal_error` (L1) is at most this.
         init: Potentials to start from, ``(f, g)`` or an earlier result (warm start); f is made from
-            g, so only g is used. A constant for the gradient.
+            g, so only g is used. A constant for the gradient. A start that is far off, such as by
+            1e4 eps, stays in f and g as a constant and costs float32 potentials digits.
         grad: ``envelope``, ``unrolled`` or ``implicit``.
         marginals: ``measure``, or ``sinkd``: rows, then columns scaled to sum 1 as in SinKD (COLING
             2024), that is weights of 1; a and b may then only be masks of 0 and 1.
@@ -122,14 +124,9 @@ def sinkhorn(
         TypeError: Not floating point, or different dtypes.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
-    options = (("grad", grad, get_args(Grad)), ("marginals", marginals, get_args(Marginals)))
-    for name, seen, accepted in options:
-        checks.require(seen in accepted, name, repr(seen), ", ".join(accepted))
-    whole = isinstance(max_iter, int) and max_iter >= 1
-    checks.require(whole, "max_iter", max_iter, "a whole number >= 1")
-    checks.require(0 <= tol < float("inf"), "tol", tol, "a finite number >= 0")
+    checks.solver_options(max_iter, tol, grad=(grad, GRADS), marginals=(marginals, MARGINALS))
     mass = 1.0 if marginals == "sinkd" else None
-    (C, _, g, a, b), eps_flat = problem_tensors(C, eps, init, a, b, mass)
+    (C, _, g, a, b), eps_flat = problem_tensors(C, eps, init, a, b, mass, "init")
     *batch, N, M = C.shape
     count = C.shape[:-2].numel()
     refusals = {"cpu": pointers.refusal(C), "reference": None}
@@ -140,7 +137,7 @@ def sinkhorn(
         b.reshape(count, M),
         eps_flat,
         g.reshape(count, M),
-        max_iter,
+        int(max_iter),
         float(tol),
         grad,
         marginals == "sinkd",
@@ -172,6 +169,7 @@ def problem_tensors(
     a: Tensor | None,
     b: Tensor | None,
     mass: float | None = None,
+    potentials_name: str = "potentials",
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Checks a problem's tensors and brings them to one batch shape and float32 or float64.
 
@@ -182,6 +180,7 @@ def problem_tensors(
         a: Row weights, or None for equal ones.
         b: Column weights, or None for equal ones.
         mass: Default weight of a point; None for 1 over their number.
+        potentials_name: What to call `potentials` in an error.
 
     Returns:
         ``(C, f, g, a, b)``, and eps flat over the batch in float64.
@@ -190,7 +189,7 @@ def problem_tensors(
     checks.require(C.dim() >= 2, "C", f"shape {tuple(C.shape)}", "(..., N, M)")
     checks.require(0 not in C.shape[-2:], "C", f"shape {tuple(C.shape)}", "N >= 1 and M >= 1")
     *batch, N, M = C.shape
-    f, g = _potentials(potentials, C)
+    f, g = _potentials(potentials, potentials_name, C)
     return (
         C,
         f,
@@ -201,19 +200,19 @@ def problem_tensors(
 
 
 def _potentials(
-    potentials: tuple[Tensor, Tensor] | SinkhornResult | None, C: Tensor
+    potentials: tuple[Tensor, Tensor] | SinkhornResult | None, name: str, C: Tensor
 ) -> tuple[Tensor, Tensor]:
     if isinstance(potentials, SinkhornResult):
         potentials = potentials.f, potentials.g
     elif potentials is None:
         potentials = None, None
     pair = isinstance(potentials, tuple | list) and len(potentials) == 2
-    checks.require(pair, "init", type(potentials).__name__, "(f, g) or a SinkhornResult")
+    checks.require(pair, name, type(potentials).__name__, "(f, g) or a SinkhornResult")
     *batch, N, M = C.shape
     f, g = potentials
     return (
-        _per_point(f, "potentials f", C, (*batch, N), 0.0),
-        _per_point(g, "potentials g", C, (*batch, M), 0.0),
+        _per_point(f, f"{name}, its f", C, (*batch, N), 0.0),
+        _per_point(g, f"{name}, its g", C, (*batch, M), 0.0),
     )
 
 
@@ -236,8 +235,10 @@ def _per_point(
 
 def _eps(eps: float | Tensor, C: Tensor, batch: list[int]) -> Tensor:
     if not isinstance(eps, Tensor):
-        checks.positive_eps(eps)
+        checks.positive_eps(eps, C.dtype)
         return C.new_full((), eps, dtype=torch.float64).expand(C.shape[:-2].numel())
+    real = not eps.is_complex() and eps.dtype != torch.bool
+    checks.require(real, "eps", f"dtype {eps.dtype}", "real numbers")
     checks.require(not eps.requires_grad, "eps", "a tensor that requires grad", "a constant")
     checks.require(eps.device == C.device, "eps", f"device {eps.device}", f"that of C, {C.device}")
     try:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from otdd.ops import checks, pointers
-from otdd.ops.sinkhorn.reference import Solution
+from otdd.ops.sinkhorn.reference import Solution, implicit_tolerance
 
 
 def sinkhorn_cpu(
@@ -81,19 +81,22 @@ def potentials_backward_cpu(
     df: Tensor,
     dg: Tensor,
     mode: str,
+    rtol: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `potentials_backward_reference`; the implicit system is solved in float64."""
+    rtol = rtol or implicit_tolerance(C.dtype)
     if mode == "implicit" and C.dtype != torch.float64:
         wide = (t.double() for t in (C, a, b))
         rest = (t.double() for t in (f, g))
         last = (t.double() for t in (df, dg))
-        grads = potentials_backward_cpu(*wide, eps, *rest, history, n_iter, *last, mode)
+        grads = potentials_backward_cpu(*wide, eps, *rest, history, n_iter, *last, mode, rtol)
         return tuple(t.to(C.dtype) for t in grads)
     B, N, M = C.shape
     C, C_rows = pointers.rows(C)
     dC, da, db = C.new_empty(B, N, M), C.new_empty(B, N), C.new_empty(B, M)
     status = pointers.kernel("backward", C.dtype)(
         mode == "unrolled",
+        rtol,
         B,
         N,
         M,

@@ -39,7 +39,7 @@ def sinkhorn_op(
         checks.weights(a, "a", binary=sinkd)
         checks.weights(b, "b", binary=sinkd)
         checks.finite(g, "init")
-        checks.positive_eps(eps)
+        checks.positive_eps(eps, C.dtype)
     run = cpu.sinkhorn_cpu if backend == "cpu" else sinkhorn_reference
     return tuple(run(C, a, b, eps, g, max_iter, tol, grad == "unrolled"))
 
@@ -93,16 +93,20 @@ def backward_op(
     ``cost = <P, C>`` depends on C directly, and through the plan on the potentials and weights.
     """
     if dcost is not None:
-        e = eps.to(C.dtype).unsqueeze(-1)
-        flow = plan_rows(C, f, g, a, b, eps, dcost, backend)
-        weighted = flow * C
+        # The columns of P sum to b: a constant k in C adds k sum(b) to the cost and nothing else.
+        e, one = eps.to(C.dtype).unsqueeze(-1), torch.ones_like(dcost)
+        P = plan_rows(C, f, g, a, b, eps, one, backend)
+        k = (P * C).sum((-1, -2)) / P.sum((-1, -2))
+        flow = P * dcost[:, None, None]
+        weighted = flow * (C - k[:, None, None])
         to_rows, to_columns = weighted.sum(-1), weighted.sum(-2)
         df, dg = df + to_rows / e, dg + to_columns / e
     run = cpu.potentials_backward_cpu if backend == "cpu" else potentials_backward_reference
     dC, da, db = run(C, a, b, eps, f, g, history, n_iter, df, dg, mode)
     if dcost is not None:
         dC = dC + flow - weighted / e.unsqueeze(-1)
-        da, db = da + over(to_rows, a), db + over(to_columns, b)
+        da = da + over(to_rows, a)
+        db = db + over(to_columns, b) + torch.where(b > 0, (k * dcost).unsqueeze(-1), 0)
     return dC, da, db
 
 
@@ -138,6 +142,7 @@ def _backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
     C, a, b, eps, f, g, history, n_iter = ctx.saved_tensors
     none = (None,) * 7
     if ctx.grad == "envelope":
+        f, g = f.detach(), g.detach()  # no second derivative rather than half of one
         scale = _sum(dvalue, dcost)
         dC = da = db = None
         if scale is not None and ctx.needs_input_grad[0]:

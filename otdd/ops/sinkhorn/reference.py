@@ -157,6 +157,11 @@ def _unrolled(
     return dC, da, db
 
 
+def implicit_tolerance(dtype: torch.dtype) -> float:
+    """How far the fixed point's linear system is trusted: potentials of `dtype` carry no more."""
+    return 10 * torch.finfo(dtype).eps
+
+
 def _implicit(
     plan: Tensor, a: Tensor, b: Tensor, e: Tensor, df: Tensor, dg: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,9 +169,10 @@ def _implicit(
 
     r and c are the plan's own row and column sums. The matrix is positive semi-definite and its
     kernel is the constants, the freedom (f + c, g - c); `h` is found by conjugate gradients on the
-    symmetrically scaled system, orthogonally to that kernel, in float64.
+    symmetrically scaled system, orthogonally to that kernel, in float64. Blocks that the plan
+    hardly joins make it nearly singular; see `implicit_tolerance`.
     """
-    dtype = plan.dtype
+    dtype, rtol = plan.dtype, implicit_tolerance(plan.dtype)
     plan, df, dg = plan.double(), df.double(), dg.double()
     r, c = plan.sum(-1), plan.sum(-2)
     half = c.sqrt()
@@ -183,7 +189,7 @@ def _implicit(
     kernel = half / half.norm(dim=-1, keepdim=True)
     rhs = over(dg - transposed(over(df, r)), half)
     rhs = rhs - (rhs * kernel).sum(-1, keepdim=True) * kernel
-    h = over(_conjugate_gradients(matrix, rhs, kernel), half)
+    h = over(_conjugate_gradients(matrix, rhs, kernel, rtol), half)
     k = over(df - apply(h), r)
     dC = plan * (h.unsqueeze(-2) + k.unsqueeze(-1))
     da, db = -over(e * apply(h), a), -over(e * transposed(k), b)
@@ -191,18 +197,25 @@ def _implicit(
 
 
 def _conjugate_gradients(
-    matrix: Callable[[Tensor], Tensor], rhs: Tensor, kernel: Tensor, rtol: float = 1e-13
+    matrix: Callable[[Tensor], Tensor], rhs: Tensor, kernel: Tensor, rtol: float
 ) -> Tensor:
-    """Batched CG orthogonal to `kernel`; problems that are done stand still."""
+    """Batched CG orthogonal to `kernel`; problems that are done stand still.
+
+    Done is a residual of `rtol`, or a direction whose curvature is below it: what lies there is
+    rounding, divided by nearly nothing.
+    """
     x, residual = torch.zeros_like(rhs), rhs
     direction, rho = rhs, rhs.square().sum(-1, keepdim=True)
     goal = rho * rtol**2
+    going = torch.ones_like(rho, dtype=torch.bool)
     for _ in range(10 * rhs.shape[-1]):
-        active = rho > goal
+        image = matrix(direction)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        steep = curvature > rtol * direction.square().sum(-1, keepdim=True)
+        going = active = going & (rho > goal) & steep
         if not bool(active.any()):
             break
-        image = matrix(direction)
-        step = torch.where(active, rho / (direction * image).sum(-1, keepdim=True), 0)
+        step = torch.where(active, rho / curvature, 0)
         x = x + step * direction
         residual = residual - step * image
         residual = residual - (residual * kernel).sum(-1, keepdim=True) * kernel
