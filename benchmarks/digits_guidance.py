@@ -37,12 +37,13 @@ RESULTS = Path(__file__).parent / "results" / "digits_guidance.json"
 
 
 def _guided(**settings: Any) -> dict[str, Any]:
-    return {"guidance": settings}
+    return {"starts": 1, "guidance": settings}
 
 
-# Settings of `sample` laid over the defaults; `guidance` is nested.
+# Settings of `sample` laid over the defaults; `guidance` is nested. All but the first: one start.
 VARIANTS: dict[str, dict[str, Any]] = {
     "otg": {},
+    "starts-1": _guided(),
     **{f"strength-{s}": _guided(strength=s) for s in (0.1, 0.3, 1.0)},
     **{f"repulsion-{k}": _guided(repulsion=k) for k in (0.0, 0.5)},
     **{f"lambda-{v}": _guided(lambda_1=v) for v in (0.03, 0.3)},

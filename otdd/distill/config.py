@@ -71,6 +71,9 @@ class SampleConfig:
     """Denoising steps."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 means none."""
+    starts: int = 4
+    """Guided samplings of a joint class from different noise; the one of least transport cost is
+    kept, as k-means keeps the best of its starts."""
     order: Literal["joint", "sequential"] = "joint"
     """All images of a class at once, or one after the other."""
     batch_classes: int = 64
@@ -81,6 +84,7 @@ class SampleConfig:
     """Optimal-transport guidance."""
 
     def __post_init__(self) -> None:
+        require(self.starts >= 1, "starts", self.starts, "an integer >= 1")
         require(self.steps >= 1, "steps", self.steps, "an integer >= 1")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "a number >= 0")
         require(self.batch_classes >= 1, "batch_classes", self.batch_classes, "an integer >= 1")
@@ -218,6 +222,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "steps": 50,
             "guidance_scale": 4.0,
             "order": "sequential",
+            "starts": 1,
             "guidance": {
                 "target": "z_t",
                 "form": "gradient",

@@ -173,16 +173,19 @@ def _sample_group(
     """Latents of a group of classes, class-major (len(group) * ipc, c, h, w)."""
     settings, ipc = config.sample, config.ipc
 
-    def batch(indices: range) -> Batch:
+    def batch(indices: range, start: int = 0) -> Batch:
         names = [data.classes[k] for k in group]
         known = torch.tensor(generator.class_indices(names)).repeat_interleave(len(indices))
-        streams = [rng(config.seed, "image", name, n) for name in names for n in indices]
+        key = (config.seed, "image") if start == 0 else (config.seed, "start", start)
+        streams = [rng(*key, name, n) for name in names for n in indices]
         own = torch.tensor(group).repeat_interleave(len(indices))
         device = next(generator.transformer.parameters()).device
         return Batch(known.to(device), own.to(device), streams)
 
-    if settings.order == "joint" or guidance is None:
-        return denoise(generator, batch(range(ipc)), settings, guidance, on_step=on_step).cpu()
+    if guidance is None:
+        return denoise(generator, batch(range(ipc)), settings, on_step=on_step).cpu()
+    if settings.order == "joint":
+        return _best_start(generator, batch, config, guidance, on_step)
     done: list[Tensor] = []
     for n in range(ipc):
         now, memory = batch(range(n, n + 1)), None
@@ -190,6 +193,28 @@ def _sample_group(
             memory = torch.cat(done), now.data_labels.repeat(len(done))
         done.append(denoise(generator, now, settings, guidance, memory=memory, on_step=on_step))
     return torch.stack(done, 1).flatten(0, 1).cpu()
+
+
+def _best_start(
+    generator: Generator,
+    batch: Callable[[range, int], Batch],
+    config: RunConfig,
+    guidance: OTGuidance,
+    on_step: Callable[[], None],
+) -> Tensor:
+    """Of `starts` joint samplings, for each class the one of least transport cost."""
+    best, least = None, None
+    for start in range(config.sample.starts):
+        now = batch(range(config.ipc), start)
+        latents = denoise(generator, now, config.sample, guidance, on_step=on_step)
+        cost = guidance.transport_cost(latents, now.data_labels)
+        if best is None:
+            best, least = latents, cost
+            continue
+        better = cost < least  # by class, in the order of the labels
+        keep = better.repeat_interleave(config.ipc).view(-1, *[1] * (latents.ndim - 1))
+        best, least = torch.where(keep, latents, best), torch.where(better, cost, least)
+    return best.cpu()
 
 
 def _guidance(data: ImageData, generator: Generator, config: RunConfig, group: range) -> OTGuidance:
@@ -211,7 +236,8 @@ class _Ticker:
     def __init__(
         self, progress: Progress | None, name: str, groups: int, config: RunConfig, guided: bool
     ) -> None:
-        passes = config.ipc if guided and config.sample.order == "sequential" else 1
+        sequential = config.sample.order == "sequential"
+        passes = (config.ipc if sequential else config.sample.starts) if guided else 1
         self.per_group = passes * config.sample.steps
         self.total, self.done = groups * self.per_group, 0
         self.progress, self.name = progress, name

@@ -13,6 +13,7 @@ from otdd.distill.data import DataError, ImageData, LabeledImages
 from otdd.distill.evaluate import transport_cost
 from otdd.distill.fit import FitConfig, fit
 from otdd.distill.generator import Generator, GeneratorError
+from otdd.distill.guidance import OTGuidance
 from otdd.distill.store import Store
 
 CLASSES, COUNT = 5, 12
@@ -35,7 +36,7 @@ def generator(data, tmp_path_factory) -> Generator:
 
 
 def settings(ipc: int = 2, seed: int = 0, guidance=None, **kwargs) -> RunConfig:
-    kwargs = {"steps": 4, "batch_classes": 2} | kwargs
+    kwargs = {"steps": 4, "batch_classes": 2, "starts": 1} | kwargs
     made = SampleConfig(guidance=GuidanceConfig(**(guidance or {})), **kwargs)
     return RunConfig(data="toy", ipc=ipc, out="unused", seed=seed, sample=made)
 
@@ -76,7 +77,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("at", [1, 4, 5, 9])
 @pytest.mark.parametrize("order", ["joint", "sequential"])
 def test_interrupted_sampling_ends_with_the_same_bytes(tmp_path, data, generator, at, order):
-    config = settings(order=order, scheduler="ddpm")
+    config = settings(order=order, scheduler="ddpm", starts=2)
     run(tmp_path / "whole", data, generator, config)
     store = Store(tmp_path / "cut")
 
@@ -106,13 +107,26 @@ def test_an_image_depends_on_seed_class_and_index_alone(tmp_path, data, generato
     assert not torch.allclose(few, other, atol=1e-2)
 
 
-def test_progress_counts_to_its_total(tmp_path, data, generator):
+@pytest.mark.parametrize("starts", [1, 3])
+def test_progress_counts_to_its_total(tmp_path, data, generator, starts):
     seen = []
-    stage.sample(
-        Store(tmp_path), data, generator, settings(), progress=lambda *step: seen.append(step)
-    )
-    assert [done for _, done, _ in seen] == list(range(1, 13))  # 3 groups of 4 steps
-    assert {total for *_, total in seen} == {12}
+    config = settings(starts=starts)
+    stage.sample(Store(tmp_path), data, generator, config, progress=lambda *s: seen.append(s))
+    total = 3 * 4 * starts  # groups of steps
+    assert [done for _, done, _ in seen] == list(range(1, total + 1))
+    assert {of for *_, of in seen} == {total}
+
+
+def test_the_best_of_several_starts_is_kept_for_each_class(tmp_path, data, generator):
+    costs = []
+    for starts in (1, 2, 5):
+        made = run(tmp_path / str(starts), data, generator, settings(ipc=3, starts=starts))
+        guidance = OTGuidance(GuidanceConfig())
+        guidance.set_reference(PixelCodec().encode(data.train.images), data.train.labels)
+        costs.append(guidance.transport_cost(made["latents"], made["labels"]))
+    assert (costs[1] <= costs[0] + 1e-5).all()
+    assert (costs[2] <= costs[1] + 1e-5).all()
+    assert (costs[2] < costs[0]).any()
 
 
 def test_class_missing_from_the_generator(tmp_path, data, generator):
