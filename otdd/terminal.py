@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
 
 
 class Bars:
-    """Progress bars with the time left on a terminal; silent elsewhere.
+    """Progress bars with the time left on a terminal; elsewhere a line for each finished task.
 
     Call it as progress(text, done, total); one bar per text, which becomes a line when it is full.
     """
@@ -28,7 +29,7 @@ class Bars:
         )
 
         console = Console(stderr=True)
-        self._shown = console.is_terminal and not quiet
+        self._quiet, self._shown = quiet, console.is_terminal and not quiet
         self._bars = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -50,11 +51,16 @@ class Bars:
 
     def __call__(self, text: str, done: int, total: int) -> None:
         """Show that `done` of `total` steps are finished."""
+        if self._quiet:
+            return
+        self._since.setdefault(text, time.perf_counter())
         if not self._shown:
+            if done >= total > 1:
+                spent = time.perf_counter() - self._since.pop(text)
+                print(f"done  {text}  {spent:.1f} s", file=sys.stderr, flush=True)
             return
         if text not in self._tasks:
             self._tasks[text] = self._bars.add_task(text, total=total)
-            self._since[text] = time.perf_counter()
         self._bars.update(self._tasks[text], completed=done, total=total)
         if done >= total:
             self._bars.remove_task(self._tasks.pop(text))

@@ -18,6 +18,12 @@ class ConfigError(ValueError):
     """A setting that is unknown or not accepted."""
 
 
+def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:
+    """Raise a `ConfigError` unless there is at least one value and none twice."""
+    require(len(values) >= 1, key, values, accepted)
+    require(len(set(values)) == len(values), key, values, f"{accepted}, each once")
+
+
 def require(ok: bool, key: str, value: Any, accepted: str) -> None:
     """Raise a `ConfigError` that names the key, the value and what is accepted."""
     if not ok:
@@ -159,8 +165,8 @@ class TrainConfig:
     """Weight of the transport term in `otm`."""
 
     def __post_init__(self) -> None:
-        require(len(self.losses) >= 1, "losses", self.losses, f"some of {', '.join(LOSSES)}")
-        require(len(self.archs) >= 1, "archs", self.archs, "at least one architecture")
+        require_some(self.losses, "losses", f"some of {', '.join(LOSSES)}")
+        require_some(self.archs, "archs", "at least one architecture")
         require(self.epochs >= 1, "epochs", self.epochs, "an integer >= 1")
         require(self.batch >= 2, "batch", self.batch, "an integer >= 2")
         require(self.lr > 0, "lr", self.lr, "a number > 0")
@@ -209,7 +215,7 @@ class RunConfig:
         require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
         res = self.resolution
         require(res is None or res >= 4, "resolution", res, "an integer >= 4")
-        require(len(self.sets) >= 1, "sets", self.sets, f"some of {', '.join(SETS)}")
+        require_some(self.sets, "sets", f"some of {', '.join(SETS)}")
         ok = self.preset is None or self.preset in PRESETS
         require(ok, "preset", self.preset, f"one of {', '.join(PRESETS)}")
 

@@ -263,7 +263,9 @@ def _read(
     sizes = sorted({tuple(image.shape[1:]) for image in images.values()})
     if resolution is None and (len(sizes) > 1 or any(h != w for h, w in sizes)):
         shown = ", ".join(f"{h}x{w}" for h, w in sizes[:4]) + (", ..." if len(sizes) > 4 else "")
-        problems.append(f"images of {len(sizes)} sizes ({shown}): give resolution=, e.g. 32")
+        problems.append(
+            f"images of {len(sizes)} sizes ({shown}): give --resolution (resolution=), e.g. 32"
+        )
     return images, problems
 
 
@@ -275,7 +277,12 @@ def _decode(path: Path, resolution: int | None) -> Tensor | str:
         return "link to a file that does not exist"
     try:
         with Image.open(path) as file:
-            image = file.convert("L" if file.mode in ("1", "L", "LA") else "RGB")
+            if file.mode.startswith("I;16"):  # PIL would clip 16 bits, not scale them
+                image = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
+            elif file.mode in ("I", "F"):
+                return f"image of mode {file.mode}: save it with 8 or 16 bits a channel"
+            else:
+                image = file.convert("L" if file.mode in ("1", "L", "LA") else "RGB")
     except Exception as error:
         return f"unreadable image ({type(error).__name__}: {error})"
     if resolution is not None and image.size != (resolution, resolution):

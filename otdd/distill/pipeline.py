@@ -74,6 +74,10 @@ class Run:
         generator = None
         if config.generator is not None or any(name in SAMPLED for name in config.sets):
             generator = _load_generator(config, data)
+            try:
+                generator.scheduler(config.sample.scheduler, config.sample.steps)
+            except ValueError as error:
+                raise ConfigError(f"sample.steps: {error}") from None
             known["generator_sha256"] = _digest(generator)
         store = Store.open(config.out, known, lock=True)
         resolved = to_dict(config)
@@ -264,8 +268,20 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
         arch, _, file = teacher.partition("=")
         if file and not Path(file).is_file():
             raise ConfigError(f"relabel.teachers: no file {file}")
-        if not teacher.startswith("timm:"):
+        if teacher.startswith("timm:"):
+            _check_timm(teacher.removeprefix("timm:"))
+        else:
             check_network(arch, data)
+
+
+def _check_timm(name: str) -> None:
+    from otdd import _torchvision
+
+    _torchvision.repair()
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(f"relabel.teachers: timm has no model {name!r}")
 
 
 def _load_generator(config: RunConfig, data: ImageData) -> Generator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -108,6 +110,11 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return tuple(_convert(a, v, key) for a, v in zip(args, value, strict=True))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 takes 1e-3 for a text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind is float and isinstance(value, float):
+        require(math.isfinite(value), key, value, "a finite number")
     right = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
     require(right, key, value, names[kind])

@@ -89,3 +89,12 @@ def test_identity_leaves_out_what_only_adds_rows():
 def test_no_torch():
     code = "import sys, otdd.distill.settings; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_lists_and_exponents(tmp_path):
+    with pytest.raises(ConfigError, match=r"sample\.guidance\.strength: inf"):
+        resolve({**BASE, "sample": {"guidance": {"strength": float("inf")}}})
+    with pytest.raises(ConfigError, match="each once"):
+        resolve({**BASE, "sets": ["random", "random"]})
+    (tmp_path / "f.yaml").write_text("train: {lr: 1e-3}")
+    assert resolve(BASE, file=tmp_path / "f.yaml").train.lr == 1e-3

@@ -68,6 +68,13 @@ def test_sizes_and_colours(tmp_path):
     assert torch.equal(grey[:, 0], grey[:, 1])
 
 
+def test_sixteen_bits_are_scaled(tmp_path):
+    folder(tmp_path)
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "train" / "a" / "deep.png")
+    images = load_data(tmp_path).train.of_class(0)
+    assert (images == 30000 >> 8).flatten(1).all(1).any()
+
+
 def test_every_offending_file_and_class_is_named(tmp_path):
     folder(tmp_path, classes=("a", "b", "c"))
     (tmp_path / "train" / "a" / "text.png").write_text("not an image")
