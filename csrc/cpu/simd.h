@@ -44,7 +44,6 @@ struct Traits<float> {
   static constexpr float kLowest = -87.0f, kHighest = 88.0f;
   static constexpr double kFlush = 87.0;  // exp(-kFlush) is where entries become 0
   static constexpr double kDigits = 18.0;  // -log of the accuracy that lost entries must not touch
-  static constexpr float kEpsilon = 1.1920929e-7f;
 };
 template <>
 struct Traits<double> {
@@ -56,7 +55,6 @@ struct Traits<double> {
   static constexpr double kLowest = -708.0, kHighest = 709.0;
   static constexpr double kFlush = 708.0;
   static constexpr double kDigits = 39.0;
-  static constexpr double kEpsilon = 2.220446049250313e-16;
 };
 
 template <class T>
