@@ -345,25 +345,11 @@ class Implicit {
 
 template <class T, class Solver, class... Extra>
 int backward(const BackwardArgs<T>& args, Extra... extra) {
-  const bool share = threads_share_a_problem(args.B, args.N, args.M, args.threads);
-  const int outer = share ? 1 : int(least(args.threads, args.B)), team = share ? args.threads : 1;
-  int status = kOk;
-#pragma omp parallel num_threads(outer) if (outer > 1)
-  {
-    FlushDenormals guard;
-    Scratch scratch(Solver::bytes(args.N, args.M, extra...));
-    if (!scratch.ok()) {
-#pragma omp atomic write
-      status = kOutOfMemory;
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (i64 p = 0; p < args.B; ++p) {
-      if (!scratch.ok()) continue;
-      scratch.rewind();
-      Solver(args, team, scratch).run(p);
-    }
-  }
-  return status;
+  return each_problem(args, Solver::bytes(args.N, args.M, extra...),
+                      [&](Scratch& scratch, int team, i64 problem) {
+                        Solver(args, team, scratch).run(problem);
+                        return int(kOk);
+                      });
 }
 
 }  // namespace otdd::cpu::OTDD_ISA

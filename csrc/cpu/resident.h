@@ -192,9 +192,34 @@ inline bool all_finite(const T* c, i64 n) {
   return t == T(0);
 }
 
-// One thread a problem when there are enough of them, else all threads on each.
-inline bool threads_share_a_problem(i64 B, i64 N, i64 M, int threads) {
-  return threads > 1 && B < threads && parts_of(N, M) > 1;
+// run(scratch, team, problem) -> status for every problem of a batch: one thread a problem when there
+// are enough of them, else all threads on each. `bytes` is what one problem needs.
+template <class Args, class Run>
+int each_problem(const Args& args, i64 bytes, Run run) {
+  const bool share =
+      args.threads > 1 && args.B < args.threads && parts_of(args.N, args.M) > 1;
+  const int outer = share ? 1 : int(least(args.threads, args.B)), team = share ? args.threads : 1;
+  int status = kOk;
+#pragma omp parallel num_threads(outer) if (outer > 1)
+  {
+    FlushDenormals guard;
+    Scratch scratch(bytes);
+    if (!scratch.ok()) {
+#pragma omp atomic write
+      status = kOutOfMemory;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (i64 problem = 0; problem < args.B; ++problem) {
+      if (!scratch.ok()) continue;
+      scratch.rewind();
+      const int seen = run(scratch, team, problem);
+      if (seen != kOk) {
+#pragma omp atomic write
+        status = seen;
+      }
+    }
+  }
+  return status;
 }
 
 }  // namespace otdd::cpu::OTDD_ISA

@@ -307,30 +307,10 @@ class Sinkhorn {
 
 template <class T>
 int sinkhorn(const SinkhornArgs<T>& args) {
-  const bool share = threads_share_a_problem(args.B, args.N, args.M, args.threads);
-  const int outer = share ? 1 : int(least(args.threads, args.B)), team = share ? args.threads : 1;
-  int status = kOk;
-#pragma omp parallel num_threads(outer) if (outer > 1)
-  {
-    FlushDenormals guard;
-    Scratch scratch(Sinkhorn<T>::bytes(args.N, args.M));
-    if (!scratch.ok()) {
-#pragma omp atomic write
-      status = kOutOfMemory;
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (i64 p = 0; p < args.B; ++p) {
-      if (!scratch.ok()) continue;
-      scratch.rewind();
-      Sinkhorn<T> solver(args, team, scratch);
-      const int problem_status = solver.solve(p);
-      if (problem_status != kOk) {
-#pragma omp atomic write
-        status = problem_status;
-      }
-    }
-  }
-  return status;
+  return each_problem(args, Sinkhorn<T>::bytes(args.N, args.M),
+                      [&](Scratch& scratch, int team, i64 problem) {
+                        return Sinkhorn<T>(args, team, scratch).solve(problem);
+                      });
 }
 
 }  // namespace otdd::cpu::OTDD_ISA
