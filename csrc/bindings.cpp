@@ -74,13 +74,15 @@ otdd::cpu::Vectors<T> vectors(const Strided& t) {
 }
 
 template <class T>
-int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, Strided eps, Strided g0,
-             i64 max_iter, double tol, Address f, Address g, Address value, Address cost,
-             Address marginal_error, Address n_iter, Address history, int threads) {
+int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, Strided eps, Strided rho_a,
+             Strided rho_b, Strided g0, i64 max_iter, double tol, Address f, Address g,
+             Address value, Address cost, Address marginal_error, Address n_iter, Address history,
+             int threads) {
   const otdd::cpu::SinkhornArgs<T> args{
-      B, N, M, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps), vectors<T>(g0),
-      max_iter, tol, out<T>(f), out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error),
-      out<i64>(n_iter), out<double>(history), threads};
+      B, N, M, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps),
+      vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter, tol, out<T>(f),
+      out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error), out<i64>(n_iter),
+      out<double>(history), threads};
   py::gil_scoped_release release;
   return otdd::cpu::kernels<T>().sinkhorn(args);
 }
@@ -96,13 +98,15 @@ int plan(i64 B, i64 N, i64 M, Strided C, Strided f, Strided g, Strided a, Stride
 }
 
 template <class T>
-int backward(bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps, Strided C, Strided a, Strided b,
-             Strided eps, Strided f, Strided g, Address history, Address n_iter, Strided df,
-             Strided dg, Address dC, Address da, Address db, int threads) {
+int backward(bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps, Strided C, Strided a,
+             Strided b, Strided eps, Strided rho_a, Strided rho_b, Strided f, Strided g,
+             Address history, Address n_iter, Strided df, Strided dg, Address dC, Address da,
+             Address db, int threads) {
   const otdd::cpu::BackwardArgs<T> args{
       B, N, M, steps, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps),
-      vectors<T>(f), vectors<T>(g), in<double>(history), in<i64>(n_iter), vectors<T>(df),
-      vectors<T>(dg), out<T>(dC), out<T>(da), out<T>(db), rtol, threads};
+      vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(f), vectors<T>(g),
+      in<double>(history), in<i64>(n_iter), vectors<T>(df), vectors<T>(dg), out<T>(dC), out<T>(da),
+      out<T>(db), rtol, threads};
   py::gil_scoped_release release;
   const auto kernels = otdd::cpu::kernels<T>();
   return unrolled ? kernels.unrolled(args) : kernels.implicit(args);

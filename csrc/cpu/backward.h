@@ -1,9 +1,10 @@
 // Vector-Jacobian products of Sinkhorn's potentials, unrolled and implicit.
 //
-// With R_ij = b_j exp(F_i + G'_j - C_ij / eps) (rows sum to 1, G' the step's starting potentials) and
-// S_ij = a_i exp(F_i + G_j - C_ij / eps) (columns sum to 1), F = f / eps and G = g / eps, a step is
-//   dg_j -> df_i -= sum_j S_ij dg_j,  dC += S dg,  da_i -= eps / a_i sum_j S_ij dg_j
-//   df_i -> dg'_j = -sum_i R_ij df_i, dC += R df,  db_j -= eps / b_j sum_i R_ij df_i
+// With R_ij = b_j exp(F_i / l_a + G'_j - C_ij / eps) (rows sum to 1, G' the step's starting
+// potentials), S_ij = a_i exp(F_i + G_j / l_b - C_ij / eps) (columns sum to 1), F = f / eps, G = g / eps
+// and l = rho / (rho + eps), which is 1 for a marginal that is met, a step is
+//   dg <- l_b dg:  df_i -= sum_j S_ij dg_j,  dC += S dg,  da_i -= eps / a_i sum_j S_ij dg_j
+//   df <- l_a df:  dg'_j = -sum_i R_ij df_i, dC += R df,  db_j -= eps / b_j sum_i R_ij df_i
 // R and S are row and column scalings of each other, so both come from one resident K. dC is K times
 // a matrix of rank two per step: it is summed over the steps that share a K before it meets K.
 #pragma once
@@ -17,18 +18,20 @@ class Unrolled {
  public:
   static i64 bytes(i64 N, i64 M, i64 steps) {
     const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = round_up(M, kWidth<T>) + kWidth<T>;
-    return Resident<T>::bytes(N, M) + (7 + 2 * steps) * (n + m) * i64(sizeof(T)) +
-           6 * (n + m) * i64(sizeof(double)) + 64 * 64;
+    return Resident<T>::bytes(N, M) + (8 + 2 * steps) * (n + m) * i64(sizeof(T)) +
+           8 * (n + m) * i64(sizeof(double)) + 64 * 64;
   }
 
   Unrolled(const BackwardArgs<T>& args, int team, Scratch& s)
       : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s) {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
     a_ = s.take<T>(n_), df_ = s.take<T>(n_), da_ = s.take<T>(n_), alpha_ = s.take<T>(n_);
+    alpha_rows_ = s.take<T>(n_);
     b_ = s.take<T>(m_), dg_ = s.take<T>(m_), db_ = s.take<T>(m_), beta_ = s.take<T>(m_);
     beta_before_ = s.take<T>(m_), w_ = s.take<T>(m_), col_ = s.take<T>(m_);
     base_f_ = s.take<double>(n_), base_g_ = s.take<double>(m_), column_ = s.take<double>(m_);
-    F_ = s.take<double>(n_), G_ = s.take<double>(m_), G_before_ = s.take<double>(m_);
+    F_ = s.take<double>(n_), F_rows_ = s.take<double>(n_);
+    G_ = s.take<double>(m_), G_before_ = s.take<double>(m_);
     p_ = s.take<T>(2 * args.steps * n_), q_ = s.take<T>(2 * args.steps * m_);
   }
 
@@ -37,16 +40,16 @@ class Unrolled {
     const double* h = args_.history + problem * args_.steps * (N + M);
     for (i64 t = args_.n_iter[problem]; t >= 1; --t) {
       potentials(h + t * (N + M), h + (t - 1) * (N + M));
-      if (!near(G_) || !near(G_before_)) make(G_before_);
-      if (near(G_)) {
-        scale(G_, beta_, true), scale(G_before_, beta_before_, false);
+      if (!near(F_, G_) || !near(F_rows_, G_before_)) make(F_rows_, G_before_);
+      if (near(F_, G_)) {
+        scale(F_, alpha_, G_, beta_, true), scale_rows();
         columns_and_rows(true, true);
       } else {  // the step itself is wider than K's digits: one half at a time
-        make(G_);
-        scale(G_, beta_, true);
+        make(F_, G_);
+        scale(F_, alpha_, G_, beta_, true);
         columns_and_rows(true, false);
-        make(G_before_);
-        scale(G_before_, beta_before_, false);
+        make(F_rows_, G_before_);
+        scale_rows();
         columns_and_rows(false, true);
       }
       for (i64 i = 0; i < N; ++i) df_[i] = 0;
@@ -62,21 +65,23 @@ class Unrolled {
   Resident<T> R;
   const T* C_;
   i64 ldc_, terms_;
-  double eps_, inv_eps_;
+  double eps_, inv_eps_, lambda_a_, lambda_b_;
   T* dC_;
-  T *a_, *df_, *da_, *alpha_, *b_, *dg_, *db_, *beta_, *beta_before_, *w_, *col_, *p_, *q_;
-  double *base_f_, *base_g_, *column_, *F_, *G_, *G_before_;
+  T *a_, *df_, *da_, *alpha_, *alpha_rows_, *b_, *dg_, *db_, *beta_, *beta_before_, *w_, *col_, *p_, *q_;
+  double *base_f_, *base_g_, *column_, *F_, *F_rows_, *G_, *G_before_;
 
   void start(i64 problem) {
     const auto& A = args_;
     C_ = A.C.data + problem * A.C.batch, ldc_ = A.C.row;
     eps_ = A.eps.data[problem * A.eps.batch], inv_eps_ = 1 / eps_;
+    lambda_a_ = Penalty(A.rho_a.data[problem * A.rho_a.batch], eps_).lambda;
+    lambda_b_ = Penalty(A.rho_b.data[problem * A.rho_b.batch], eps_).lambda;
     dC_ = A.dC + problem * N * M;
     for (i64 k = 0; k < N * M; ++k) dC_[k] = 0;
     for (i64 i = 0; i < n_; ++i) {
       a_[i] = i < N ? A.a.data[problem * A.a.batch + i * A.a.item] : T(0);
       df_[i] = i < N ? A.df.data[problem * A.df.batch + i * A.df.item] : T(0);
-      da_[i] = 0, alpha_[i] = 0, base_f_[i] = INFINITY;
+      da_[i] = 0, alpha_[i] = alpha_rows_[i] = 0, base_f_[i] = INFINITY;
     }
     for (i64 j = 0; j < m_; ++j) {
       b_[j] = j < M ? A.b.data[problem * A.b.batch + j * A.b.item] : T(0);
@@ -86,25 +91,29 @@ class Unrolled {
     terms_ = 0;
   }
 
+  // What makes the columns sum to 1 (F, G) and what makes the rows (F_rows, G_before).
   void potentials(const double* now, const double* before) {
-    for (i64 i = 0; i < N; ++i) F_[i] = now[i] * inv_eps_;
-    for (i64 j = 0; j < M; ++j) G_[j] = now[N + j] * inv_eps_, G_before_[j] = before[N + j] * inv_eps_;
+    for (i64 i = 0; i < N; ++i) F_[i] = now[i] * inv_eps_, F_rows_[i] = F_[i] / lambda_a_;
+    for (i64 j = 0; j < M; ++j) {
+      G_[j] = now[N + j] * inv_eps_ / lambda_b_;
+      G_before_[j] = before[N + j] * inv_eps_;
+    }
   }
 
   // Whether K, made at other potentials, still holds every digit needed at (F, G).
-  bool near(const double* G) const {
+  bool near(const double* F, const double* G) const {
     const double reach = (Traits<T>::kFlush - Traits<T>::kDigits) / 6;
     for (i64 i = 0; i < N; ++i)
-      if (a_[i] > 0 && !(::fabs(F_[i] - base_f_[i]) <= reach)) return false;
+      if (a_[i] > 0 && !(::fabs(F[i] - base_f_[i]) <= reach)) return false;
     for (i64 j = 0; j < M; ++j)
       if (b_[j] > 0 && !(::fabs(G[j] - base_g_[j]) <= reach)) return false;
     return true;
   }
 
   // K_ij = b_j exp(F_i + G_j - C_ij / eps); rows and columns of weight 0 are 0.
-  void make(const double* G) {
+  void make(const double* F, const double* G) {
     flush();
-    for (i64 i = 0; i < N; ++i) base_f_[i] = F_[i];
+    for (i64 i = 0; i < N; ++i) base_f_[i] = F[i];
     for (i64 j = 0; j < M; ++j) {
       base_g_[j] = G[j];
       column_[j] = b_[j] > 0 ? G[j] + ::log(double(b_[j])) : -INFINITY;
@@ -112,7 +121,7 @@ class Unrolled {
     R.for_parts([&](i64, i64 begin, i64 end) {
       for (i64 i = begin; i < end; ++i) {
         if (a_[i] > 0) {
-          R.fill_row(i, C_ + i * ldc_, column_, inv_eps_, -F_[i]);
+          R.fill_row(i, C_ + i * ldc_, column_, inv_eps_, -F[i]);
         } else {
           for (i64 j = 0; j < R.ld; ++j) R.row(i)[j] = 0;
         }
@@ -120,13 +129,15 @@ class Unrolled {
     });
   }
 
-  // alpha = exp(F - base f), out = exp(G - base g), over b if asked; 0 at weight 0.
-  void scale(const double* G, T* out, bool over_b) {
-    exponential(F_, base_f_, alpha_, N, n_);
-    exponential(G, base_g_, out, M, m_);
-    for (i64 i = 0; i < n_; ++i) alpha_[i] = a_[i] > 0 ? alpha_[i] : T(0);
-    for (i64 j = 0; j < m_; ++j) out[j] = b_[j] > 0 ? (over_b ? out[j] / b_[j] : out[j]) : T(0);
+  // alpha = exp(F - base f), beta = exp(G - base g), over b if asked; 0 at weight 0.
+  void scale(const double* F, T* alpha, const double* G, T* beta, bool over_b) {
+    exponential(F, base_f_, alpha, N, n_);
+    exponential(G, base_g_, beta, M, m_);
+    for (i64 i = 0; i < n_; ++i) alpha[i] = a_[i] > 0 ? alpha[i] : T(0);
+    for (i64 j = 0; j < m_; ++j) beta[j] = b_[j] > 0 ? (over_b ? beta[j] / b_[j] : beta[j]) : T(0);
   }
+
+  void scale_rows() { scale(F_rows_, alpha_rows_, G_before_, beta_before_, false); }
 
   static void exponential(const double* x, const double* base, T* out, i64 count, i64 padded) {
     for (i64 k = 0; k < count; ++k) out[k] = T(x[k] - base[k]);
@@ -142,22 +153,22 @@ class Unrolled {
     T* q_rows = q_ + terms_ * m_;
     terms_ += rows;
     if (columns)
-      for (i64 j = 0; j < m_; ++j) q_columns[j] = beta_[j] * dg_[j];
-    const T eps = T(eps_);
+      for (i64 j = 0; j < m_; ++j) q_columns[j] = beta_[j] * (T(lambda_b_) * dg_[j]);
+    const T eps = T(eps_), lambda_a = T(lambda_a_);
     const auto produce = [&](i64 i, i64 count, T* dots) {
       if (columns) R.products(i, count, q_columns, dots);
     };
     const auto weigh = [&](i64, i64 i, i64, const T* dots, T* coefficients) {
-      const Vec<T> alpha = load(alpha_ + i);
       Vec<T> df = load(df_ + i);
       if (columns) {
-        const Vec<T> flow = alpha * load(dots), p = load(a_ + i) * alpha;
+        const Vec<T> alpha = load(alpha_ + i), flow = alpha * load(dots), p = load(a_ + i) * alpha;
         df -= load(a_ + i) * flow;
         store(da_ + i, load(da_ + i) - eps * flow);
         store(df_ + i, df), store(p_columns + i, p);
       }
-      store(coefficients, alpha * df);
-      if (rows) store(p_rows + i, alpha * df);
+      const Vec<T> weights = load(alpha_rows_ + i) * (lambda_a * df);
+      store(coefficients, weights);
+      if (rows) store(p_rows + i, weights);
     };
     R.sweep(produce, weigh, col_);
     if (!rows) return;
@@ -198,9 +209,10 @@ class Unrolled {
   }
 };
 
-// Adjoint of the fixed point: (diag(c) - P' diag(1/r) P) h = dg - P' (df / r), r and c the plan's
-// row and column sums; conjugate gradients on the symmetrically scaled system, orthogonal to its
-// kernel, the constants. dC = P (h_j + k_i), k = (df - P h) / r.
+// Adjoint of the fixed point: (diag(c) - P' diag(1/r) P) h = dg - P' (df / r), k = (df - P h) / r and
+// dC = P (h_j + k_i), r and c the plan's row sums over l_a and column sums over l_b. Conjugate
+// gradients on the symmetrically scaled system; if both marginals are met the constants are its
+// kernel, and it is solved orthogonally to them.
 template <class T>
 class Implicit {
  public:
@@ -232,6 +244,7 @@ class Implicit {
   i64 N, M, n_, m_;
   Resident<T> R;
   double eps_;
+  bool singular_;
   T *a_, *df_, *over_r_, *k_, *b_, *half_, *over_half_, *kernel_, *x_, *residual_, *direction_;
   T *image_, *w_, *col_, *dg_;
   double* column_;
@@ -240,6 +253,9 @@ class Implicit {
     const auto& A = args_;
     const T* C = A.C.data + problem * A.C.batch;
     eps_ = A.eps.data[problem * A.eps.batch];
+    const T lambda_a = T(Penalty(A.rho_a.data[problem * A.rho_a.batch], eps_).lambda);
+    const T lambda_b = T(Penalty(A.rho_b.data[problem * A.rho_b.batch], eps_).lambda);
+    singular_ = lambda_a == 1 && lambda_b == 1;
     for (i64 i = 0; i < n_; ++i) {
       a_[i] = i < N ? A.a.data[problem * A.a.batch + i * A.a.item] : T(0);
       df_[i] = i < N && a_[i] > 0 ? A.df.data[problem * A.df.batch + i * A.df.item] : T(0);
@@ -263,16 +279,16 @@ class Implicit {
             const T r = used ? R.fill_row(row, C + row * A.C.row, column_, 1 / eps_, -f) : T(0);
             if (!used)
               for (i64 j = 0; j < m_; ++j) R.row(row)[j] = 0;
-            over_r_[row] = r > 0 ? 1 / r : T(0);
+            over_r_[row] = r > 0 ? lambda_a / r : T(0);
             dots[k] = 1;
           }
         },
         [&](i64, i64, i64, const T*, T* coefficients) { store(coefficients, broadcast<T>(1)); }, col_);
     double norm = 0;
     for (i64 j = 0; j < m_; ++j) {
-      half_[j] = T(::sqrt(double(col_[j])));
+      half_[j] = T(::sqrt(double(col_[j] / lambda_b)));
       over_half_[j] = col_[j] > 0 ? 1 / half_[j] : T(0);
-      norm += col_[j];
+      norm += col_[j] / lambda_b;
     }
     for (i64 j = 0; j < m_; ++j) kernel_[j] = half_[j] / T(::sqrt(norm));
   }
@@ -295,6 +311,7 @@ class Implicit {
   }
 
   void project(T* x) const {
+    if (!singular_) return;
     const T along = T(dot(x, kernel_));
     for (i64 j = 0; j < m_; ++j) x[j] -= along * kernel_[j];
   }

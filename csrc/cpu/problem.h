@@ -21,12 +21,13 @@ struct Matrices {
   i64 batch, row;
 };
 
+// rho is the weight of a KL penalty on a marginal, inf if the marginal is to be met.
 template <class T>
 struct SinkhornArgs {
   i64 B, N, M;
   Matrices<T> C;
   Vectors<T> a, b;
-  Vectors<double> eps;
+  Vectors<double> eps, rho_a, rho_b;
   Vectors<T> g0;
   i64 max_iter;
   double tol;
@@ -53,7 +54,7 @@ struct BackwardArgs {
   i64 B, N, M, steps;  // history is (B, steps, N + M); unused by the implicit backward
   Matrices<T> C;
   Vectors<T> a, b;
-  Vectors<double> eps;
+  Vectors<double> eps, rho_a, rho_b;
   Vectors<T> f, g;        // implicit
   const double* history;  // unrolled
   const i64* n_iter;

@@ -166,20 +166,30 @@ struct Resident {
 // max_j column_j - c_j / eps in the precision of S. A shift need not be exact, only near.
 template <class S, class T>
 inline S row_max(const T* c, const S* column, S inv_eps, i64 M) {
-  constexpr i64 W = kWidth<T>;
-  S best = -INFINITY;
+  constexpr i64 W = kWidth<S>;
+  Vec<S> m = broadcast<S>(-INFINITY);
   i64 j = 0;
-  if constexpr (sizeof(S) == sizeof(T)) {
-    Vec<T> m = broadcast<T>(best);
-    for (; j + W <= M; j += W) m = vmax<T>(m, load(column + j) - load(c + j) * inv_eps);
-    best = max<T>(m);
+  for (; j + W <= M; j += W) {
+    if constexpr (sizeof(S) == sizeof(T)) m = vmax<S>(m, load(column + j) - load(c + j) * inv_eps);
+    else m = vmax<S>(m, load(column + j) - widen(c + j) * inv_eps);
   }
+  S best = max<S>(m);
   for (; j < M; ++j) {
     const S x = column[j] - S(c[j]) * inv_eps;
     best = x > best ? x : best;
   }
   return best;
 }
+
+// The penalty rho KL(P 1 | a) of a marginal and what it does to a half-step: the potential becomes
+// lambda times the one that meets the marginal. rho = inf means that it is to be met.
+struct Penalty {
+  double rho, lambda, rest;  // rest = 1 - lambda
+
+  Penalty() = default;
+  Penalty(double rho, double eps)
+      : rho(rho), lambda(rho < INFINITY ? rho / (rho + eps) : 1), rest(eps / (rho + eps)) {}
+};
 
 template <class T>
 inline bool all_finite(const T* c, i64 n) {

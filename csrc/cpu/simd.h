@@ -204,6 +204,12 @@ inline VecD widen(const float* p) {
   __builtin_memcpy(&h, p, kBytes / 2);
   return __builtin_convertvector(h, VecD);
 }
+inline void narrow(VecD x, double* p) { store(p, x); }
+inline void narrow(VecD x, float* p) {
+  typedef float Half __attribute__((vector_size(kBytes / 2)));
+  const Half h = __builtin_convertvector(x, Half);
+  __builtin_memcpy(p, &h, kBytes / 2);
+}
 
 // log(x) for normal x > 0, within 2 ulp: x = 2^n m, m about 1, log m = 2 atanh((m - 1) / (m + 1)).
 inline VecD log(VecD x) {

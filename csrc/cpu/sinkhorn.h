@@ -6,19 +6,22 @@
 // While v and r stay within exp(+-tau), entries lost to underflow in K cannot reach the digits kept.
 // When they leave, log v is absorbed into gamma and K is made anew in the next iteration, which is
 // then the log-domain step itself. A column whose mass underflows is done in the log domain too.
+//
+// A marginal with a penalty (see Penalty) scales its half-step: phi_i = -lambda (m_i + log r_i), and
+// gamma alike. Then the potentials themselves are kept, and u and v made of them.
 #pragma once
 
 #include "resident.h"
 
 namespace otdd::cpu::OTDD_ISA {
 
-template <class T>
+template <class T, bool kMet>  // whether both marginals are to be met
 class Sinkhorn {
  public:
   static i64 bytes(i64 N, i64 M) {
     const i64 W = kWidth<T>, n = round_up(N, W) + W, m = round_up(M, W) + W;
     return Resident<T>::bytes(N, M) + (5 * n + 5 * m) * i64(sizeof(T)) +
-           (2 * n + 4 * m) * i64(sizeof(double)) + 64 * 32;
+           (4 * n + 5 * m) * i64(sizeof(double)) + 64 * 32;
   }
 
   Sinkhorn(const SinkhornArgs<T>& args, int team, Scratch& s)
@@ -28,9 +31,10 @@ class Sinkhorn {
     u_new_ = s.take<T>(n);
     b_ = s.take<T>(m), v_ = s.take<T>(m), col_ = s.take<T>(m), gamma_t_ = s.take<T>(m);
     work_ = s.take<T>(m);
-    phi_ = s.take<double>(n), shift_ = s.take<double>(n);
-    gamma_ = s.take<double>(m), log_b_ = s.take<double>(m), lse_ = s.take<double>(m);
-    top_ = s.take<double>(m);
+    phi_ = s.take<double>(n), phi_new_ = s.take<double>(n), shift_ = s.take<double>(n);
+    log_a_ = s.take<double>(n);
+    gamma_ = s.take<double>(m), gamma_now_ = s.take<double>(m), log_b_ = s.take<double>(m);
+    lse_ = s.take<double>(m), top_ = s.take<double>(m);
   }
 
   int solve(i64 problem) {
@@ -59,12 +63,14 @@ class Sinkhorn {
   Resident<T> R;
   const T* C_;
   i64 ldc_;
-  double eps_, inv_eps_, mass_a_, tau_, low_mass_;
+  double eps_, inv_eps_, tau_, low_mass_, top_u_;
+  double scale_, log_scale_;  // a_ and b_ are in this unit
+  Penalty rows_, columns_;
   T r_low_, r_high_, v_low_, v_high_;
   bool masked_columns_, resident_, can_stay_, redo_;
   double* history_;
   T *a_, *r_, *r_new_, *u_, *u_new_, *b_, *v_, *col_, *gamma_t_, *work_;
-  double *phi_, *shift_, *gamma_, *log_b_, *lse_, *top_;
+  double *phi_, *phi_new_, *shift_, *log_a_, *gamma_, *gamma_now_, *log_b_, *lse_, *top_;
   struct Seen {
     Mask outside;  // rows whose product left its bounds
     double error;
@@ -73,40 +79,56 @@ class Sinkhorn {
   void start(i64 problem) {
     const auto& A = args_;
     eps_ = A.eps.data[problem * A.eps.batch], inv_eps_ = 1 / eps_;
+    rows_ = Penalty(A.rho_a.data[problem * A.rho_a.batch], eps_);
+    columns_ = Penalty(A.rho_b.data[problem * A.rho_b.batch], eps_);
     history_ = A.history ? A.history + problem * (A.max_iter + 1) * (N + M) : nullptr;
-    mass_a_ = 0;
-    for (i64 i = 0; i < round_up(N, kWidth<T>); ++i) {
-      a_[i] = i < N ? A.a.data[problem * A.a.batch + i * A.a.item] : T(0);
-      r_[i] = u_[i] = 1, mass_a_ += a_[i];
+    const i64 n = round_up(N, kWidth<T>);
+    double mass = 0;
+    for (i64 i = 0; i < N; ++i) mass += A.a.data[problem * A.a.batch + i * A.a.item];
+    const int exponent = ::ilogb(mass);
+    scale_ = ::ldexp(1.0, exponent), log_scale_ = exponent * 0.693147180559945309;
+    for (i64 i = 0; i < n; ++i) {
+      a_[i] = i < N ? T(A.a.data[problem * A.a.batch + i * A.a.item] / scale_) : T(0);
+      r_[i] = u_[i] = 1, phi_[i] = phi_new_[i] = shift_[i] = 0;
     }
+    logs_of_weights(a_, n, log_a_);
     double least_b = INFINITY;
     masked_columns_ = false;
     for (i64 j = 0; j < R.ld; ++j) {
-      const T w = j < M ? A.b.data[problem * A.b.batch + j * A.b.item] : T(0);
+      const T w = j < M ? T(A.b.data[problem * A.b.batch + j * A.b.item] / scale_) : T(0);
       b_[j] = w, v_[j] = 1;
-      log_b_[j] = ::log(double(w));
-      gamma_[j] = log_b_[j];
-      if (j >= M) continue;
-      const double g = A.g0.data[problem * A.g0.batch + j * A.g0.item];
-      gamma_[j] += g * inv_eps_;
       if (w > 0) least_b = w < least_b ? w : least_b;
-      else masked_columns_ = true;
-      if (history_) history_[N + j] = g;
+      else masked_columns_ |= j < M;
+    }
+    logs_of_weights(b_, R.ld, log_b_);
+    for (i64 j = 0; j < R.ld; ++j) {
+      log_b_[j] += log_scale_;
+      const double g = j < M ? double(A.g0.data[problem * A.g0.batch + j * A.g0.item]) : 0.0;
+      gamma_[j] = gamma_now_[j] = log_b_[j] + g * inv_eps_;
+      if (history_ && j < M) history_[N + j] = g;
     }
     if (history_)
       for (i64 i = 0; i < N; ++i) history_[i] = 0;
-    // How far v and r may drift: lost entries weigh at most exp(tau - flush) against a column's
-    // b exp(-tau) and a row's exp(-tau).
+    set_bounds(mass / scale_, least_b);
+    resident_ = false, redo_ = false;
+  }
+
+  // How far v and r may drift. Lost entries weigh at most exp(tau - flush) against a row's exp(-tau)
+  // and against a column's b exp(-tau), or, if that is not met, the least that is let pass.
+  void set_bounds(double mass, double least_b) {
     const double reach = Traits<T>::kFlush - Traits<T>::kDigits - ::log(double(M));
-    const double spread = ::log(least_b / mass_a_);
-    tau_ = (reach + (spread < 0 ? spread : 0)) / 2;
-    const double ceiling = sizeof(T) == 4 ? 28.0 : 300.0;
-    tau_ = tau_ < ceiling ? tau_ : ceiling;
-    can_stay_ = tau_ > 3;
-    low_mass_ = ::exp(2 * (can_stay_ ? tau_ : 3) + Traits<T>::kDigits - Traits<T>::kFlush) * mass_a_;
+    if constexpr (kMet) {
+      const double spread = ::log(least_b / mass), ceiling = sizeof(T) == 4 ? 28.0 : 300.0;
+      tau_ = (reach + (spread < 0 ? spread : 0)) / 2;
+      tau_ = tau_ < ceiling ? tau_ : ceiling;
+      can_stay_ = tau_ > 3;
+      low_mass_ = ::exp(2 * (can_stay_ ? tau_ : 3) + Traits<T>::kDigits - Traits<T>::kFlush) * mass;
+    } else {
+      tau_ = reach / 4, can_stay_ = true;
+      low_mass_ = ::exp(tau_ + Traits<T>::kDigits - Traits<T>::kFlush) * 2 * N;
+    }
     v_low_ = T(::exp(-tau_)), v_high_ = T(::exp(tau_));
     r_low_ = v_low_, r_high_ = v_high_ * T(M);
-    resident_ = false, redo_ = false;
   }
 
   // One iteration on the resident K. Returns true if the state before it already met tol.
@@ -118,7 +140,7 @@ class Sinkhorn {
             col_);
     double error = 0;
     Mask outside{};
-    for (i64 p = 0; p < R.parts; ++p) error += seen_[p].error, outside |= seen_[p].outside;
+    for (i64 p = 0; p < R.parts; ++p) error += scale_ * seen_[p].error, outside |= seen_[p].outside;
     if (args_.tol > 0 && error <= args_.tol) return true;
     redo_ = any(outside);
     if (redo_) {
@@ -133,39 +155,81 @@ class Sinkhorn {
   // Lanes past `rows` hold r = 1 and a = 0: they change neither bounds nor error.
   void weigh(i64 part, i64 i, const T* dots, T* coefficients) {
     const Vec<T> r = load(dots), a = load(a_ + i), zero{};
-    const Vec<T> u = a > zero ? a / r : zero;
-    store(coefficients, u), store(u_new_ + i, u), store(r_new_ + i, r);
     Seen& seen = seen_[part];
     if (i == part * R.per_part) seen.outside = Mask{}, seen.error = 0;
     seen.outside |= (r < broadcast(r_low_)) | (r > broadcast(r_high_));
-    if (args_.tol > 0) seen.error += double(sum<T>(vabs<T>(load(u_ + i) * r - a)));
+    store(r_new_ + i, r);
+    if constexpr (kMet) {
+      const Vec<T> u = a > zero ? a / r : zero;
+      store(coefficients, u), store(u_new_ + i, u);
+      if (args_.tol > 0) seen.error += double(sum<T>(vabs<T>(load(u_ + i) * r - a)));
+    } else {
+      for (i64 h = 0; h < kWidth<T>; h += kWidth<double>)
+        weigh_penalised(seen, i + h, dots + h, coefficients + h);
+    }
+  }
+
+  // u = a exp(phi + m), relative to the heaviest row of a fresh K.
+  void weigh_penalised(Seen& seen, i64 i, const T* dots, T* coefficients) {
+    const VecD shift = load(shift_ + i), lse = shift + log(widen(dots)), log_a = load(log_a_ + i);
+    const VecD phi = -rows_.lambda * lse, before = load(phi_ + i);
+    narrow(exp<double>(log_a + phi + shift - top_u_), coefficients);
+    store(phi_new_ + i, phi);
+    if (!(args_.tol > 0)) return;
+    const VecD mass = exp<double>(log_a + before + lse);
+    seen.error += sum<double>(vabs<double>(mass - exp<double>(log_a - before * (eps_ / rows_.rho))));
   }
 
   // One iteration from the potentials alone; K is made on the way.
   bool log_step(i64 done) {
     for (i64 j = 0; j < R.ld; ++j) gamma_t_[j] = T(gamma_[j]);
+    if constexpr (!kMet) find_shifts();
     R.sweep([&](i64 i, i64 rows, T* dots) { make_rows(i, rows, dots); },
             [&](i64 part, i64 i, i64, const T* dots, T* coefficients) {
               weigh(part, i, dots, coefficients);
             },
             col_);
     redo_ = false;
-    if (args_.tol > 0 && done > 0) {
-      double error = 0;
-      for (i64 i = 0; i < N; ++i)
-        if (a_[i] > 0) error += a_[i] * ::fabs(::exp(phi_[i] + shift_[i] + ::log(double(r_new_[i]))) - 1);
-      if (error <= args_.tol) return true;
-    }
+    if (args_.tol > 0 && done > 0 && fresh_error() <= args_.tol) return true;
     swap_rows();
     resident_ = true;
     if (!columns(true)) absorb();
     return false;
   }
 
+  // Marginal error of phi and gamma, from the rows just made.
+  double fresh_error() const {
+    double error = 0;
+    if constexpr (kMet) {
+      for (i64 i = 0; i < N; ++i)
+        if (a_[i] > 0)
+          error += a_[i] * ::fabs(::exp(phi_[i] + shift_[i] + ::log(double(r_new_[i]))) - 1);
+    } else {
+      for (i64 p = 0; p < R.parts; ++p) error += seen_[p].error;
+    }
+    return scale_ * error;
+  }
+
+  void find_shifts() {
+    R.for_parts([&](i64, i64 begin, i64 end) {
+      for (i64 i = begin; i < end; ++i)
+        shift_[i] = row_max<double>(C_ + i * ldc_, gamma_, inv_eps_, M);
+    });
+    top_u_ = -INFINITY;
+    for (i64 i = 0; i < N; ++i) {
+      const double heaviest = log_a_[i] + rows_.rest * shift_[i];
+      top_u_ = heaviest > top_u_ ? heaviest : top_u_;
+    }
+  }
+
   void make_rows(i64 i, i64 rows, T* dots) {
     for (i64 k = 0; k < rows; ++k) {
       const T* c = C_ + (i + k) * ldc_;
       double& shift = shift_[i + k];
+      if constexpr (!kMet) {
+        dots[k] = R.fill_row(i + k, c, gamma_, inv_eps_, shift);
+        continue;
+      }
       shift = row_max<T>(c, gamma_t_, T(inv_eps_), M);
       dots[k] = R.fill_row(i + k, c, gamma_, inv_eps_, shift);
       if (dots[k] > T(0.1) && dots[k] < T(10) * M) continue;
@@ -178,6 +242,8 @@ class Sinkhorn {
     T* t = r_;
     r_ = r_new_, r_new_ = t;
     t = u_, u_ = u_new_, u_new_ = t;
+    double* phi = phi_;
+    if constexpr (!kMet) phi_ = phi_new_, phi_new_ = phi;
   }
 
   // v = b / c. Returns false when K must not be kept for the next iteration.
@@ -187,10 +253,12 @@ class Sinkhorn {
     Mask outside{}, lost{};
     for (i64 j = 0; j < R.ld; j += kWidth<T>) {
       const Vec<T> b = load(b_ + j), c = load(col_ + j);
-      const Vec<T> v = b > zero ? b / c : one;
+      if constexpr (!kMet)
+        for (i64 h = j; h < j + kWidth<T>; h += kWidth<double>) move_columns(h);
+      const Vec<T> v = b > zero ? (kMet ? b / c : load(v_ + j)) : one;
       store(v_ + j, v);
       outside |= (v < low) | (v > high);
-      if (fresh) lost |= (b > zero) & (c < too_little);
+      if (fresh || !kMet) lost |= (b > zero) & (c < too_little);
     }
     if (any(lost)) {
       columns_in_log_domain();
@@ -199,12 +267,21 @@ class Sinkhorn {
     return can_stay_ && !any(outside);
   }
 
+  // Columns with a penalty: gamma now, and v, what it is beside the gamma that K holds.
+  void move_columns(i64 j) {
+    const VecD gamma = load(gamma_ + j), log_b = load(log_b_ + j);
+    const VecD lse = log(widen(col_ + j)) + (top_u_ + log_scale_) - gamma;
+    const VecD now = log_b - columns_.lambda * lse;
+    store(gamma_now_ + j, log_b == VecD{} - INFINITY ? log_b : now);
+    narrow(exp<double>(now - gamma), v_ + j);
+  }
+
   // gamma from phi by a log-sum-exp down every column; v becomes 1.
   void columns_in_log_domain() {
     settle_rows();
     column_lse();
     for (i64 j = 0; j < M; ++j)
-      if (b_[j] > 0) gamma_[j] = log_b_[j] - lse_[j];
+      if (b_[j] > 0) gamma_[j] = gamma_now_[j] = log_b_[j] - columns_.lambda * lse_[j];
     for (i64 j = 0; j < R.ld; ++j) v_[j] = 1;
   }
 
@@ -215,7 +292,7 @@ class Sinkhorn {
     for (i64 j = 0; j < R.ld; ++j) top_[j] = -INFINITY, total[j] = 0;
     for (i64 i = 0; i < N; ++i) {
       if (!(a_[i] > 0)) continue;
-      const double weight = ::log(double(a_[i])) + phi_[i], inv_eps = inv_eps_;
+      const double weight = log_a_[i] + log_scale_ + phi_[i], inv_eps = inv_eps_;
       const T* __restrict c = C_ + i * ldc_;
       double* __restrict top = top_;
       for (i64 j = 0; j < M; ++j) {
@@ -225,7 +302,7 @@ class Sinkhorn {
     }
     for (i64 i = 0; i < N; ++i) {
       if (!(a_[i] > 0)) continue;
-      const double weight = ::log(double(a_[i])) + phi_[i];
+      const double weight = log_a_[i] + log_scale_ + phi_[i];
       const T* c = C_ + i * ldc_;
       for (i64 j = 0; j < M; ++j) work_[j] = T(weight - double(c[j]) * inv_eps_ - top_[j]);
       for (i64 j = M; j < R.ld; ++j) work_[j] = 0;
@@ -236,6 +313,7 @@ class Sinkhorn {
 
   // phi from the resident rows' state.
   void settle_rows() {
+    if constexpr (!kMet) return;
     logs(r_, N, phi_);
     for (i64 i = 0; i < N; ++i) phi_[i] = -shift_[i] - phi_[i];
   }
@@ -244,11 +322,22 @@ class Sinkhorn {
     for (i64 k = 0; k < n; k += kWidth<double>) store(out + k, log(widen(x + k)));
   }
 
+  static void logs_of_weights(const T* x, i64 n, double* out) {
+    logs(x, n, out);
+    for (i64 k = 0; k < n; ++k) out[k] = x[k] > 0 ? out[k] : -INFINITY;
+  }
+
+  void settle_columns() {
+    if constexpr (!kMet) return;
+    logs(v_, M, lse_);
+    for (i64 j = 0; j < M; ++j) gamma_now_[j] = gamma_[j] + lse_[j];  // v is 1 where b is 0
+  }
+
   // All of the state into the potentials; K is to be made anew.
   void absorb() {
     settle_rows();
-    logs(v_, M, lse_);
-    for (i64 j = 0; j < M; ++j) gamma_[j] += lse_[j];  // v is 1 where b is 0
+    settle_columns();
+    for (i64 j = 0; j < M; ++j) gamma_[j] = gamma_now_[j];
     for (i64 j = 0; j < R.ld; ++j) v_[j] = 1;
     resident_ = false;
   }
@@ -257,9 +346,8 @@ class Sinkhorn {
     double* h = history_ + done * (N + M);
     if (resident_) settle_rows();
     for (i64 i = 0; i < N; ++i) h[i] = eps_ * phi_[i];
-    logs(v_, M, lse_);
-    for (i64 j = 0; j < M; ++j)
-      h[N + j] = b_[j] > 0 ? eps_ * (gamma_[j] + lse_[j] - log_b_[j]) : 0.0;
+    settle_columns();
+    for (i64 j = 0; j < M; ++j) h[N + j] = b_[j] > 0 ? eps_ * (gamma_now_[j] - log_b_[j]) : 0.0;
   }
 
   // Outputs; the plan's row sums and its cost need one more pass.
@@ -271,27 +359,42 @@ class Sinkhorn {
       for (i64 i = begin; i < end; ++i) {
         if (!(a_[i] > 0)) continue;
         const T* c = C_ + i * ldc_;
-        const double weight = ::log(double(a_[i])) + phi_[i];
-        const T r = R.fill_row(i, c, gamma_, inv_eps_, -weight);
-        errors[part] += ::fabs(double(r) - double(a_[i]));
+        const T r = R.fill_row(i, c, gamma_, inv_eps_, -(log_a_[i] + phi_[i]));
+        const double target = kMet ? double(a_[i]) : a_[i] * ::exp(-phi_[i] * eps_ / rows_.rho);
+        errors[part] += ::fabs(double(r) - target);
         costs[part] += row_cost(R.row(i), c);
       }
     });
-    double error = 0, cost = 0, value = 0;
+    double error = 0, cost = 0;
     for (i64 p = 0; p < R.parts; ++p) error += errors[p], cost += costs[p];
     if (masked_columns_) column_lse();
     T *f = args_.f + problem * N, *g = args_.g + problem * M;
+    for (i64 i = 0; i < N; ++i) f[i] = T(eps_ * phi_[i]);
+    for (i64 j = 0; j < M; ++j)
+      g[j] = T(eps_ * (b_[j] > 0 ? gamma_[j] - log_b_[j] : -columns_.lambda * lse_[j]));
+    args_.value[problem] = T(scale_ * value()), args_.cost[problem] = T(scale_ * cost);
+    args_.marginal_error[problem] = T(scale_ * error), args_.n_iter[problem] = done;
+  }
+
+  // The dual objective, in units of `scale_`; with a penalty eps (sum P - sum a sum b) counts too.
+  double value() const {
+    double rows = 0, columns = 0, plan = 0, mass_a = 0, mass_b = 0;
     for (i64 i = 0; i < N; ++i) {
-      f[i] = T(eps_ * phi_[i]);
-      if (a_[i] > 0) value += a_[i] * eps_ * phi_[i];
+      if (!(a_[i] > 0)) continue;
+      rows += a_[i] * worth(eps_ * phi_[i], rows_), mass_a += a_[i];
     }
     for (i64 j = 0; j < M; ++j) {
-      const double gj = eps_ * (b_[j] > 0 ? gamma_[j] - log_b_[j] : -lse_[j]);
-      g[j] = T(gj);
-      if (b_[j] > 0) value += b_[j] * gj;
+      if (!(b_[j] > 0)) continue;
+      const double g = eps_ * (gamma_[j] - log_b_[j]);
+      columns += b_[j] * worth(g, columns_), mass_b += b_[j];
+      if constexpr (!kMet) plan += b_[j] * ::exp(-g / columns_.rho);
     }
-    args_.value[problem] = T(value), args_.cost[problem] = T(cost);
-    args_.marginal_error[problem] = T(error), args_.n_iter[problem] = done;
+    return rows + columns - (kMet ? 0 : eps_ * (plan - mass_a * mass_b * scale_));
+  }
+
+  // rho (1 - exp(-f / rho)), which tends to f
+  static double worth(double f, const Penalty& penalty) {
+    return penalty.rho < INFINITY ? -penalty.rho * ::expm1(-f / penalty.rho) : f;
   }
 
   double row_cost(const T* p, const T* c) const {
@@ -307,10 +410,13 @@ class Sinkhorn {
 
 template <class T>
 int sinkhorn(const SinkhornArgs<T>& args) {
-  return each_problem(args, Sinkhorn<T>::bytes(args.N, args.M),
-                      [&](Scratch& scratch, int team, i64 problem) {
-                        return Sinkhorn<T>(args, team, scratch).solve(problem);
-                      });
+  return each_problem(
+      args, Sinkhorn<T, false>::bytes(args.N, args.M), [&](Scratch& scratch, int team, i64 problem) {
+        const bool met = args.rho_a.data[problem * args.rho_a.batch] == INFINITY &&
+                         args.rho_b.data[problem * args.rho_b.batch] == INFINITY;
+        return met ? Sinkhorn<T, true>(args, team, scratch).solve(problem)
+                   : Sinkhorn<T, false>(args, team, scratch).solve(problem);
+      });
 }
 
 }  // namespace otdd::cpu::OTDD_ISA

@@ -12,6 +12,8 @@ def sinkhorn_cpu(
     a: Tensor,
     b: Tensor,
     eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
     g: Tensor,
     max_iter: int,
     tol: float,
@@ -38,6 +40,8 @@ def sinkhorn_cpu(
         pointers.vectors(a),
         pointers.vectors(b),
         pointers.vectors(eps),
+        pointers.vectors(rho_a),
+        pointers.vectors(rho_b),
         pointers.vectors(g),
         max_iter,
         tol,
@@ -74,6 +78,8 @@ def potentials_backward_cpu(
     a: Tensor,
     b: Tensor,
     eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
     f: Tensor,
     g: Tensor,
     history: Tensor,
@@ -89,7 +95,8 @@ def potentials_backward_cpu(
         wide = (t.double() for t in (C, a, b))
         rest = (t.double() for t in (f, g))
         last = (t.double() for t in (df, dg))
-        grads = potentials_backward_cpu(*wide, eps, *rest, history, n_iter, *last, mode, rtol)
+        rho = rho_a, rho_b
+        grads = potentials_backward_cpu(*wide, eps, *rho, *rest, history, n_iter, *last, mode, rtol)
         return tuple(t.to(C.dtype) for t in grads)
     B, N, M = C.shape
     C, C_rows = pointers.rows(C)
@@ -102,7 +109,7 @@ def potentials_backward_cpu(
         M,
         history.shape[1] if mode == "unrolled" else 0,
         C_rows,
-        *(pointers.vectors(t) for t in (a, b, eps, f, g)),
+        *(pointers.vectors(t) for t in (a, b, eps, rho_a, rho_b, f, g)),
         history.data_ptr(),
         n_iter.data_ptr(),
         pointers.vectors(df),

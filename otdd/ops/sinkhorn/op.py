@@ -40,8 +40,11 @@ def sinkhorn_op(
         checks.weights(b, "b", binary=sinkd)
         checks.finite(g, "init")
         checks.positive_eps(eps, C.dtype)
-    run = cpu.sinkhorn_cpu if backend == "cpu" else sinkhorn_reference
-    return tuple(run(C, a, b, eps, g, max_iter, tol, grad == "unrolled"))
+    rest = g, max_iter, tol, grad == "unrolled"
+    if backend == "cpu":
+        hard = torch.full_like(eps, torch.inf)
+        return tuple(cpu.sinkhorn_cpu(C, a, b, eps, hard, hard, *rest))
+    return tuple(sinkhorn_reference(C, a, b, eps, *rest))
 
 
 @sinkhorn_op.register_fake
@@ -101,8 +104,12 @@ def backward_op(
         weighted = flow * (C - k[:, None, None])
         to_rows, to_columns = weighted.sum(-1), weighted.sum(-2)
         df, dg = df + to_rows / e, dg + to_columns / e
-    run = cpu.potentials_backward_cpu if backend == "cpu" else potentials_backward_reference
-    dC, da, db = run(C, a, b, eps, f, g, history, n_iter, df, dg, mode)
+    rest = f, g, history, n_iter, df, dg, mode
+    if backend == "cpu":
+        hard = torch.full_like(eps, torch.inf)
+        dC, da, db = cpu.potentials_backward_cpu(C, a, b, eps, hard, hard, *rest)
+    else:
+        dC, da, db = potentials_backward_reference(C, a, b, eps, *rest)
     if dcost is not None:
         dC = dC + flow - weighted / e.unsqueeze(-1)
         da = da + over(to_rows, a)
