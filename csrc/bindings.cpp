@@ -61,6 +61,24 @@ T* out(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The time for signals, asked for by a call that runs without the GIL.
+bool signal_raised() {
+  py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+// The status of a call made without the GIL; what a signal's handler raised goes on from here.
+template <class Call>
+int released(Call call) {
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = call();
+  }
+  if (status == otdd::cpu::kInterrupted) throw py::error_already_set();
+  return status;
+}
+
 // (address, batch stride, row stride) and (address, batch stride, item stride), in elements.
 using Strided = std::tuple<Address, i64, i64>;
 
@@ -83,8 +101,7 @@ int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, Strided eps, 
       vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter, tol, out<T>(f),
       out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error), out<i64>(n_iter),
       out<double>(history), threads};
-  py::gil_scoped_release release;
-  return otdd::cpu::kernels<T>().sinkhorn(args);
+  return released([&] { return otdd::cpu::kernels<T>().sinkhorn(args); });
 }
 
 template <class T>
@@ -93,8 +110,7 @@ int plan(i64 B, i64 N, i64 M, Strided C, Strided f, Strided g, Strided a, Stride
   const otdd::cpu::PlanArgs<T> args{
       B, N, M, matrices<T>(C), vectors<T>(f), vectors<T>(g), vectors<T>(a), vectors<T>(b),
       vectors<double>(eps), vectors<T>(scale), out<T>(P), threads};
-  py::gil_scoped_release release;
-  return otdd::cpu::kernels<T>().plan(args);
+  return released([&] { return otdd::cpu::kernels<T>().plan(args); });
 }
 
 template <class T>
@@ -107,17 +123,15 @@ int backward(bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps, Strided
       vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(f), vectors<T>(g),
       in<double>(history), in<i64>(n_iter), vectors<T>(df), vectors<T>(dg), out<T>(dC), out<T>(da),
       out<T>(db), rtol, threads};
-  py::gil_scoped_release release;
   const auto kernels = otdd::cpu::kernels<T>();
-  return unrolled ? kernels.unrolled(args) : kernels.implicit(args);
+  return released([&] { return unrolled ? kernels.unrolled(args) : kernels.implicit(args); });
 }
 
 template <class T>
 int cost(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Address C, int threads) {
   const otdd::cpu::CostArgs<T> args{B,      N,         M, D, matrices<T>(x), matrices<T>(y),
                                     metric, out<T>(C), threads};
-  py::gil_scoped_release release;
-  return otdd::cpu::kernels<T>().cost(args);
+  return released([&] { return otdd::cpu::kernels<T>().cost(args); });
 }
 
 template <class T>
@@ -126,8 +140,7 @@ int sign_sum(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, Address G, i64 G_
   const otdd::cpu::SignSumArgs<T> args{B,        N,       M,     D,     matrices<T>(x),
                                        matrices<T>(y), in<T>(G), G_batch, G_row, G_col,
                                        out<T>(sums), threads};
-  py::gil_scoped_release release;
-  return otdd::cpu::kernels<T>().sign_sum(args);
+  return released([&] { return otdd::cpu::kernels<T>().sign_sum(args); });
 }
 
 // Kernels of one number type, with a suffix; each returns a status (0: done).
@@ -143,6 +156,7 @@ void bind_kernels(py::module_& m, const std::string& suffix) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  otdd::cpu::interrupted = &signal_raised;
   m.doc() = "Native kernels of otdd; use them through otdd.ops.";
   m.def("build_info", &build_info, "What this module was built with, as a dict of strings.");
   m.def("cpu_isa", &otdd::cpu::isa, "Instruction set the CPU kernels run with on this machine.");

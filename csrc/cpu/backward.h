@@ -22,8 +22,8 @@ class Unrolled {
            8 * (n + m) * i64(sizeof(double)) + 64 * 64;
   }
 
-  Unrolled(const BackwardArgs<T>& args, int team, Scratch& s)
-      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s) {
+  Unrolled(const BackwardArgs<T>& args, int team, Scratch& s, Patience& patience)
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
     a_ = s.take<T>(n_), df_ = s.take<T>(n_), da_ = s.take<T>(n_), alpha_ = s.take<T>(n_);
     alpha_rows_ = s.take<T>(n_);
@@ -38,7 +38,7 @@ class Unrolled {
   void run(i64 problem) {
     start(problem);
     const double* h = args_.history + problem * args_.steps * (N + M);
-    for (i64 t = args_.n_iter[problem]; t >= 1; --t) {
+    for (i64 t = args_.n_iter[problem]; t >= 1 && !R.patience.over(); --t) {
       potentials(h + t * (N + M), h + (t - 1) * (N + M));
       if (!near(F_, G_) || !near(F_rows_, G_before_)) make(F_rows_, G_before_);
       if (near(F_, G_)) {
@@ -222,8 +222,8 @@ class Implicit {
            m * i64(sizeof(double)) + 64 * 32;
   }
 
-  Implicit(const BackwardArgs<T>& args, int team, Scratch& s)
-      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s) {
+  Implicit(const BackwardArgs<T>& args, int team, Scratch& s, Patience& patience)
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
     a_ = s.take<T>(n_), df_ = s.take<T>(n_), over_r_ = s.take<T>(n_), k_ = s.take<T>(n_);
     b_ = s.take<T>(m_), half_ = s.take<T>(m_), over_half_ = s.take<T>(m_), kernel_ = s.take<T>(m_);
@@ -327,7 +327,7 @@ class Implicit {
     double rho = dot(residual_, residual_);
     const double rtol = args_.rtol, goal = rho * rtol * rtol;
     for (i64 j = 0; j < m_; ++j) direction_[j] = residual_[j];
-    for (i64 step = 0; step < 10 * M && rho > goal; ++step) {
+    for (i64 step = 0; step < 10 * M && rho > goal && !R.patience.over(); ++step) {
       for (i64 j = 0; j < m_; ++j) w_[j] = direction_[j] * over_half_[j];
       through(nullptr, 1);
       for (i64 j = 0; j < m_; ++j) image_[j] = direction_[j] - col_[j] * over_half_[j];
@@ -363,8 +363,8 @@ class Implicit {
 template <class T, class Solver, class... Extra>
 int backward(const BackwardArgs<T>& args, Extra... extra) {
   return each_problem(args, Solver::bytes(args.N, args.M, extra...),
-                      [&](Scratch& scratch, int team, i64 problem) {
-                        Solver(args, team, scratch).run(problem);
+                      [&](Scratch& scratch, int team, i64 problem, Patience& patience) {
+                        Solver(args, team, scratch, patience).run(problem);
                         return int(kOk);
                       });
 }

@@ -6,6 +6,8 @@
 
 namespace otdd::cpu {
 
+bool (*interrupted)() = nullptr;
+
 #define OTDD_DECLARE(isa)         \
   namespace isa {                 \
   Kernels<float> kernels_f32();   \

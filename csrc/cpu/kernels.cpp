@@ -7,9 +7,12 @@ namespace otdd::cpu::OTDD_ISA {
 
 template <class T>
 int plan(const PlanArgs<T>& A) {
+  const i64 between_looks = Patience::kWork / A.M + 1;
+  Patience patience;
 #pragma omp parallel for num_threads(A.threads) schedule(static) \
     if (A.threads > 1 && A.B * A.N * A.M > 16384)
   for (i64 k = 0; k < A.B * A.N; ++k) {
+    if (k % between_looks == 0 ? patience.look() : patience.over()) continue;
     FlushDenormals guard;
     const i64 p = k / A.N, i = k % A.N;
     const double inv_eps = 1 / A.eps.data[p * A.eps.batch];
@@ -31,7 +34,7 @@ int plan(const PlanArgs<T>& A) {
       store_some(out + j, used ? (b_j > zero ? P : zero) : zero, count);
     }
   }
-  return kOk;
+  return patience.over() ? kInterrupted : kOk;
 }
 
 template <class T>

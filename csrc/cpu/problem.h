@@ -5,7 +5,10 @@ namespace otdd::cpu {
 
 using i64 = long long;
 
-enum Status : int { kOk = 0, kOutOfMemory = 1, kNotFinite = 2 };
+enum Status : int { kOk = 0, kOutOfMemory = 1, kNotFinite = 2, kInterrupted = 3 };
+
+// Asked now and then by long calls, on the thread that made them, whether to give up; null: never.
+extern bool (*interrupted)();
 
 // A batch of vectors; `item` may be 0 (one value stands for all).
 template <class T>

@@ -4,7 +4,7 @@
 // with every row, a few numbers per row made of it, and the transposed product with those.
 #pragma once
 
-#include "simd.h"
+#include "patience.h"
 
 namespace otdd::cpu::OTDD_ISA {
 
@@ -17,6 +17,8 @@ template <class T>
 struct Resident {
   i64 N, M, ld, parts, per_part;
   int team;  // threads that share this matrix
+  Patience& patience;
+  i64 work = 0;  // since patience was asked last
   T* K;      // (N, ld), columns from M on are 0
   T* partial;  // (parts, ld)
 
@@ -25,8 +27,8 @@ struct Resident {
     return Scratch::padded(N * ld * size) + Scratch::padded(parts_of(N, M) * ld * size);
   }
 
-  Resident(i64 N, i64 M, int team, Scratch& scratch)
-      : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), team(team) {
+  Resident(i64 N, i64 M, int team, Scratch& scratch, Patience& patience)
+      : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), team(team), patience(patience) {
     per_part = round_up((N + parts - 1) / parts, kWidth<T>);
     K = scratch.take<T>(N * ld);
     partial = scratch.take<T>(parts * ld);
@@ -34,10 +36,14 @@ struct Resident {
 
   T* row(i64 i) { return K + i * ld; }
 
-  // fn(part, first row, end row) for every part.
+  // fn(part, first row, end row) for every part; parts are left out once patience is over.
   template <class Fn>
   void for_parts(Fn fn) {
+    work += N * ld;
+    const bool look = work > Patience::kWork;
+    if (look) work = 0;
     const auto part = [&](i64 p) {
+      if (look && patience.look()) return;
       const i64 begin = least(N, p * per_part);
       fn(p, begin, least(N, begin + per_part));
     };
@@ -202,7 +208,7 @@ inline bool all_finite(const T* c, i64 n) {
   return t == T(0);
 }
 
-// run(scratch, team, problem) -> status for every problem of a batch: one thread a problem when there
+// run(scratch, team, problem, patience) -> status for every problem of a batch: one thread a problem when there
 // are enough of them, else all threads on each. `bytes` is what one problem needs.
 template <class Args, class Run>
 int each_problem(const Args& args, i64 bytes, Run run) {
@@ -210,6 +216,7 @@ int each_problem(const Args& args, i64 bytes, Run run) {
       args.threads > 1 && args.B < args.threads && parts_of(args.N, args.M) > 1;
   const int outer = share ? 1 : int(least(args.threads, args.B)), team = share ? args.threads : 1;
   int status = kOk;
+  Patience patience;
 #pragma omp parallel num_threads(outer) if (outer > 1)
   {
     FlushDenormals guard;
@@ -218,18 +225,19 @@ int each_problem(const Args& args, i64 bytes, Run run) {
 #pragma omp atomic write
       status = kOutOfMemory;
     }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (i64 problem = 0; problem < args.B; ++problem) {
-      if (!scratch.ok()) continue;
+      if (!scratch.ok() || patience.look()) continue;
       scratch.rewind();
-      const int seen = run(scratch, team, problem);
+      const int seen = run(scratch, team, problem, patience);
       if (seen != kOk) {
 #pragma omp atomic write
         status = seen;
       }
     }
+    patience.wait(outer);
   }
-  return status;
+  return patience.over() ? kInterrupted : status;
 }
 
 }  // namespace otdd::cpu::OTDD_ISA

@@ -24,8 +24,8 @@ class Sinkhorn {
            (4 * n + 5 * m) * i64(sizeof(double)) + 64 * 32;
   }
 
-  Sinkhorn(const SinkhornArgs<T>& args, int team, Scratch& s)
-      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s) {
+  Sinkhorn(const SinkhornArgs<T>& args, int team, Scratch& s, Patience& patience)
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
     const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = R.ld;
     a_ = s.take<T>(n), r_ = s.take<T>(n), r_new_ = s.take<T>(n), u_ = s.take<T>(n);
     u_new_ = s.take<T>(n);
@@ -45,7 +45,7 @@ class Sinkhorn {
     start(problem);
     i64 done = 0;
     bool met = false;
-    while (done < args_.max_iter && !met) {
+    while (done < args_.max_iter && !met && !R.patience.over()) {
       met = resident_ ? resident_step(done) : log_step(done);
       if (met) break;
       if (redo_) continue;
@@ -304,6 +304,7 @@ class Sinkhorn {
       if (!(a_[i] > 0)) continue;
       const double weight = log_a_[i] + log_scale_ + phi_[i];
       const T* c = C_ + i * ldc_;
+      if (R.patience.look()) return;
       for (i64 j = 0; j < M; ++j) work_[j] = T(weight - double(c[j]) * inv_eps_ - top_[j]);
       for (i64 j = M; j < R.ld; ++j) work_[j] = 0;
       for (i64 j = 0; j < R.ld; j += W) store(total + j, load(total + j) + exp<T>(load(work_ + j)));
@@ -411,11 +412,12 @@ class Sinkhorn {
 template <class T>
 int sinkhorn(const SinkhornArgs<T>& args) {
   return each_problem(
-      args, Sinkhorn<T, false>::bytes(args.N, args.M), [&](Scratch& scratch, int team, i64 problem) {
+      args, Sinkhorn<T, false>::bytes(args.N, args.M),
+      [&](Scratch& scratch, int team, i64 problem, Patience& patience) {
         const bool met = args.rho_a.data[problem * args.rho_a.batch] == INFINITY &&
                          args.rho_b.data[problem * args.rho_b.batch] == INFINITY;
-        return met ? Sinkhorn<T, true>(args, team, scratch).solve(problem)
-                   : Sinkhorn<T, false>(args, team, scratch).solve(problem);
+        return met ? Sinkhorn<T, true>(args, team, scratch, patience).solve(problem)
+                   : Sinkhorn<T, false>(args, team, scratch, patience).solve(problem);
       });
 }
 

@@ -1,5 +1,6 @@
 """What the `cpu` backend of every op shares: tensors as raw addresses, statuses as errors."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,22 @@ def rows(t: Tensor) -> tuple[Tensor, Strided]:
 def vectors(t: Tensor) -> Strided:
     """``(B, N)`` with any strides, or ``(B,)``."""
     return t.data_ptr(), t.stride(0), t.stride(1) if t.dim() == 2 else 0
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """Threads for a call. One in a forked child: libgomp waits for ever for those of its parent."""
+    return 1 if _forked else torch.get_num_threads()
 
 
 def check(status: int, op: str) -> None:

@@ -52,7 +52,7 @@ def sinkhorn_cpu(
         out.marginal_error.data_ptr(),
         out.n_iter.data_ptr(),
         out.history.data_ptr() if keep_history else 0,
-        torch.get_num_threads(),
+        pointers.threads(),
     )
     if status == 2:
         checks.finite(C, "C")
@@ -69,7 +69,7 @@ def plan_cpu(
     P = C.new_empty(B, N, M)
     vectors = [pointers.vectors(t) for t in (f, g, a, b, eps, scale)]
     run = pointers.kernel("plan", C.dtype)
-    run(B, N, M, C_rows, *vectors, P.data_ptr(), torch.get_num_threads())
+    run(B, N, M, C_rows, *vectors, P.data_ptr(), pointers.threads())
     return P
 
 
@@ -117,7 +117,7 @@ def potentials_backward_cpu(
         dC.data_ptr(),
         da.data_ptr(),
         db.data_ptr(),
-        torch.get_num_threads(),
+        pointers.threads(),
     )
     pointers.check(status, "sinkhorn's backward")
     return dC, da, db
