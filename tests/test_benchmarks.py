@@ -1,0 +1,78 @@
+"""The benchmarks keep working: a tiny problem of each kind, by all contenders installed."""
+
+import math
+
+import cases
+import floors
+import measure
+import pytest
+import torch
+from contender import DISAGREES
+from peers import CONTENDERS
+
+TINY = [
+    cases.Case("given", "given", 2, 6, 5, iterations=4),
+    cases.Case("ragged", "given", 2, 8, 7, iterations=4, masked=True),
+    cases.Case("l1", "points", 2, 6, 5, 3, "l1", iterations=4),
+    cases.Case("sqeuclidean", "points", 1, 6, 5, 3, "sqeuclidean", iterations=4),
+    cases.Case("logits", "logits", 1, 6, 6, 5, "l1", iterations=4),
+    cases.Case("row", "row", 1, 6, 5, 3, "l1", iterations=4),
+    cases.Case("metric", "metric", 1, 6, 5, 3, "l1", iterations=1),
+]
+SLOW_TO_START = ("torch.compile", "KeOps", "OTT")
+BUDGET = measure.Budget(seconds=1e-4, call=1.0, rounds=2)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", TINY, ids=lambda c: c.name)
+def test_contenders_agree_with_the_oracle_or_say_why_not(case, contender):
+    if any(name in contender.name for name in SLOW_TO_START):
+        pytest.skip("compiles")
+    if reason := contender.missing():
+        pytest.skip(reason)
+    data = cases.make(case, torch.float64)
+    for direction in case.directions:
+        row, run, _ = measure.prepare(contender, case, data, "float64", direction, BUDGET)
+        if contender.name == "otdd":
+            assert run is not None, row
+        starts_alike = not (case.masked and "POT" in contender.name)  # it starts at masked ones too
+        if starts_alike and contender.name.startswith(("otdd", "torch", "POT log", "SinKD")):
+            assert row.get("reason") != DISAGREES, row
+            assert "Error" not in row.get("reason", ""), row
+
+
+def test_rows_have_times_and_ratios(monkeypatch):
+    names = {"otdd", "torch loop"}
+    monkeypatch.setattr(measure, "CONTENDERS", [c for c in CONTENDERS if c.name in names])
+    row = measure.measure(TINY[0], "float32", "forward+backward", quick=True)
+    for contender in row["contenders"].values():
+        assert 0 < contender["min_ms"] <= contender["median_ms"]
+        assert contender["ratio"] > 0
+        assert len(contender["times_ms"]) == contender["rounds"]
+    assert row["contenders"]["otdd"]["ratio"] == pytest.approx(1)
+
+
+def test_every_contender_takes_part_in_turn():
+    seen = []
+    runs = {name: lambda name=name: seen.append(name) for name in "ab"}
+    budget = measure.Budget(seconds=1.0, call=1.0, rounds=3)
+    times = measure.interleaved(runs, {"a": 0.01, "b": 0.01}, budget)
+    assert [len(t) for t in times.values()] == [3, 3]
+    assert seen == ["a", "a", "b", "b"] * 3  # each an untimed call, then a timed one
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_floors_are_positive_and_backward_adds_work(case):
+    rates = dict.fromkeys(("copy_near", "copy_far", "gemm", "fma", "exp"), 1e9)
+    forward, backward = (
+        floors.floor_ms(cases.work(case, direction, 4, 1 << 20), rates)
+        for direction in case.directions
+    )
+    assert 0 < forward < backward < math.inf
+
+
+def test_parts_are_cut_to_what_an_oracle_can_do():
+    for case in cases.CASES:
+        piece = cases.part(case)
+        assert piece.B * piece.N * piece.M * max(piece.D, 1) <= 2**27
+        assert min(piece.B, piece.N, piece.M) >= 1
