@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from otdd.backends import NAMES
 from otdd.ops import METRICS, cost_matrix, sinkhorn
-from otdd.ops.checks import as_float, positive_eps, require, same_kind, solver_options
+from otdd.ops.checks import as_float, positive, require, same_kind, solver_options
 from otdd.ops.sinkhorn import GRADS, MARGINALS
 
 
@@ -46,7 +46,7 @@ class SinkhornLoss(nn.Module):
         solver_options(
             max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS), backend=(backend, backends)
         )
-        positive_eps(eps, torch.float32)
+        positive(eps, "eps", torch.float32)
         self.metric, self.eps, self.debias = metric, eps, debias
         self.options = {"max_iter": max_iter, "tol": tol, "grad": grad, "backend": backend}
 
@@ -109,7 +109,7 @@ class OTLogitLoss(nn.Module):
             backend=(backend, (None, *NAMES)),
         )
         require(isinstance(tau, int | float) and 0 < tau < float("inf"), "tau", tau, "a number > 0")
-        positive_eps(eps, torch.float32)
+        positive(eps, "eps", torch.float32)
         self.tau, self.eps, self.max_iter, self.reduction = tau, eps, max_iter, reduction
         self.marginals, self.grad, self.backend = marginals, grad, backend
 

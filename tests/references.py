@@ -38,17 +38,25 @@ def cost_oracle(x: Tensor, y: Tensor, metric: str) -> Tensor:
 
 
 def torch_loop(
-    C: Tensor, a: Tensor, b: Tensor, eps: float | Tensor, max_iter: int, g: Tensor | None = None
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float | Tensor,
+    max_iter: int,
+    g: Tensor | None = None,
+    rho_a: float = math.inf,
+    rho_b: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """The plain log-domain loop that people write: (f, g) after `max_iter` iterations."""
     eps = torch.as_tensor(eps, dtype=C.dtype)
     e1, e2 = (eps[..., None], eps[..., None, None]) if eps.dim() else (eps, eps)
+    damp_a, damp_b = 1 / (1 + e1 / rho_a), 1 / (1 + e1 / rho_b)
     log_a, log_b = a.log(), b.log()
     g = torch.zeros_like(b) if g is None else g
     f = torch.zeros_like(a)
     for _ in range(max_iter):
-        f = -e1 * torch.logsumexp((log_b + g / e1).unsqueeze(-2) - C / e2, -1)
-        g = -e1 * torch.logsumexp((log_a + f / e1).unsqueeze(-1) - C / e2, -2)
+        f = -damp_a * e1 * torch.logsumexp((log_b + g / e1).unsqueeze(-2) - C / e2, -1)
+        g = -damp_b * e1 * torch.logsumexp((log_a + f / e1).unsqueeze(-1) - C / e2, -2)
     return f, g
 
 
@@ -69,24 +77,45 @@ def sinkhorn_oracle(
     eps: float | Tensor,
     max_iter: int,
     g: Tensor | None = None,
+    rho_a: float = math.inf,
+    rho_b: float = math.inf,
 ) -> dict[str, Tensor]:
     """f, g, plan, value, cost and marginal error by the plain loop; differentiable throughout.
+
+    With a finite penalty the value is the dual objective written out in full, mass of P included.
 
     Problems with masks must be cut to their unmasked part by the caller.
     """
     N, M = C.shape[-2:]
     a = C.new_full(C.shape[:-1], 1 / N) if a is None else a
     b = C.new_full((*C.shape[:-2], M), 1 / M) if b is None else b
-    f, g = torch_loop(C, a, b, eps, max_iter, g)
+    f, g = torch_loop(C, a, b, eps, max_iter, g, rho_a, rho_b)
     P = plan_oracle(C, f, g, a, b, eps)
+    by_a = a * (f if math.isinf(rho_a) else rho_a * (1 - (-f / rho_a).exp()))
+    by_b = b * (g if math.isinf(rho_b) else rho_b * (1 - (-g / rho_b).exp()))
+    value = by_a.sum(-1) + by_b.sum(-1)
+    if not (math.isinf(rho_a) and math.isinf(rho_b)):
+        value = value - eps * (P.sum((-1, -2)) - a.sum(-1) * b.sum(-1))
     return {
         "f": f,
         "g": g,
         "plan": P,
-        "value": (a * f).sum(-1) + (b * g).sum(-1),
+        "value": value,
         "cost": (P * C).sum((-1, -2)),
-        "marginal_error": (P.sum(-1) - a).abs().sum(-1),
+        "marginal_error": (P.sum(-1) - a * (-f / rho_a).exp()).abs().sum(-1),
     }
+
+
+def unbalanced_primal(
+    P: Tensor, C: Tensor, a: Tensor, b: Tensor, eps: float, rho_a: float, rho_b: float
+) -> Tensor:
+    """``<P, C> + eps KL(P | a x b) + rho_a KL(P 1 | a) + rho_b KL(P' 1 | b)``, one problem."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (torch.xlogy(p, p / q) - p + q).sum()
+
+    total = (P * C).sum() + eps * kl(P, a[:, None] * b)
+    return total + rho_a * kl(P.sum(1), a) + rho_b * kl(P.sum(0), b)
 
 
 def sinkd_oracle(C: Tensor, eps: float, max_iter: int) -> Tensor:

@@ -2,6 +2,15 @@
 
 from otdd.ops.barycentric import barycentric
 from otdd.ops.cost import METRICS, cost_matrix
+from otdd.ops.partial import PartialResult, partial
 from otdd.ops.sinkhorn import SinkhornResult, sinkhorn
 
-__all__ = ["METRICS", "SinkhornResult", "barycentric", "cost_matrix", "sinkhorn"]
+__all__ = [
+    "METRICS",
+    "PartialResult",
+    "SinkhornResult",
+    "barycentric",
+    "cost_matrix",
+    "partial",
+    "sinkhorn",
+]

@@ -1,5 +1,6 @@
 """`barycentric`: where the plan sends each source, without keeping the plan."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor
 
 from otdd import backends
 from otdd.ops import checks, pointers
+from otdd.ops.dispatch import custom_op, differentiable, no_derivative
 from otdd.ops.sinkhorn import SinkhornResult, problem_tensors
-from otdd.ops.sinkhorn.op import plan_rows
+from otdd.ops.sinkhorn.op import equal_weights, plan_op
 from otdd.ops.sinkhorn.reference import over
 
 _CHUNK = 1 << 20  # entries of the plan that exist at a time
@@ -51,20 +53,20 @@ def barycentric(
         given = [name for name, t in (("C", C), ("eps", eps), ("a", a), ("b", b)) if t is not None]
         checks.require(not given, "potentials", f"a result beside {given}", "one or the other")
         r, detach = potentials, potentials.grad == "envelope"
-        tensors = [t.detach() if detach else t for t in (r.C, r.f, r.g, r.a, r.b)]
-        eps_flat, chosen = r.eps, backend or r.backend
+        C, f, g, a, b = (t.detach() if detach else t for t in (r.C, r.f, r.g, r.a, r.b))
+        eps, chosen = r.eps, backend or r.backend
     else:
         checks.require(C is not None and eps is not None, "C and eps", "None", "both, with (f, g)")
         pair = isinstance(potentials, tuple | list) and not any(t is None for t in potentials)
         accepted = "a SinkhornResult, or tensors (f, g)"
         checks.require(pair, "potentials", type(potentials).__name__, accepted)
-        tensors, eps_flat = problem_tensors(C, eps, potentials, a, b)
-        chosen = backend
-    C, f, g, a, b = tensors
+        C, (f, g), a, b, eps = problem_tensors(C, eps, potentials, a, b)
+        equal, chosen = equal_weights(C), backend
+        a, b = equal[0] if a is None else a, equal[1] if b is None else b
     y = checks.as_float(y, "y")
     checks.same_kind(y, "y", f, "the solve")
     checks.require(y.dim() >= 2, "y", f"shape {tuple(y.shape)}", "(..., M, D)")
-    *batch, N, M = C.shape
+    *batch, _, M = C.shape
     try:
         y = y.expand(*batch, *y.shape[-2:])
         fits = y.shape[-2] == M
@@ -73,22 +75,10 @@ def barycentric(
     checks.require(fits, "y", f"shape {tuple(y.shape)}", f"{(*batch, M)} + (D,) or broadcastable")
     refusals = {"cpu": pointers.refusal(C), "reference": None}
     chosen = backends.choose("barycentric", refusals, chosen)
-    count = C.shape[:-2].numel()
-    image = _barycentric(
-        C.reshape(count, N, M),
-        f.reshape(count, N),
-        g.reshape(count, M),
-        a.reshape(count, N),
-        b.reshape(count, M),
-        eps_flat,
-        y.reshape(count, M, y.shape[-1]),
-        chosen,
-    )
-    return image.reshape(*batch, N, y.shape[-1])
+    return _barycentric(C, f, g, a, b, eps, y, chosen)
 
 
-@torch.library.custom_op("otdd::barycentric", mutates_args=())
-def _barycentric(
+def _image(
     C: Tensor,
     f: Tensor,
     g: Tensor,
@@ -103,20 +93,18 @@ def _barycentric(
             checks.finite(t, name)
         checks.weights(a, "a")
         checks.weights(b, "b")
-        checks.positive_eps(eps, C.dtype)
-    image = y.new_empty(*C.shape[:2], y.shape[-1])
+        checks.positive(eps, "eps", C.dtype)
+    image = y.new_empty(*C.shape[:-1], y.shape[-1])
     for rows, weights in _chunks(C, f, g, a, b, eps, backend):
-        image[:, rows] = weights @ y
+        image[..., rows, :] = weights @ y
     return image
 
 
-@_barycentric.register_fake
-def _(C, f, g, a, b, eps, y, backend):  # noqa: ANN001, ANN202
-    return y.new_empty(C.shape[0], C.shape[1], y.shape[-1])
+def _fake_image(C, f, g, a, b, eps, y, backend):  # noqa: ANN001, ANN202
+    return y.new_empty(*C.shape[:-1], y.shape[-1])
 
 
-@torch.library.custom_op("otdd::barycentric_backward", mutates_args=())
-def _barycentric_backward(
+def _image_backward(
     grad: Tensor,
     C: Tensor,
     f: Tensor,
@@ -130,21 +118,20 @@ def _barycentric_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of C, f, g, b (zeros unless `through_plan`) and y."""
     e = eps.to(C.dtype).unsqueeze(-1)
-    dC = torch.zeros(C.shape if through_plan else (0,), dtype=C.dtype, device=C.device)
+    dC = C.new_zeros(C.shape if through_plan else (*C.shape[:-1], 0))
     df, dg, dy = C.new_zeros(f.shape), C.new_zeros(g.shape), C.new_zeros(y.shape)
     for rows, weights in _chunks(C, f, g, a, b, eps, backend):
-        dy += weights.mT @ grad[:, rows]
+        dy += weights.mT @ grad[..., rows, :]
         if through_plan:
-            flow = weights * (grad[:, rows] @ y.mT)
-            dC[:, rows] = -flow / e.unsqueeze(-1)
-            df[:, rows] = flow.sum(-1) / e
+            flow = weights * (grad[..., rows, :] @ y.mT)
+            dC[..., rows, :] = -flow / e.unsqueeze(-1)
+            df[..., rows] = flow.sum(-1) / e
             dg += flow.sum(-2) / e
     return dC, df, dg, over(dg * e, b), dy
 
 
-@_barycentric_backward.register_fake
-def _(grad, C, f, g, a, b, eps, y, through_plan, backend):  # noqa: ANN001, ANN202
-    dC = C.new_empty(C.shape if through_plan else (0,))
+def _fake_image_backward(grad, C, f, g, a, b, eps, y, through_plan, backend):  # noqa: ANN001, ANN202
+    dC = C.new_empty(C.shape if through_plan else (*C.shape[:-1], 0))
     return (
         dC,
         C.new_empty(f.shape),
@@ -158,12 +145,13 @@ def _chunks(
     C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, backend: str
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows with their ``b_j exp((f_i + g_j - C_ij) / eps)``."""
-    B, N, M = C.shape
-    step = max(1, _CHUNK // max(1, B * M))
-    mask, ones = (a > 0).to(C.dtype), C.new_ones(()).expand(B)
+    *batch, N, M = C.shape
+    step = max(1, _CHUNK // max(1, math.prod(batch) * M))
+    mask = (a > 0).to(C.dtype)
     for i in range(0, N, step):
         rows = slice(i, i + step)
-        yield rows, plan_rows(C[:, rows], f[:, rows], g, mask[:, rows], b, eps, ones, backend)
+        part = C[..., rows, :], f[..., rows], g, mask[..., rows], b
+        yield rows, plan_op(*part, eps, None, backend)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -174,14 +162,15 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
 @checks.outside_autocast
 def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
     through_plan = any(ctx.needs_input_grad[:5])
-    dC, df, dg, db, dy = _barycentric_backward(
-        grad.contiguous(), *ctx.saved_tensors, through_plan, ctx.backend
-    )
+    run = _once if torch.is_grad_enabled() else _image_backward_op
+    dC, df, dg, db, dy = run(grad.contiguous(), *ctx.saved_tensors, through_plan, ctx.backend)
     if not through_plan:
         dC = df = dg = db = None
     return dC, df, dg, None, db, None, dy, None
 
 
-_barycentric.register_autograd(_backward, setup_context=_setup_context)
-for _device in ("cpu", "cuda"):
-    _barycentric.register_autocast(_device, torch.float32)
+_image_backward_op = custom_op("otdd::barycentric_backward", _image_backward, _fake_image_backward)
+_once = differentiable(_image_backward_op, *no_derivative("barycentric has no second derivative"))
+_barycentric = differentiable(
+    custom_op("otdd::barycentric", _image, _fake_image), _setup_context, _backward
+)

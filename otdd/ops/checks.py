@@ -54,6 +54,9 @@ def same_kind(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
 
 
 def values_are_checked(t: Tensor) -> bool:
+    """Whether values may be looked at here: it is cheap, or asked for, and they are there."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
     return t.device.type == "cpu" or os.environ.get("OTDD_CHECKS") == "1"
 
 
@@ -92,24 +95,29 @@ def _one(t: Tensor) -> Tensor:
     return t[(0,) * t.dim()] if expanded else t
 
 
-def positive_eps(eps: float | Tensor, dtype: torch.dtype) -> None:
-    """Raises unless eps is > 0 and a normal number of `dtype` (a tensor: every entry)."""
-    bounds = torch.finfo(dtype)
-    accepted = f"numbers > 0 within {dtype}, {bounds.tiny:.3g} to {bounds.max:.3g}"
-    if isinstance(eps, Tensor):
-        bad = ~((eps >= bounds.tiny) & (eps <= bounds.max))
-        if bool(bad.any()):
-            raise ValueError(f"eps: got {eps[bad][0].item()}; accepted: {accepted}")
-    elif isinstance(eps, numbers.Real) and not isinstance(eps, bool):
-        require(bounds.tiny <= eps <= bounds.max, "eps", eps, accepted)
+def positive(value: float | Tensor, name: str, dtype: torch.dtype, *, or_inf: bool = False) -> None:
+    """Raises unless `value` is > 0 and a normal number of `dtype` (a tensor: every entry)."""
+    if isinstance(value, Tensor):
+        if value.numel() == 0:
+            return
+        seen = [bound.item() for bound in torch.aminmax(_one(value))]  # NaN survives
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        seen = [value]
     else:
-        raise TypeError(f"eps: got {type(eps).__name__}; accepted: a number or a torch.Tensor")
+        raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number or a torch.Tensor")
+    bounds = torch.finfo(dtype)
+    highest = math.inf if or_inf else bounds.max
+    for number in seen:
+        if not bounds.tiny <= number <= highest:
+            accepted = f"numbers > 0 within {dtype}, {bounds.tiny:.3g} to {highest:.3g}"
+            require(False, name, number, accepted)
 
 
 def solver_options(max_iter: int, tol: float, **choices: tuple[object, tuple[str, ...]]) -> None:
     """Raises unless the options of a solve are accepted; choices are name=(seen, accepted)."""
     for name, (seen, accepted) in choices.items():
-        require(seen in accepted, name, repr(seen), ", ".join(map(str, accepted)))
+        if seen not in accepted:
+            require(False, name, repr(seen), ", ".join(map(str, accepted)))
     whole = isinstance(max_iter, int | numbers.Integral) and not isinstance(max_iter, bool)
     require(whole and 1 <= max_iter < 2**31, "max_iter", max_iter, "a whole number >= 1")
     number = isinstance(tol, int | float | numbers.Real) and not isinstance(tol, bool)
@@ -121,7 +129,10 @@ def outside_autocast(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def run(ctx, *grads):  # noqa: ANN001, ANN002, ANN202
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        device = ctx.saved_tensors[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
             return backward(ctx, *grads)
 
     return run

@@ -20,11 +20,40 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
     return getattr(backends.native(), f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
 
 
+def flat(batch_dims: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors with one batch dimension, or none as before: what native code takes.
+
+    They may be copies, to be kept until the native call is over.
+    """
+    if batch_dims <= 1:
+        return tensors
+    return tuple(t.flatten(0, batch_dims - 1) for t in tensors)
+
+
+def with_rows(t: Tensor) -> Tensor:
+    """`t`, or a copy, with contiguous rows."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def matrices(t: Tensor) -> Strided:
+    """``(N, D)`` or ``(B, N, D)`` with contiguous rows."""
+    return t.data_ptr(), t.stride(0) if t.dim() == 3 else 0, t.stride(-2)
+
+
+def per_point(t: Tensor) -> Strided:
+    """``(N,)`` or ``(B, N)`` with any strides."""
+    return t.data_ptr(), t.stride(0) if t.dim() == 2 else 0, t.stride(-1)
+
+
+def per_problem(t: Tensor) -> Strided:
+    """``()`` or ``(B,)``."""
+    return t.data_ptr(), t.stride(0) if t.dim() == 1 else 0, 0
+
+
 def rows(t: Tensor) -> tuple[Tensor, Strided]:
     """``(B, N, D)`` with contiguous rows: the tensor to keep alive, and (address, strides)."""
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
-        t = t.contiguous()
-    return t, (t.data_ptr(), t.stride(0), t.stride(1))
+    t = with_rows(t)
+    return t, matrices(t)
 
 
 def vectors(t: Tensor) -> Strided:

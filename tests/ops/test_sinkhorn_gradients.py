@@ -215,17 +215,57 @@ def test_implicit_where_the_plan_falls_into_blocks(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_are_refused_not_wrong(backend):
+@pytest.mark.parametrize("rho", [(None, None), (0.4, 0.7), (None, 0.3), (0.3, None)])
+def test_second_derivatives_of_value_are_those_of_the_fixed_point(backend, rho):
+    C, a, b = problem(2, 4, 5)
+    a, b = 1.2 * a, 1.2 * b
+    leaves = tuple(t.requires_grad_() for t in (C, a, b))
+    options = {"eps": 0.2, "max_iter": 600}
+    soft = {name: r for name, r in zip(("rho_a", "rho_b"), rho, strict=True) if r is not None}
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.rand(t.shape, generator=generator, dtype=t.dtype) for t in leaves]
+    if None in rho:  # moving mass on one side alone leaves no plan between hard marginals
+        cotangents[1] = cotangents[1] - cotangents[1].mean(-1, keepdim=True)
+        cotangents[2] = cotangents[2] - cotangents[2].mean(-1, keepdim=True)
+
+    def products(value: torch.Tensor) -> list[torch.Tensor]:
+        weights = torch.tensor([0.5, 2.0], dtype=value.dtype)
+        first = torch.autograd.grad((value * weights).sum(), leaves, create_graph=True)
+        slope = sum((x * w).sum() for x, w in zip(first, cotangents, strict=True))
+        second = list(torch.autograd.grad(slope, leaves))
+        if None in rho:
+            for k in (1, 2):
+                second[k] = second[k] - second[k].mean(-1, keepdim=True)
+        return second
+
+    got = products(sinkhorn(*leaves, **options, **soft, backend=backend).value)
+    want = products(sinkhorn_oracle(*leaves, **options, **soft)["value"])
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hessian_of_value_by_gradgradcheck(backend):
+    C = problem(2, 3, 4)[0].requires_grad_()
+    torch.autograd.gradgradcheck(
+        lambda C: sinkhorn(C, eps=0.3, max_iter=800, backend=backend).value, C
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+def test_other_second_derivatives_are_refused_not_wrong(backend, grad):
     C = problem(1, 4, 4)[0].requires_grad_()
-    result = sinkhorn(C, eps=0.1, backend=backend)
-    (first,) = torch.autograd.grad(result.value.sum(), C, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.square().sum(), C)
-    a = torch.full((4,), 0.25, dtype=C.dtype, requires_grad=True)
-    value = sinkhorn(C, a, eps=0.1, backend=backend).value.sum()
-    (first,) = torch.autograd.grad(value, a, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.square().sum(), (a, C))
+    result = sinkhorn(C, eps=0.1, grad=grad, backend=backend)
+    loss = result.cost.sum() if grad == "envelope" else result.value.sum()
+    (first,) = torch.autograd.grad(loss, C, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        first.sum().backward()
+    value = sinkhorn(C, eps=0.1, backend=backend).value.sum()
+    (first,) = torch.autograd.grad(value, C, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), C, create_graph=True)
+    with pytest.raises(NotImplementedError, match="none has a third"):
+        second.sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

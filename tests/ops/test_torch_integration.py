@@ -6,25 +6,31 @@ from references import problem
 
 from otdd.losses import OTLogitLoss, SinkhornLoss
 from otdd.ops import METRICS, barycentric, cost_matrix, sinkhorn
-from otdd.ops.barycentric import _barycentric
 from otdd.ops.cost import _cost_matrix
-from otdd.ops.sinkhorn.op import plan_op, sinkhorn_op
 
 BACKENDS = ("reference", "cpu")
+OPS = torch.ops.otdd
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def args_of(grad: str, backend: str, requires_grad: bool) -> tuple:
+def args_of(grad: str, backend: str) -> tuple:
     C, a, b = problem(3, 4, 5, torch.float32)
     eps = torch.full((3,), 0.1, dtype=torch.float64)
-    C, a, b = (t.requires_grad_(requires_grad) for t in (C, a, b))
-    return C, a, b, eps, torch.zeros(3, 5), 6, 0.0, grad, False, backend
+    return C, a, b, eps, None, 2 * eps, torch.zeros(3, 5), 6, 0.0, grad, False, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
 def test_opcheck_sinkhorn(backend, grad):
-    torch.library.opcheck(sinkhorn_op, args_of(grad, backend, True))
+    args = args_of(grad, backend)
+    torch.library.opcheck(OPS.sinkhorn.default, args)
+    C, a, b, eps, *_ = args
+    f, g, _, _, _, n_iter, history = OPS.sinkhorn(*args)
+    torch.library.opcheck(OPS.sinkhorn_plan.default, (C, f, g, a, b, eps, None, backend))
+    if grad != "envelope":
+        problem_ = C, None, b, eps, 2 * eps, None, f, g, history, n_iter
+        rest = torch.ones_like(f), torch.ones_like(g), torch.ones(3), grad, False, backend
+        torch.library.opcheck(OPS.sinkhorn_backward.default, (*problem_, *rest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -35,13 +41,12 @@ def test_opcheck_cost_matrix(backend, metric):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_barycentric_and_plan(backend):
-    C, a, b, eps, g, *_ = args_of("envelope", backend, True)
-    f, y = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 5, 2, requires_grad=True)
-    mask = torch.ones(3, 4)
-    torch.library.opcheck(_barycentric, (C, f, g, mask, b, eps, y, backend))
-    plain = [t.detach() for t in (C, f, g, a, b)]
-    torch.library.opcheck(plan_op, (*plain, eps, torch.ones(3), backend))
+def test_opcheck_barycentric(backend):
+    C, a, b, eps, *_ = args_of("envelope", backend)
+    args = C, torch.zeros(3, 4), torch.zeros(3, 5), a, b, eps, torch.randn(3, 5, 2)
+    torch.library.opcheck(OPS.barycentric.default, (*args, backend))
+    grad = torch.randn(3, 4, 2)
+    torch.library.opcheck(OPS.barycentric_backward.default, (grad, *args, True, backend))
 
 
 def step(x: torch.Tensor, y: torch.Tensor, grad: str, backend: str) -> torch.Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from otdd import backends
 from otdd.ops import checks, pointers
-from otdd.ops.sinkhorn.op import plan_op, sinkhorn_op
+from otdd.ops.sinkhorn.gradients import solve
+from otdd.ops.sinkhorn.op import equal_weights, plan_op
 from otdd.ops.sinkhorn.reference import plan_from_potentials
 
 Grad: TypeAlias = Literal["envelope", "unrolled", "implicit"]
@@ -16,7 +17,7 @@ Marginals: TypeAlias = Literal["measure", "sinkd"]
 GRADS, MARGINALS = get_args(Grad), get_args(Marginals)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class SinkhornResult:
     """Solution of a batch of entropic OT problems.
 
@@ -24,13 +25,18 @@ class SinkhornResult:
     and ``plan`` under ``unrolled`` and ``implicit`` (constants under ``envelope``).
 
     Attributes:
-        value: Dual objective ``<a, f> + <b, g>``, ``(...)``.
+        value: Dual objective, ``(...)``: ``<a, f> + <b, g>`` between hard marginals.
         cost: Transport cost ``<P, C>``, ``(...)``.
         f: Row potentials, ``(..., N)``, in the units of C; finite at masked rows too.
         g: Column potentials, ``(..., M)``.
         n_iter: Iterations done, int64 ``(...)``.
-        marginal_error: ``sum_i |sum_j P_ij - a_i|``, ``(...)``; columns are met exactly.
-        converged: ``marginal_error <= tol``, bool ``(...)``; False for a problem that holds a NaN.
+        marginal_error: ``sum_i |sum_j P_ij - a_i exp(-f_i / rho_a)|``, ``(...)``, how far the rows
+            are from their optimality condition; columns are met exactly.
+        C: Costs, ``(..., N, M)``.
+        eps: Regularisation strength, float64 ``(...)``.
+        tol: Marginal error that was asked for.
+        grad: Gradient mode.
+        backend: Backend that solved it.
     """
 
     value: Tensor
@@ -39,13 +45,29 @@ class SinkhornResult:
     g: Tensor
     n_iter: Tensor
     marginal_error: Tensor
-    converged: Tensor
     C: Tensor
-    a: Tensor
-    b: Tensor
     eps: Tensor
+    tol: float
     grad: str
     backend: str
+    _a: Tensor | None
+    _b: Tensor | None
+    _sinkd: bool
+
+    @property
+    def converged(self) -> Tensor:
+        """``marginal_error <= tol``, bool ``(...)``; False for a problem that holds a NaN."""
+        return self.marginal_error <= self.tol
+
+    @property
+    def a(self) -> Tensor:
+        """Row weights, ``(..., N)``."""
+        return equal_weights(self.C, self._sinkd)[0] if self._a is None else self._a
+
+    @property
+    def b(self) -> Tensor:
+        """Column weights, ``(..., M)``."""
+        return equal_weights(self.C, self._sinkd)[1] if self._b is None else self._b
 
     @property
     def plan(self) -> Tensor:
@@ -53,22 +75,10 @@ class SinkhornResult:
 
         ``(..., N, M)``; rows and columns of weight zero are exactly zero.
         """
-        shape = self.C.shape
-        flat = (
-            self.C.reshape(-1, *shape[-2:]),
-            self.f.reshape(-1, shape[-2]),
-            self.g.reshape(-1, shape[-1]),
-            self.a.reshape(-1, shape[-2]),
-            self.b.reshape(-1, shape[-1]),
-        )
+        tensors = self.C, self.f, self.g, self.a, self.b
         if self.grad == "envelope":
-            flat = tuple(t.detach() for t in flat)
-            P = plan_op(
-                *flat, self.eps, flat[0].new_ones(()).expand(flat[0].shape[0]), self.backend
-            )
-        else:
-            P = plan_from_potentials(*flat, self.eps)
-        return P.reshape(shape)
+            return plan_op(*(t.detach() for t in tensors), self.eps, None, self.backend)
+        return plan_from_potentials(*tensors, self.eps)
 
 
 def sinkhorn(
@@ -82,19 +92,27 @@ def sinkhorn(
     init: tuple[Tensor, Tensor] | SinkhornResult | None = None,
     grad: Grad = "envelope",
     marginals: Marginals = "measure",
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
     backend: str | None = None,
 ) -> SinkhornResult:
     """Solves ``min_P <P, C> + eps KL(P | a x b)`` for every problem of a batch.
 
-    Sinkhorn's iteration in the log domain (Peyre & Cuturi 2019, eqs. 4.43-44), rows first::
+    The marginals of P are a and b, or with `rho_a`, `rho_b` pay ``rho_a KL(P 1 | a)``,
+    ``rho_b KL(P' 1 | b)`` for being others. Sinkhorn's iteration in the log domain (Peyre & Cuturi
+    2019, eqs. 4.43-44; Chizat et al. 2018, section 4), rows first::
 
-        f_i = -eps LSE_j(log b_j + (g_j - C_ij) / eps)
-        g_j = -eps LSE_i(log a_i + (f_i - C_ij) / eps)
+        f_i = -eps rho_a / (rho_a + eps) LSE_j(log b_j + (g_j - C_ij) / eps)
+        g_j = -eps rho_b / (rho_b + eps) LSE_i(log a_i + (f_i - C_ij) / eps)
+
+    Then ``value = rho_a <a, 1 - exp(-f / rho_a)> + rho_b <b, 1 - exp(-g / rho_b)>
+    - eps (sum(P) - sum(a) sum(b))``; without penalties ``<a, f> + <b, g>``.
 
     Gradients:
 
     - ``envelope``: ``dvalue/dC = P``, ``dvalue/da = f``, ``dvalue/db = g`` (up to a constant);
-      ``dcost/dC = P``, the plan held fixed. Exact for `value` at convergence; no history.
+      ``dcost/dC = P``, the plan held fixed. Exact for `value` at convergence; no history. `value`
+      has second derivatives, those of the fixed point.
     - ``unrolled``: the exact derivative of the iterations done, for value, cost, plan, f and g,
       from a history of ``(max_iter + 1)(N + M)`` float64 numbers a problem.
     - ``implicit``: the derivative of the fixed point, for the same; exact at convergence.
@@ -115,50 +133,32 @@ def sinkhorn(
         grad: ``envelope``, ``unrolled`` or ``implicit``.
         marginals: ``measure``, or ``sinkd``: rows, then columns scaled to sum 1 as in SinKD (COLING
             2024), that is weights of 1; a and b may then only be masks of 0 and 1.
+        rho_a: Penalty > 0 on the row marginal, in the units of C, as `eps`; None or inf: met.
+        rho_b: Penalty on the column marginal, likewise. One of the two is semi-unbalanced OT.
         backend: ``reference``, ``cpu``, or None for the first that can.
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, no rows or columns,
-            eps <= 0, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) NaN or inf, negative weights
+            eps or rho <= 0, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) NaN or inf, negative weights
             or a problem with only zero weights.
         TypeError: Not floating point, or different dtypes.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
     checks.solver_options(max_iter, tol, grad=(grad, GRADS), marginals=(marginals, MARGINALS))
-    mass = 1.0 if marginals == "sinkd" else None
-    (C, _, g, a, b), eps_flat = problem_tensors(C, eps, init, a, b, mass, "init")
-    *batch, N, M = C.shape
-    count = C.shape[:-2].numel()
-    refusals = {"cpu": pointers.refusal(C), "reference": None}
-    chosen = backends.choose("sinkhorn", refusals, backend)
-    f, g, value, cost, marginal_error, n_iter, _ = sinkhorn_op(
-        C.reshape(count, N, M),
-        a.reshape(count, N),
-        b.reshape(count, M),
-        eps_flat,
-        g.reshape(count, M),
-        int(max_iter),
-        float(tol),
-        grad,
-        marginals == "sinkd",
-        chosen,
+    sinkd = marginals == "sinkd"
+    C, (_, g), a, b, eps = problem_tensors(C, eps, init, a, b, "init")
+    if rho_a is not None or rho_b is not None:
+        checks.require(not sinkd, "rho_a and rho_b", "one beside marginals='sinkd'", "None")
+        rho_a, rho_b = (
+            None if rho is None else _per_problem(rho, name, C, or_inf=True)
+            for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
+        )
+    chosen = backends.choose("sinkhorn", {"cpu": pointers.refusal(C), "reference": None}, backend)
+    f, g, value, cost, marginal_error, n_iter, _ = solve(
+        C, a, b, eps, rho_a, rho_b, g, int(max_iter), float(tol), grad, sinkd, chosen
     )
-    if grad == "envelope":
-        f, g = f.detach(), g.detach()
     return SinkhornResult(
-        value=value.reshape(batch),
-        cost=cost.reshape(batch),
-        f=f.reshape(*batch, N),
-        g=g.reshape(*batch, M),
-        n_iter=n_iter.reshape(batch),
-        marginal_error=marginal_error.reshape(batch),
-        converged=(marginal_error <= tol).reshape(batch),
-        C=C,
-        a=a,
-        b=b,
-        eps=eps_flat,
-        grad=grad,
-        backend=chosen,
+        value, cost, f, g, n_iter, marginal_error, C, eps, float(tol), grad, chosen, a, b, sinkd
     )
 
 
@@ -168,60 +168,40 @@ def problem_tensors(
     potentials: tuple[Tensor, Tensor] | SinkhornResult | None,
     a: Tensor | None,
     b: Tensor | None,
-    mass: float | None = None,
     potentials_name: str = "potentials",
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], Tensor | None, Tensor | None, Tensor]:
     """Checks a problem's tensors and brings them to one batch shape and float32 or float64.
 
-    Args:
-        C: Costs, ``(..., N, M)``.
-        eps: A number or a tensor over the batch.
-        potentials: ``(f, g)``, a result, or None for zeros.
-        a: Row weights, or None for equal ones.
-        b: Column weights, or None for equal ones.
-        mass: Default weight of a point; None for 1 over their number.
-        potentials_name: What to call `potentials` in an error.
-
     Returns:
-        ``(C, f, g, a, b)``, and eps flat over the batch in float64.
+        C; the potentials, weights a and b where given; eps in float64.
     """
     C = checks.as_float(C, "C")
-    checks.require(C.dim() >= 2, "C", f"shape {tuple(C.shape)}", "(..., N, M)")
-    checks.require(0 not in C.shape[-2:], "C", f"shape {tuple(C.shape)}", "N >= 1 and M >= 1")
+    if C.dim() < 2 or 0 in C.shape[-2:]:
+        checks.require(C.dim() >= 2, "C", f"shape {tuple(C.shape)}", "(..., N, M)")
+        checks.require(False, "C", f"shape {tuple(C.shape)}", "N >= 1 and M >= 1")
     *batch, N, M = C.shape
-    f, g = _potentials(potentials, potentials_name, C)
-    return (
-        C,
-        f,
-        g,
-        _per_point(a, "a", C, (*batch, N), mass or 1.0 / N),
-        _per_point(b, "b", C, (*batch, M), mass or 1.0 / M),
-    ), _eps(eps, C, batch)
+    rows, columns = (*batch, N), (*batch, M)
+    f = g = None
+    if potentials is not None:
+        f, g = _pair(potentials, potentials_name)
+        f = _per_point(f, f"{potentials_name}, its f", C, rows)
+        g = _per_point(g, f"{potentials_name}, its g", C, columns)
+    a, b = _per_point(a, "a", C, rows), _per_point(b, "b", C, columns)
+    return C, (f, g), a, b, _per_problem(eps, "eps", C)
 
 
-def _potentials(
-    potentials: tuple[Tensor, Tensor] | SinkhornResult | None, name: str, C: Tensor
-) -> tuple[Tensor, Tensor]:
+def _pair(potentials: tuple[Tensor, Tensor] | SinkhornResult, name: str) -> tuple[Tensor, Tensor]:
     if isinstance(potentials, SinkhornResult):
-        potentials = potentials.f, potentials.g
-    elif potentials is None:
-        potentials = None, None
+        return potentials.f, potentials.g
     pair = isinstance(potentials, tuple | list) and len(potentials) == 2
     checks.require(pair, name, type(potentials).__name__, "(f, g) or a SinkhornResult")
-    *batch, N, M = C.shape
-    f, g = potentials
-    return (
-        _per_point(f, f"{name}, its f", C, (*batch, N), 0.0),
-        _per_point(g, f"{name}, its g", C, (*batch, M), 0.0),
-    )
+    return potentials
 
 
-def _per_point(
-    t: Tensor | None, name: str, C: Tensor, shape: tuple[int, ...], default: float
-) -> Tensor:
-    """`t`, checked and expanded to `shape`, or `default` everywhere."""
+def _per_point(t: Tensor | None, name: str, C: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """`t`, checked and expanded to `shape`, if it is given."""
     if t is None:
-        return C.new_full((), default).expand(shape)
+        return None
     t = checks.as_float(t, name)
     checks.same_kind(t, name, C, "C")
     fits = t.dim() >= 1 and t.shape[-1] == shape[-1]
@@ -233,19 +213,21 @@ def _per_point(
     return t.expand(shape)
 
 
-def _eps(eps: float | Tensor, C: Tensor, batch: list[int]) -> Tensor:
-    if not isinstance(eps, Tensor):
-        checks.positive_eps(eps, C.dtype)
-        return C.new_full((), eps, dtype=torch.float64).expand(C.shape[:-2].numel())
-    real = not eps.is_complex() and eps.dtype != torch.bool
-    checks.require(real, "eps", f"dtype {eps.dtype}", "real numbers")
-    checks.require(not eps.requires_grad, "eps", "a tensor that requires grad", "a constant")
-    checks.require(eps.device == C.device, "eps", f"device {eps.device}", f"that of C, {C.device}")
+def _per_problem(value: float | Tensor, name: str, C: Tensor, *, or_inf: bool = False) -> Tensor:
+    """A number > 0 for each problem, ``(...)`` in float64; not differentiable."""
+    batch = C.shape[:-2]
+    if not isinstance(value, Tensor):
+        checks.positive(value, name, C.dtype, or_inf=or_inf)
+        return torch.full((), value, dtype=torch.float64, device=C.device).expand(batch)
+    real = not value.is_complex() and value.dtype != torch.bool
+    checks.require(real, name, f"dtype {value.dtype}", "real numbers")
+    checks.require(not value.requires_grad, name, "a tensor that requires grad", "a constant")
+    same = value.device == C.device
+    checks.require(same, name, f"device {value.device}", f"that of C, {C.device}")
     try:
-        eps = eps.double().expand(batch)
+        return value.double().expand(batch)
     except RuntimeError:
         raise ValueError(
-            f"eps: got shape {tuple(eps.shape)}; accepted: a number or a tensor that broadcasts to "
-            f"the batch {tuple(batch)}"
+            f"{name}: got shape {tuple(value.shape)}; accepted: a number or a tensor that "
+            f"broadcasts to the batch {tuple(batch)}"
         ) from None
-    return eps.reshape(-1)

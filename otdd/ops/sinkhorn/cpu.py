@@ -1,9 +1,12 @@
 """The `cpu` backend of `sinkhorn`: C++ over raw pointers."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from otdd.ops import checks, pointers
+from otdd.ops.pointers import matrices, per_point, per_problem
 from otdd.ops.sinkhorn.reference import Solution, implicit_tolerance
 
 
@@ -20,29 +23,31 @@ def sinkhorn_cpu(
     keep_history: bool,
 ) -> Solution:
     """See `sinkhorn_reference`; the same iterates, by absorption."""
-    B, N, M = C.shape
-    C, C_rows = pointers.rows(C)
-    history = (B, max_iter + 1, N + M) if keep_history else (0,)
+    *batch, N, M = C.shape
     out = Solution(
-        f=C.new_empty(B, N),
-        g=C.new_empty(B, M),
-        value=C.new_empty(B),
-        cost=C.new_empty(B),
-        marginal_error=C.new_empty(B),
-        n_iter=C.new_empty(B, dtype=torch.int64),
-        history=C.new_zeros(history, dtype=torch.float64),
+        f=C.new_empty(*batch, N),
+        g=C.new_empty(*batch, M),
+        value=C.new_empty(batch),
+        cost=C.new_empty(batch),
+        marginal_error=C.new_empty(batch),
+        n_iter=C.new_empty(batch, dtype=torch.int64),
+        history=C.new_zeros(
+            *batch, max_iter + 1 if keep_history else 0, N + M, dtype=torch.float64
+        ),
     )
+    tensors = pointers.flat(len(batch), pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
+    C, a, b, eps, rho_a, rho_b, g = tensors
     status = pointers.kernel("sinkhorn", C.dtype)(
-        B,
+        math.prod(batch),
         N,
         M,
-        C_rows,
-        pointers.vectors(a),
-        pointers.vectors(b),
-        pointers.vectors(eps),
-        pointers.vectors(rho_a),
-        pointers.vectors(rho_b),
-        pointers.vectors(g),
+        matrices(C),
+        per_point(a),
+        per_point(b),
+        per_problem(eps),
+        per_problem(rho_a),
+        per_problem(rho_b),
+        per_point(g),
         max_iter,
         tol,
         out.f.data_ptr(),
@@ -64,12 +69,24 @@ def plan_cpu(
     C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, scale: Tensor
 ) -> Tensor:
     """``scale * P`` from the potentials."""
-    B, N, M = C.shape
-    C, C_rows = pointers.rows(C)
-    P = C.new_empty(B, N, M)
-    vectors = [pointers.vectors(t) for t in (f, g, a, b, eps, scale)]
-    run = pointers.kernel("plan", C.dtype)
-    run(B, N, M, C_rows, *vectors, P.data_ptr(), pointers.threads())
+    *batch, N, M = C.shape
+    P = C.new_empty(*batch, N, M)
+    tensors = pointers.flat(len(batch), pointers.with_rows(C), f, g, a, b, eps, scale)
+    C, f, g, a, b, eps, scale = tensors
+    pointers.kernel("plan", C.dtype)(
+        math.prod(batch),
+        N,
+        M,
+        matrices(C),
+        per_point(f),
+        per_point(g),
+        per_point(a),
+        per_point(b),
+        per_problem(eps),
+        per_problem(scale),
+        P.data_ptr(),
+        pointers.threads(),
+    )
     return P
 
 
@@ -92,28 +109,34 @@ def potentials_backward_cpu(
     """See `potentials_backward_reference`; the implicit system is solved in float64."""
     rtol = rtol or implicit_tolerance(C.dtype)
     if mode == "implicit" and C.dtype != torch.float64:
-        wide = (t.double() for t in (C, a, b))
-        rest = (t.double() for t in (f, g))
-        last = (t.double() for t in (df, dg))
-        rho = rho_a, rho_b
-        grads = potentials_backward_cpu(*wide, eps, *rho, *rest, history, n_iter, *last, mode, rtol)
+        C64, a64, b64, f64, g64, df64, dg64 = (t.double() for t in (C, a, b, f, g, df, dg))
+        problem = C64, a64, b64, eps, rho_a, rho_b
+        grads = potentials_backward_cpu(*problem, f64, g64, history, n_iter, df64, dg64, mode, rtol)
         return tuple(t.to(C.dtype) for t in grads)
-    B, N, M = C.shape
-    C, C_rows = pointers.rows(C)
-    dC, da, db = C.new_empty(B, N, M), C.new_empty(B, N), C.new_empty(B, M)
+    *batch, N, M = C.shape
+    history, n_iter = history.contiguous(), n_iter.contiguous()
+    dC, da, db = C.new_empty(*batch, N, M), C.new_empty(*batch, N), C.new_empty(*batch, M)
+    tensors = pointers.with_rows(C), a, b, eps, rho_a, rho_b, f, g, df, dg
+    C, a, b, eps, rho_a, rho_b, f, g, df, dg = pointers.flat(len(batch), *tensors)
     status = pointers.kernel("backward", C.dtype)(
         mode == "unrolled",
         rtol,
-        B,
+        math.prod(batch),
         N,
         M,
-        history.shape[1] if mode == "unrolled" else 0,
-        C_rows,
-        *(pointers.vectors(t) for t in (a, b, eps, rho_a, rho_b, f, g)),
+        history.shape[-2],
+        matrices(C),
+        per_point(a),
+        per_point(b),
+        per_problem(eps),
+        per_problem(rho_a),
+        per_problem(rho_b),
+        per_point(f),
+        per_point(g),
         history.data_ptr(),
         n_iter.data_ptr(),
-        pointers.vectors(df),
-        pointers.vectors(dg),
+        per_point(df),
+        per_point(dg),
         dC.data_ptr(),
         da.data_ptr(),
         db.data_ptr(),

@@ -1,15 +1,18 @@
-"""The torch custom ops behind `otdd.ops.sinkhorn`: one schema, fake and backward for every backend.
+"""The ops behind `otdd.ops.sinkhorn`: one schema, fake and derivative for every backend.
 
-All tensors are flat over the batch: ``C (B, N, M)``, ``a (B, N)``, ``b (B, M)``, ``eps (B,)`` in
-float64, ``g (B, M)`` the potentials to start from.
+``C (..., N, M)``; over the same batch ``a (..., N)`` and ``b (..., M)`` or None for equal weights,
+``g (..., M)`` or None for zeros; ``eps (...)`` and the penalties ``rho_a``, ``rho_b (...)`` or None
+in float64.
 """
 
 import torch
 from torch import Tensor
 
 from otdd.ops import checks
+from otdd.ops.dispatch import custom_op
 from otdd.ops.sinkhorn import cpu
 from otdd.ops.sinkhorn.reference import (
+    kept,
     over,
     plan_from_potentials,
     potentials_backward_reference,
@@ -17,15 +20,43 @@ from otdd.ops.sinkhorn.reference import (
 )
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("otdd::sinkhorn", mutates_args=())
-def sinkhorn_op(
+def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
+    """Weights of mass 1 in all, or of 1 each with ``sinkd``: ``(..., N)`` and ``(..., M)``."""
+    *batch, N, M = C.shape
+    one_a, one_b = C.new_full((), 1.0 if sinkd else 1 / N), C.new_full((), 1.0 if sinkd else 1 / M)
+    return one_a.expand(*batch, N), one_b.expand(*batch, M)
+
+
+def filled(
     C: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
     eps: Tensor,
-    g: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    sinkd: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The problem with a tensor for everything."""
+    if a is None or b is None:
+        equal = equal_weights(C, sinkd)
+        a, b = equal[0] if a is None else a, equal[1] if b is None else b
+    if rho_a is None or rho_b is None:
+        hard = eps.new_full((), torch.inf).expand(eps.shape)
+        rho_a, rho_b = hard if rho_a is None else rho_a, hard if rho_b is None else rho_b
+    return C, a, b, eps, rho_a, rho_b
+
+
+def _solve(
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    g: Tensor | None,
     max_iter: int,
     tol: float,
     grad: str,
@@ -36,51 +67,68 @@ def sinkhorn_op(
     if checks.values_are_checked(C):
         if backend != "cpu":  # the native solver looks at C itself, while it reads it
             checks.finite(C, "C")
-        checks.weights(a, "a", binary=sinkd)
-        checks.weights(b, "b", binary=sinkd)
-        checks.finite(g, "init")
-        checks.positive_eps(eps, C.dtype)
-    rest = g, max_iter, tol, grad == "unrolled"
-    if backend == "cpu":
-        hard = torch.full_like(eps, torch.inf)
-        return tuple(cpu.sinkhorn_cpu(C, a, b, eps, hard, hard, *rest))
-    return tuple(sinkhorn_reference(C, a, b, eps, *rest))
+        for w, name in ((a, "a"), (b, "b")):
+            if w is not None:
+                checks.weights(w, name, binary=sinkd)
+        if g is not None:
+            checks.finite(g, "init")
+        checks.positive(eps, "eps", C.dtype)
+        for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b")):
+            if rho is not None:
+                checks.positive(rho, name, C.dtype, or_inf=True)
+    problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
+    if g is None:
+        g = C.new_zeros(()).expand_as(problem[2])
+    run = cpu.sinkhorn_cpu if backend == "cpu" else sinkhorn_reference
+    return tuple(run(*problem, g, max_iter, tol, grad == "unrolled"))
 
 
-@sinkhorn_op.register_fake
-def _(C, a, b, eps, g, max_iter, tol, grad, sinkd, backend):  # noqa: ANN001, ANN202
-    B, N, M = C.shape
-    history = (B, max_iter + 1, N + M) if grad == "unrolled" else (0,)
+def _fake_solve(C, a, b, eps, rho_a, rho_b, g, max_iter, tol, grad, sinkd, backend):  # noqa: ANN001, ANN202
+    *batch, N, M = C.shape
     return (
-        C.new_empty(B, N),
-        C.new_empty(B, M),
-        C.new_empty(B),
-        C.new_empty(B),
-        C.new_empty(B),
-        C.new_empty(B, dtype=torch.int64),
-        C.new_empty(history, dtype=torch.float64),
+        C.new_empty(*batch, N),
+        C.new_empty(*batch, M),
+        C.new_empty(batch),
+        C.new_empty(batch),
+        C.new_empty(batch),
+        C.new_empty(batch, dtype=torch.int64),
+        C.new_empty(*batch, max_iter + 1 if grad == "unrolled" else 0, N + M, dtype=torch.float64),
     )
 
 
-@torch.library.custom_op("otdd::sinkhorn_plan", mutates_args=())
-def plan_op(
-    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, scale: Tensor, backend: str
-) -> Tensor:
-    """``scale * P``, ``scale (B,)``: the envelope gradient with respect to the cost."""
-    return plan_rows(C, f, g, a, b, eps, scale, backend)
-
-
-@plan_op.register_fake
-def _(C, f, g, a, b, eps, scale, backend):  # noqa: ANN001, ANN202
-    return torch.empty_like(C, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("otdd::sinkhorn_backward", mutates_args=())
-def backward_op(
+def _plan(
     C: Tensor,
+    f: Tensor,
+    g: Tensor,
     a: Tensor,
     b: Tensor,
     eps: Tensor,
+    scale: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """``scale * P`` with ``scale (...)``, for all rows of a problem or some of them."""
+    if backend == "cpu":
+        one = C.new_ones(()).expand(C.shape[:-2])
+        return cpu.plan_cpu(C, f, g, a, b, eps, one if scale is None else scale)
+    P = plan_from_potentials(C, f, g, a, b, eps)
+    return P if scale is None else P * scale[..., None, None]
+
+
+def _fake_plan(C, f, g, a, b, eps, scale, backend):  # noqa: ANN001, ANN202
+    return torch.empty_like(C, memory_format=torch.contiguous_format)
+
+
+solve_op = custom_op("otdd::sinkhorn", _solve, _fake_solve)
+plan_op = custom_op("otdd::sinkhorn_plan", _plan, _fake_plan)
+
+
+def _backward(
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
     f: Tensor,
     g: Tensor,
     history: Tensor,
@@ -89,93 +137,57 @@ def backward_op(
     dg: Tensor,
     dcost: Tensor | None,
     mode: str,
+    sinkd: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Vector-Jacobian product of (f, g, cost) with respect to (C, a, b).
 
     ``cost = <P, C>`` depends on C directly, and through the plan on the potentials and weights.
     """
+    problem = C, a, b, eps, rho_a, rho_b = filled(C, a, b, eps, rho_a, rho_b, sinkd)
     if dcost is not None:
-        # The columns of P sum to b: a constant k in C adds k sum(b) to the cost and nothing else.
-        e, one = eps.to(C.dtype).unsqueeze(-1), torch.ones_like(dcost)
-        P = plan_rows(C, f, g, a, b, eps, one, backend)
-        k = (P * C).sum((-1, -2)) / P.sum((-1, -2))
-        flow = P * dcost[:, None, None]
-        weighted = flow * (C - k[:, None, None])
+        # The columns of P sum to b exp(-g / rho_b), so what a constant k in C adds is known.
+        e = eps.to(C.dtype).unsqueeze(-1)
+        P = plan_op(C, f, g, a, b, eps, None, backend)
+        k = ((P * C).sum((-1, -2)) / P.sum((-1, -2))).unsqueeze(-1)
+        flow = P * dcost[..., None, None]
+        weighted = flow * (C - k.unsqueeze(-1))
         to_rows, to_columns = weighted.sum(-1), weighted.sum(-2)
+        in_columns = k * dcost.unsqueeze(-1) * torch.where(b > 0, kept(g, rho_b), 0)
         df, dg = df + to_rows / e, dg + to_columns / e
-    rest = f, g, history, n_iter, df, dg, mode
-    if backend == "cpu":
-        hard = torch.full_like(eps, torch.inf)
-        dC, da, db = cpu.potentials_backward_cpu(C, a, b, eps, hard, hard, *rest)
-    else:
-        dC, da, db = potentials_backward_reference(C, a, b, eps, *rest)
+        dg = dg - in_columns * b / rho_b.to(C.dtype).unsqueeze(-1)
+    run = cpu.potentials_backward_cpu if backend == "cpu" else potentials_backward_reference
+    dC, da, db = run(*problem, f, g, history, n_iter, df, dg, mode)
     if dcost is not None:
         dC = dC + flow - weighted / e.unsqueeze(-1)
         da = da + over(to_rows, a)
-        db = db + over(to_columns, b) + torch.where(b > 0, (k * dcost).unsqueeze(-1), 0)
+        db = db + over(to_columns, b) + in_columns
     return dC, da, db
 
 
-def plan_rows(
-    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, scale: Tensor, backend: str
-) -> Tensor:
-    """``scale * P`` by `backend`, for all rows or some of them."""
-    if backend == "cpu":
-        return cpu.plan_cpu(C, f, g, a, b, eps, scale)
-    return plan_from_potentials(C, f, g, a, b, eps) * scale[:, None, None]
-
-
-@backward_op.register_fake
-def _(C, a, b, eps, f, g, history, n_iter, df, dg, dcost, mode, backend):  # noqa: ANN001, ANN202
-    B, N, M = C.shape
+def _fake_backward(  # noqa: ANN202
+    C,
+    a,
+    b,
+    eps,
+    rho_a,
+    rho_b,
+    f,
+    g,
+    history,
+    n_iter,
+    df,
+    dg,
+    dcost,
+    mode,
+    sinkd,
+    backend,  # noqa: ANN001
+):
     return (
         torch.empty_like(C, memory_format=torch.contiguous_format),
-        C.new_empty(B, N),
-        C.new_empty(B, M),
+        torch.empty_like(f),
+        torch.empty_like(g),
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    C, a, b, eps, _, _, _, ctx.grad, _, ctx.backend = inputs
-    f, g, _, _, _, n_iter, history = output
-    ctx.save_for_backward(C, a, b, eps, f, g, history, n_iter)
-    ctx.mark_non_differentiable(n_iter, history, output[4])
-    ctx.set_materialize_grads(False)
-
-
-@checks.outside_autocast
-def _backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
-    C, a, b, eps, f, g, history, n_iter = ctx.saved_tensors
-    none = (None,) * 7
-    if ctx.grad == "envelope":
-        f, g = f.detach(), g.detach()  # no second derivative rather than half of one
-        scale = _sum(dvalue, dcost)
-        dC = da = db = None
-        if scale is not None and ctx.needs_input_grad[0]:
-            dC = plan_op(C, f, g, a, b, eps, scale, ctx.backend)
-    else:
-        df = _sum(df, None if dvalue is None else dvalue[:, None] * a)
-        dg = _sum(dg, None if dvalue is None else dvalue[:, None] * b)
-        if df is None and dg is None and dcost is None:
-            return None, None, None, *none
-        df = torch.zeros_like(f) if df is None else df.contiguous()
-        dg = torch.zeros_like(g) if dg is None else dg.contiguous()
-        dC, da, db = backward_op(
-            C, a, b, eps, f, g, history, n_iter, df, dg, dcost, ctx.grad, ctx.backend
-        )
-    if dvalue is not None:
-        da = _sum(da, dvalue[:, None] * torch.where(a > 0, f, 0))
-        db = _sum(db, dvalue[:, None] * torch.where(b > 0, g, 0))
-    return dC, da, db, *none
-
-
-def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    if x is None or y is None:
-        return y if x is None else x
-    return x + y
-
-
-sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
-for _device in ("cpu", "cuda"):
-    sinkhorn_op.register_autocast(_device, torch.float32)
+backward_op = custom_op("otdd::sinkhorn_backward", _backward, _fake_backward)

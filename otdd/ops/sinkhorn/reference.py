@@ -1,8 +1,9 @@
 """Entropic OT in plain PyTorch: the specification of `otdd.ops.sinkhorn`, on any device.
 
-``C (B, N, M)``, ``a (B, N)``, ``b (B, M)``, ``eps (B,)`` float64. A weight of zero is ``-inf`` in
-the log domain: its row or column takes no part, and its own potential is the soft c-transform of
-the other side, finite.
+``C (..., N, M)``, ``a (..., N)``, ``b (..., M)``; ``eps``, ``rho_a`` and ``rho_b`` ``(...)`` in
+float64, rho infinite where a marginal is to be met exactly. A weight of zero is ``-inf`` in the log
+domain: its row or column takes no part, and its own potential is the soft c-transform of the other
+side, finite.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 class Solution(NamedTuple):
     """What one solve returns.
 
-    ``history`` holds (f, g) after 0..T iterations, ``(B, T + 1, N + M)`` in float64, or is empty.
+    ``history`` holds (f, g) after 0..T iterations, ``(..., T + 1, N + M)`` in float64, or no step.
     """
 
     f: Tensor
@@ -47,11 +48,54 @@ def plan_from_potentials(
     return logits.exp() * a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
+def damping(rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """``rho / (rho + eps)``, ``(..., 1)``: 1 for a hard marginal, towards 0 for a free one.
+
+    What a KL penalty on a marginal makes of the step of its potential (Chizat, Peyre, Schmitzer &
+    Vialard, Math. Comp. 2018, section 4).
+    """
+    return (1 / (1 + eps / rho)).to(dtype).unsqueeze(-1)
+
+
+def kept(f: Tensor, rho: Tensor) -> Tensor:
+    """``exp(-f_i / rho)``: the part of its weight that a point keeps; 1 for a hard marginal."""
+    return torch.exp(-f / rho.to(f.dtype).unsqueeze(-1))
+
+
+def weighted(w: Tensor, x: Tensor) -> Tensor:
+    """``w x``, exactly 0 where w is 0, whatever x is."""
+    return torch.where(w != 0, w * x, 0)
+
+
+def conjugate(f: Tensor, rho: Tensor) -> Tensor:
+    """``rho (1 - exp(-f_i / rho))``, what a marginal adds to the dual; f for a hard one."""
+    rho = rho.to(f.dtype).unsqueeze(-1)
+    hard = torch.isinf(rho)
+    finite = torch.where(hard, 1, rho)
+    return torch.where(hard, f, -finite * torch.expm1(-f / finite))
+
+
+def dual_value(
+    f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, rho_a: Tensor, rho_b: Tensor
+) -> Tensor:
+    """``<a, f> + <b, g>``; with a soft marginal, the dual of Chizat et al. (2018, eq. 4.5).
+
+    That is ``<a, conjugate(f)> + <b, conjugate(g)> - eps (sum_ij P_ij - sum(a) sum(b))``, where the
+    columns of P sum to ``b exp(-g / rho_b)`` as they do after every step.
+    """
+    value = weighted(a, conjugate(f, rho_a)).sum(-1) + weighted(b, conjugate(g, rho_b)).sum(-1)
+    mass = weighted(b, kept(g, rho_b)).sum(-1) - a.sum(-1) * b.sum(-1)
+    soft = torch.isfinite(rho_a) | torch.isfinite(rho_b)
+    return value - torch.where(soft, eps.to(a.dtype) * mass, 0)
+
+
 def sinkhorn_reference(
     C: Tensor,
     a: Tensor,
     b: Tensor,
     eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
     g: Tensor,
     max_iter: int,
     tol: float,
@@ -63,32 +107,37 @@ def sinkhorn_reference(
     """
     log_a, log_b = a.log(), b.log()
     e = eps.to(C.dtype).unsqueeze(-1)
+    damp_a, damp_b = damping(rho_a, eps, C.dtype), damping(rho_b, eps, C.dtype)
     f = torch.zeros_like(a, memory_format=torch.contiguous_format)
-    active = torch.ones(C.shape[0], dtype=torch.bool, device=C.device)
-    n_iter = torch.zeros(C.shape[0], dtype=torch.int64, device=C.device)
+    active = torch.ones(C.shape[:-2], dtype=torch.bool, device=C.device)
+    n_iter = torch.zeros(C.shape[:-2], dtype=torch.int64, device=C.device)
     history = [torch.cat([f, g], -1).double()] if keep_history else []
+
+    def error() -> Tensor:
+        rows = plan_from_potentials(C, f, g, a, b, eps).sum(-1)
+        return (rows - weighted(a, kept(f, rho_a))).abs().sum(-1)
+
     for _ in range(max_iter):
-        f = torch.where(active.unsqueeze(-1), soft_rows(C, g, log_b, e), f)
-        g = torch.where(active.unsqueeze(-1), soft_rows(C.mT, f, log_a, e), g)
+        f = torch.where(active.unsqueeze(-1), damp_a * soft_rows(C, g, log_b, e), f)
+        g = torch.where(active.unsqueeze(-1), damp_b * soft_rows(C.mT, f, log_a, e), g)
         n_iter += active
         if keep_history:
             history.append(torch.cat([f, g], -1).double())
         if tol > 0:
-            plan = plan_from_potentials(C, f, g, a, b, eps)
-            active = active & ~((plan.sum(-1) - a).abs().sum(-1) <= tol)
+            active = active & ~(error() <= tol)
             if not bool(active.any()):
                 break
     if keep_history:
         history += history[-1:] * (max_iter + 1 - len(history))
-    plan = plan_from_potentials(C, f, g, a, b, eps)
+    empty = C.new_empty(*C.shape[:-2], 0, a.shape[-1] + b.shape[-1], dtype=torch.float64)
     return Solution(
         f=f,
         g=g,
-        value=(a * f).sum(-1) + (b * g).sum(-1),
-        cost=(plan * C).sum((-1, -2)),
-        marginal_error=(plan.sum(-1) - a).abs().sum(-1),
+        value=dual_value(f, g, a, b, eps, rho_a, rho_b),
+        cost=(plan_from_potentials(C, f, g, a, b, eps) * C).sum((-1, -2)),
+        marginal_error=error(),
         n_iter=n_iter,
-        history=torch.stack(history, 1) if history else C.new_empty(0, dtype=torch.float64),
+        history=torch.stack(history, -2) if history else empty,
     )
 
 
@@ -97,6 +146,8 @@ def potentials_backward_reference(
     a: Tensor,
     b: Tensor,
     eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
     f: Tensor,
     g: Tensor,
     history: Tensor,
@@ -111,10 +162,11 @@ def potentials_backward_reference(
     linear system at (f, g).
     """
     e = eps.to(C.dtype).unsqueeze(-1)
+    damp_a, damp_b = damping(rho_a, eps, C.dtype), damping(rho_b, eps, C.dtype)
     df, dg = torch.where(a > 0, df, 0), torch.where(b > 0, dg, 0)
     if mode == "unrolled":
-        return _unrolled(C, a, b, e, history, n_iter, df, dg)
-    return _implicit(plan_from_potentials(C, f, g, a, b, eps), a, b, e, df, dg)
+        return _unrolled(C, a, b, e, damp_a, damp_b, history, n_iter, df, dg)
+    return _implicit(plan_from_potentials(C, f, g, a, b, eps), a, b, e, damp_a, damp_b, df, dg)
 
 
 def over(numerator: Tensor, weights: Tensor) -> Tensor:
@@ -127,6 +179,8 @@ def _unrolled(
     a: Tensor,
     b: Tensor,
     e: Tensor,
+    damp_a: Tensor,
+    damp_b: Tensor,
     history: Tensor,
     n_iter: Tensor,
     df: Tensor,
@@ -136,20 +190,21 @@ def _unrolled(
     n = a.shape[-1]
     used = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
     log_a, log_b = a.log().unsqueeze(-1), b.log().unsqueeze(-2)
-    dC, da, db = torch.zeros_like(C), torch.zeros_like(C[..., 0]), torch.zeros_like(C[:, 0])
-    for t in range(history.shape[1] - 1, 0, -1):
-        ran = (n_iter >= t)[:, None]
-        f, g = history[:, t, :n].to(C.dtype), history[:, t, n:].to(C.dtype)
-        g_before = history[:, t - 1, n:].to(C.dtype)
-        # g = -eps LSE_i(log a_i + (f_i - C_ij) / eps)
-        logits = torch.where(used, log_density(C, f, g, e) + log_a, -torch.inf)
-        flow = logits.exp() * (dg * ran).unsqueeze(-2)
+    dC = torch.zeros_like(C)
+    da, db = torch.zeros_like(C[..., 0]), torch.zeros_like(C[..., 0, :])
+    for t in range(history.shape[-2] - 1, 0, -1):
+        ran = (n_iter >= t).unsqueeze(-1)
+        f, g = history[..., t, :n].to(C.dtype), history[..., t, n:].to(C.dtype)
+        g_before = history[..., t - 1, n:].to(C.dtype)
+        # g = -damp_b eps LSE_i(log a_i + (f_i - C_ij) / eps)
+        logits = torch.where(used, log_density(C, f, g / damp_b, e) + log_a, -torch.inf)
+        flow = logits.exp() * (damp_b * dg * ran).unsqueeze(-2)
         dC += flow
         da -= over(e * flow.sum(-1), a)
         df = df - flow.sum(-1)
-        # f = -eps LSE_j(log b_j + (g_before_j - C_ij) / eps)
-        logits = torch.where(used, log_density(C, f, g_before, e) + log_b, -torch.inf)
-        flow = logits.exp() * (df * ran).unsqueeze(-1)
+        # f = -damp_a eps LSE_j(log b_j + (g_before_j - C_ij) / eps)
+        logits = torch.where(used, log_density(C, f / damp_a, g_before, e) + log_b, -torch.inf)
+        flow = logits.exp() * (damp_a * df * ran).unsqueeze(-1)
         dC += flow
         db -= over(e * flow.sum(-2), b)
         dg = torch.where(ran, -flow.sum(-2), dg)
@@ -163,30 +218,39 @@ def implicit_tolerance(dtype: torch.dtype) -> float:
 
 
 def _implicit(
-    plan: Tensor, a: Tensor, b: Tensor, e: Tensor, df: Tensor, dg: Tensor
+    plan: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    damp_a: Tensor,
+    damp_b: Tensor,
+    df: Tensor,
+    dg: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adjoint of the fixed point: ``(diag(c) - P' diag(1/r) P) h = dg - P' (df / r)``.
 
-    r and c are the plan's own row and column sums. The matrix is positive semi-definite and its
-    kernel is the constants, the freedom (f + c, g - c); `h` is found by conjugate gradients on the
-    symmetrically scaled system, orthogonally to that kernel, in float64. Blocks that the plan
-    hardly joins make it nearly singular; see `implicit_tolerance`.
+    r and c are the plan's own row and column sums over the damping of their marginal. Between hard
+    marginals the matrix is positive semi-definite and its kernel is the constants, the freedom
+    (f + c, g - c); `h` is found by conjugate gradients on the symmetrically scaled system,
+    orthogonally to that kernel, in float64. Blocks that the plan hardly joins make it nearly
+    singular; see `implicit_tolerance`.
     """
     dtype, rtol = plan.dtype, implicit_tolerance(plan.dtype)
     plan, df, dg = plan.double(), df.double(), dg.double()
-    r, c = plan.sum(-1), plan.sum(-2)
+    r, c = plan.sum(-1) / damp_a, plan.sum(-2) / damp_b
     half = c.sqrt()
 
     def transposed(k: Tensor) -> Tensor:
-        return torch.einsum("bnm,bn->bm", plan, k)
+        return torch.einsum("...nm,...n->...m", plan, k)
 
     def apply(h: Tensor) -> Tensor:
-        return torch.einsum("bnm,bm->bn", plan, h)
+        return torch.einsum("...nm,...m->...n", plan, h)
 
     def matrix(z: Tensor) -> Tensor:
         return z - over(transposed(over(apply(over(z, half)), r)), half)
 
-    kernel = half / half.norm(dim=-1, keepdim=True)
+    hard = (damp_a == 1) & (damp_b == 1)
+    kernel = torch.where(hard, half / half.norm(dim=-1, keepdim=True), 0)
     rhs = over(dg - transposed(over(df, r)), half)
     rhs = rhs - (rhs * kernel).sum(-1, keepdim=True) * kernel
     h = over(_conjugate_gradients(matrix, rhs, kernel, rtol), half)

@@ -1,0 +1,88 @@
+"""How an op's body becomes a citizen of PyTorch: traced, compiled, transformed, or just called.
+
+The tensors of every op have the batch first, so that `torch.func.vmap` is one more batch dimension.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def custom_op(name: str, body: Callable, fake: Callable) -> Callable:
+    """Registers `body` as the custom op `name`, without a derivative; returns what to call.
+
+    That is `body` itself on ordinary tensors, which saves the way through the dispatcher, and the
+    op where something traces or transforms.
+    """
+    definition = torch.library.custom_op(name, body, mutates_args=())
+    definition.register_fake(fake)
+    namespace, short = name.split("::")
+    op = getattr(getattr(torch.ops, namespace), short).default
+    definition.register_vmap(_vmap_rule(op))
+
+    @functools.wraps(body)
+    def call(*args: object) -> Any:
+        return body(*args) if _is_ordinary(args[0]) else op(*args)
+
+    return call
+
+
+def differentiable(call: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """`call` with a derivative; the arguments are as for `torch.autograd.Function`."""
+
+    class Op(torch.autograd.Function):
+        forward = staticmethod(call)
+        vmap = staticmethod(_vmap_rule(lambda *args: Op.apply(*args)))
+
+    Op.setup_context = staticmethod(setup_context)
+    Op.backward = staticmethod(backward)
+    # What Function.apply does in the end; binding the arguments to a signature takes it as long.
+    ordinary = super(torch.autograd.Function, Op).apply
+
+    def run(*args: object) -> Any:
+        return ordinary(*args) if _is_ordinary(args[0]) else Op.apply(*args)
+
+    return run
+
+
+def no_derivative(message: str) -> tuple[Callable, Callable]:
+    """What `differentiable` needs of an op that has no derivative: it says so when asked."""
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(message)
+
+    return setup_context, backward
+
+
+def _is_ordinary(t: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _vmap_rule(call: Callable) -> Callable:
+    def rule(info: Any, in_dims: tuple, *args: object) -> tuple:
+        moved = [
+            _batch_first(t, dim, info.batch_size) for t, dim in zip(args, in_dims, strict=True)
+        ]
+        out = call(*moved)
+        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
+
+    return rule
+
+
+def _batch_first(t: object, dim: int | None, size: int) -> object:
+    if not isinstance(t, Tensor):
+        return t
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)

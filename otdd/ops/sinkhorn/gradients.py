@@ -1,0 +1,188 @@
+"""Derivatives of a solve: of the plan held fixed, of the iterations done, of the fixed point."""
+
+import torch
+from torch import Tensor
+
+from otdd.ops import checks
+from otdd.ops.dispatch import differentiable, no_derivative
+from otdd.ops.sinkhorn.op import Gradients, backward_op, filled, plan_op, solve_op
+from otdd.ops.sinkhorn.reference import conjugate, kept, over, weighted
+
+
+def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+    *problem, _, _, _, ctx.grad, ctx.sinkd, ctx.backend = inputs
+    f, g, _, _, marginal_error, n_iter, history = output
+    ctx.save_for_backward(*problem, f, g, history, n_iter)
+    constants = (f, g) if ctx.grad == "envelope" else ()
+    ctx.mark_non_differentiable(*constants, marginal_error, n_iter, history)
+    ctx.set_materialize_grads(False)
+
+
+@checks.outside_autocast
+def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
+    *problem, f, g, history, n_iter = ctx.saved_tensors
+    none = (None,) * 9
+    if df is None and dg is None and dvalue is None and dcost is None:
+        return None, None, None, *none
+    again = torch.is_grad_enabled()  # a derivative of this derivative may be asked for
+    if ctx.grad == "envelope":
+        need_C = ctx.needs_input_grad[0]
+        run = _envelope if again else _envelope_gradients
+        grads = run(*problem, f, g, dvalue, dcost, need_C, ctx.sinkd, ctx.backend)
+    else:
+        run = _through if again else _through_gradients
+        grads = run(
+            *problem, f, g, history, n_iter, df, dg, dvalue, dcost, ctx.grad, ctx.sinkd, ctx.backend
+        )
+    wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
+    return *(t if needed else None for t, needed in wanted), *none
+
+
+def _value_slopes(
+    problem: tuple[Tensor, ...], f: Tensor, g: Tensor, fixed_point: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Partial derivatives of the dual value: in f, g, and in a, b at given potentials.
+
+    At the fixed point the rows of P sum to ``a exp(-f / rho_a)``, which `value` itself does not
+    use; there the value is stationary in f and g, and the derivatives in a and b are the total
+    ones.
+    """
+    _, a, b, eps, rho_a, rho_b = problem
+    kept_a, kept_b = kept(f, rho_a), kept(g, rho_b)
+    soft = (torch.isfinite(rho_a) | torch.isfinite(rho_b)).unsqueeze(-1)
+    e = torch.where(soft, eps.unsqueeze(-1), 0).to(a.dtype)
+    by_f = weighted(a, kept_a)
+    by_g = weighted(b, kept_b) * _steeper(eps, rho_b, b.dtype)
+    by_a = conjugate(f, rho_a) + e * b.sum(-1, keepdim=True) - (e * kept_a if fixed_point else 0)
+    by_b = conjugate(g, rho_b) + e * a.sum(-1, keepdim=True) - e * kept_b
+    return by_f, by_g, torch.where(a > 0, by_a, 0), torch.where(b > 0, by_b, 0)
+
+
+def _steeper(eps: Tensor, rho: Tensor, dtype: torch.dtype) -> Tensor:
+    """``1 + eps / rho``, ``(..., 1)``."""
+    return (1 + eps / rho).to(dtype).unsqueeze(-1)
+
+
+def _envelope_gradients(
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    dvalue: Tensor | None,
+    dcost: Tensor | None,
+    need_C: bool,
+    sinkd: bool,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The plan held fixed: ``dC = (dvalue + dcost) P``, and `value`'s slopes in a and b."""
+    dC = da = db = None
+    if need_C:
+        scale = dvalue if dcost is None else dcost if dvalue is None else dvalue + dcost
+        if a is None or b is None:
+            _, a_all, b_all, *_ = filled(C, a, b, eps, rho_a, rho_b, sinkd)
+        else:
+            a_all, b_all = a, b
+        dC = plan_op(C, f, g, a_all, b_all, eps, scale, backend)
+    if dvalue is not None and (a is not None or b is not None):
+        problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
+        _, _, by_a, by_b = _value_slopes(problem, f, g, True)
+        da, db = dvalue.unsqueeze(-1) * by_a, dvalue.unsqueeze(-1) * by_b
+    return dC, da, db
+
+
+def _envelope_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+    *tensors, _, ctx.sinkd, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+@checks.outside_autocast
+def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
+    """Second derivatives of `value`: P, f and g move with (C, a, b) as the fixed point does."""
+    C, a, b, eps, rho_a, rho_b, f, g, dvalue, dcost = ctx.saved_tensors
+    if dcost is not None:
+        raise NotImplementedError(
+            "sinkhorn: grad='envelope' holds the plan fixed in the gradient of `cost`, which then "
+            "has no second derivative; `value` has one"
+        )
+    problem = filled(C, a, b, eps, rho_a, rho_b, ctx.sinkd)
+    _, a_all, b_all, _, rho_a_all, rho_b_all = problem
+    e, scale = eps.to(C.dtype).unsqueeze(-1), dvalue.unsqueeze(-1)
+    _, _, by_a, by_b = _value_slopes(problem, f, g, True)
+    df, dg, ddvalue = torch.zeros_like(f), torch.zeros_like(g), torch.zeros_like(dvalue)
+    dC = da = db = 0
+    if w_C is not None:
+        P = plan_op(C, f, g, a_all, b_all, eps, None, ctx.backend)
+        flow = P * w_C
+        ddvalue = flow.sum((-1, -2))
+        flow = flow * dvalue[..., None, None]
+        to_rows, to_columns = flow.sum(-1), flow.sum(-2)
+        df, dg, dC = to_rows / e, to_columns / e, -flow / e.unsqueeze(-1)
+        da, db = over(to_rows, a_all), over(to_columns, b_all)
+    soft = (torch.isfinite(rho_a_all) | torch.isfinite(rho_b_all)).unsqueeze(-1)
+    mass = torch.where(soft, e * scale, 0)  # each slope holds the other side's mass
+    if w_a is not None:
+        w = torch.where(a_all > 0, w_a, 0)
+        ddvalue = ddvalue + (w * by_a).sum(-1)
+        df = df + scale * weighted(w, kept(f, rho_a_all)) * _steeper(eps, rho_a_all, C.dtype)
+        db = db + mass * w.sum(-1, keepdim=True)
+    if w_b is not None:
+        w = torch.where(b_all > 0, w_b, 0)
+        ddvalue = ddvalue + (w * by_b).sum(-1)
+        dg = dg + scale * weighted(w, kept(g, rho_b_all)) * _steeper(eps, rho_b_all, C.dtype)
+        da = da + mass * w.sum(-1, keepdim=True)
+    no_history = f.new_empty(*C.shape[:-2], 0, sum(C.shape[-2:]), dtype=torch.float64)
+    n_iter = torch.zeros_like(dvalue, dtype=torch.int64)
+    through = _once(
+        *problem, f, g, no_history, n_iter, df, dg, None, "implicit", ctx.sinkd, ctx.backend
+    )
+    grads = (
+        None if t is None else direct + implicit
+        for t, direct, implicit in zip((C, a, b), (dC, da, db), through, strict=True)
+    )
+    return *grads, *(None,) * 5, ddvalue, *(None,) * 4
+
+
+def _through_gradients(
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    history: Tensor,
+    n_iter: Tensor,
+    df: Tensor | None,
+    dg: Tensor | None,
+    dvalue: Tensor | None,
+    dcost: Tensor | None,
+    mode: str,
+    sinkd: bool,
+    backend: str,
+) -> Gradients:
+    """Through the iterations or the fixed point: value, cost, f and g."""
+    problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
+    df = torch.zeros_like(f) if df is None else df
+    dg = torch.zeros_like(g) if dg is None else dg
+    if dvalue is not None:
+        by_f, by_g, by_a, by_b = (
+            slope * dvalue.unsqueeze(-1) for slope in _value_slopes(problem, f, g, False)
+        )
+        df, dg = df + by_f, dg + by_g
+    dC, da, db = backward_op(*problem, f, g, history, n_iter, df, dg, dcost, mode, sinkd, backend)
+    return (dC, da, db) if dvalue is None else (dC, da + by_a, db + by_b)
+
+
+_NO_MORE = no_derivative(
+    "sinkhorn: only `value` under grad='envelope' has a second derivative, and none has a third"
+)
+_envelope = differentiable(_envelope_gradients, _envelope_setup, _envelope_backward)
+_through = differentiable(_through_gradients, *_NO_MORE)
+_once = differentiable(backward_op, *_NO_MORE)
+solve = differentiable(solve_op, _solve_setup, _solve_backward)

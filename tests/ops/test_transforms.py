@@ -1,0 +1,96 @@
+"""`torch.func` over the ops: vmap, grad, jacrev, hessians; what is refused says so."""
+
+import pytest
+import torch
+from references import problem
+from torch.func import grad, jacrev, jvp, vmap
+
+from otdd.ops import barycentric, sinkhorn
+
+BACKENDS = ("reference", "cpu")
+GRADS = ("envelope", "unrolled", "implicit")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad_mode", GRADS)
+def test_vmap_is_a_batch(backend, grad_mode):
+    C, a, b = problem(6, 4, 5)
+    options = {"eps": 0.1, "max_iter": 9, "rho_a": 0.5, "grad": grad_mode, "backend": backend}
+    names = ("value", "cost", "f", "g", "plan", "marginal_error", "n_iter", "converged")
+
+    def fields(C: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None = None) -> tuple:
+        result = sinkhorn(C, a, b, **options)
+        return tuple(getattr(result, name) for name in names)
+
+    want = fields(C, a, b)
+    for x, y in zip(vmap(fields)(C, a, b), want, strict=True):
+        torch.testing.assert_close(x, y)
+    nested = vmap(vmap(fields))(*(t.reshape(2, 3, *t.shape[1:]) for t in (C, a, b)))
+    for x, y in zip(nested, want, strict=True):
+        torch.testing.assert_close(x.flatten(0, 1), y)
+    shared = vmap(fields, in_dims=(2, None))(C.permute(1, 2, 0), a[0])
+    for x, y in zip(shared, fields(C, a[0]), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", GRADS)
+def test_gradients_of_each_problem_of_a_batch(backend, mode):
+    C, a, b = problem(4, 5, 6)
+
+    def loss(C: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        result = sinkhorn(C, a, b, eps=0.2, max_iter=30, rho_b=1.0, grad=mode, backend=backend)
+        return result.value + result.cost.square()
+
+    got = vmap(grad(loss, argnums=(0, 1, 2)))(C, a, b)
+    leaves = tuple(t.clone().requires_grad_() for t in (C, a, b))
+    want = torch.autograd.grad(loss(*leaves).sum(), leaves)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+    outside = grad(lambda C: vmap(loss)(C, a, b).sum())(C)
+    torch.testing.assert_close(outside, want[0])
+    rows = jacrev(lambda C: loss(C, a, b))(C)
+    torch.testing.assert_close(rows.sum(1), want[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hessian_of_value(backend):
+    C = problem(2, 3, 4)[0]
+
+    def value(C: torch.Tensor) -> torch.Tensor:
+        return sinkhorn(C, eps=0.3, max_iter=500, backend=backend).value
+
+    hessian = vmap(jacrev(jacrev(value)))(C).reshape(2, 12, 12)
+    torch.testing.assert_close(hessian, hessian.mT, rtol=1e-6, atol=1e-8)
+    assert (torch.linalg.eigvalsh(hessian) < 1e-7).all()  # the value is concave in the cost
+    step = 1e-4 * torch.randn(2, 3, 4, dtype=C.dtype)
+    moved = grad(lambda C: value(C).sum())(C + step) - grad(lambda C: value(C).sum())(C - step)
+    product = (hessian @ (2 * step).reshape(2, 12, 1)).reshape(2, 3, 4)
+    torch.testing.assert_close(moved, product, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_barycentric_under_vmap_and_grad(backend):
+    C, a, b = problem(3, 4, 5)
+    y = torch.rand(3, 5, 2, dtype=C.dtype)
+
+    def image(C: torch.Tensor, a: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        result = sinkhorn(C, a, b, eps=0.2, max_iter=9, grad="implicit", backend=backend)
+        return barycentric(result, y)
+
+    torch.testing.assert_close(vmap(image)(C, a, b, y), image(C, a, b, y))
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        return image(*tensors).square().sum()
+
+    leaves = tuple(t.clone().requires_grad_() for t in (C, a, b, y))
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for x, t in zip(vmap(grad(loss, argnums=(0, 1, 2, 3)))(C, a, b, y), want, strict=True):
+        torch.testing.assert_close(x, t)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_refused_not_zero(backend):
+    C = torch.rand(3, 4)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        jvp(lambda C: sinkhorn(C, eps=0.1, backend=backend).value, (C,), (C,))
