@@ -135,12 +135,12 @@ int cost(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Address C
 }
 
 template <class T>
-int sign_sum(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, Address G, i64 G_batch, i64 G_row,
-             i64 G_col, Address sums, int threads) {
-  const otdd::cpu::SignSumArgs<T> args{B,        N,       M,     D,     matrices<T>(x),
-                                       matrices<T>(y), in<T>(G), G_batch, G_row, G_col,
-                                       out<T>(sums), threads};
-  return released([&] { return otdd::cpu::kernels<T>().sign_sum(args); });
+int cost_backward(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Strided G,
+                  Address dx, Address dy, int threads) {
+  const otdd::cpu::CostBackwardArgs<T> args{
+      B, N, M, D, matrices<T>(x), matrices<T>(y), metric, in<T>(std::get<0>(G)), std::get<1>(G),
+      std::get<2>(G), 1, out<T>(dx), out<T>(dy), threads};
+  return released([&] { return otdd::cpu::kernels<T>().cost_backward(args); });
 }
 
 // Kernels of one number type, with a suffix; each returns a status (0: done).
@@ -150,7 +150,7 @@ void bind_kernels(py::module_& m, const std::string& suffix) {
   m.def(("plan_" + suffix).c_str(), &plan<T>);
   m.def(("backward_" + suffix).c_str(), &backward<T>);
   m.def(("cost_" + suffix).c_str(), &cost<T>);
-  m.def(("sign_sum_" + suffix).c_str(), &sign_sum<T>);
+  m.def(("cost_backward_" + suffix).c_str(), &cost_backward<T>);
 }
 
 }  // namespace

@@ -1,136 +1,216 @@
-// Pairwise costs from differences, tile by tile, and the L1 cost's gradient.
+// Pairwise costs from differences, tile by tile: nothing cancels, and no buffer of N x M x D.
 #pragma once
 
-#include "simd.h"
+#include "patience.h"
 
 namespace otdd::cpu::OTDD_ISA {
 
-constexpr i64 kRowBlock = 64, kColBlock = 256, kDepthBlock = 1024;
+// A tile is kTileRows points of x against kTileVecs vectors of points of y, one point a lane; its
+// sums stay in registers. For it kPackDepth features of y at a time are transposed into a panel,
+// which all rows of the block then use. Blocks are of kRowBlock points of x and one panel.
+constexpr int kTileRows = kBytes == 64 ? 6 : 4, kTileVecs = kBytes == 64 ? 4 : 2;
+constexpr i64 kPackDepth = 128, kRowBlock = 252, kFewPoints = 8;
+template <class T>
+constexpr i64 kPanel = kTileVecs * kWidth<T>;
 
-template <class T, int kMetric>
-inline Vec<T> add_difference(Vec<T> sum, Vec<T> x, Vec<T> y) {
-  const Vec<T> t = x - y;
-  return kMetric == kL1 ? sum + vabs<T>(t) : sum + t * t;
+// A 1 that the compiler can't see through: x - y * one is then a fused multiply-add, with the same
+// result as x - y, and leaves the adder to the sums.
+template <class T>
+inline Vec<T> hidden_one() {
+  Vec<T> one = broadcast<T>(1);
+#if defined(__AVX512F__)
+  asm("" : "+v"(one));
+#elif defined(__FMA__)
+  asm("" : "+x"(one));
+#endif
+  return one;
 }
 
-// C[0..R) x [0..S) += the cost over `depth` features; tails of the last vector are masked by zeros.
-template <class T, int kMetric, int kRows, int kCols>
-inline void cost_tile(const T* x, i64 x_row, const T* y, i64 y_row, i64 depth, T* C, i64 ldc) {
-  constexpr i64 W = kWidth<T>;
-  Vec<T> s[kRows][kCols] = {};
-  i64 d = 0;
-  for (; d + W <= depth; d += W) {
-    Vec<T> ys[kCols];
-    for (int j = 0; j < kCols; ++j) ys[j] = load(y + j * y_row + d);
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<T> xi = load(x + i * x_row + d);
-      for (int j = 0; j < kCols; ++j) s[i][j] = add_difference<T, kMetric>(s[i][j], xi, ys[j]);
+template <class T, int kMetric>
+inline Vec<T> add_difference(Vec<T> sum, Vec<T> x, Vec<T> y, [[maybe_unused]] Vec<T> one) {
+  if constexpr (kMetric == kL1) return sum + vabs<T>(x - y * one);
+  const Vec<T> t = x - y;
+  return sum + t * t;
+}
+
+#if defined(__AVX512F__)
+// Transposes kWidth rows of kWidth. Each round moves the highest bit of the row's number to the end
+// of the column's, and that of the column's to the end of the row's.
+template <class T>
+inline void transpose(Vec<T>* r) {
+  constexpr int W = kWidth<T>;
+  typename Traits<T>::Int low, high;
+  for (int l = 0; l < W; ++l) low[l] = l / 2 + l % 2 * W, high[l] = low[l] + W / 2;
+  for (int round = 1; round < W; round *= 2) {
+    Vec<T> t[W];
+    for (int i = 0; i < W / 2; ++i) {
+      const Vec<T> a = r[i], b = r[i + W / 2];
+      if constexpr (sizeof(T) == 4) {
+        t[2 * i] = (Vec<T>)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
+        t[2 * i + 1] = (Vec<T>)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
+      } else {
+        t[2 * i] = (Vec<T>)_mm512_permutex2var_pd((__m512d)a, (__m512i)low, (__m512d)b);
+        t[2 * i + 1] = (Vec<T>)_mm512_permutex2var_pd((__m512d)a, (__m512i)high, (__m512d)b);
+      }
     }
+    for (int i = 0; i < W; ++i) r[i] = t[i];
   }
-  if (d < depth) {
-    Vec<T> ys[kCols];
-    for (int j = 0; j < kCols; ++j) ys[j] = load_some(y + j * y_row + d, depth - d);
+}
+#endif
+
+// panel[d][l] = y[l][d], 0 beyond the `cols` points; `panel` has room for kPackDepth features.
+template <class T>
+inline void pack(const T* y, i64 row, i64 cols, i64 depth, T* panel) {
+  constexpr i64 P = kPanel<T>;
+#if defined(__AVX512F__)
+  constexpr i64 W = kWidth<T>;
+  for (i64 l = 0; l < P; l += W)
+    for (i64 d = 0; d < depth; d += W) {
+      Vec<T> r[W];
+      for (i64 k = 0; k < W; ++k)
+        r[k] = l + k < cols ? load_some(y + (l + k) * row + d, depth - d) : Vec<T>{};
+      transpose<T>(r);
+      for (i64 k = 0; k < W; ++k) store(panel + (d + k) * P + l, r[k]);
+    }
+#else
+  for (i64 l = 0; l < P; ++l)
+    for (i64 d = 0; d < depth; ++d) panel[d * P + l] = l < cols ? y[l * row + d] : T(0);
+#endif
+}
+
+// C[0..kRows) x [0..cols) = or += the cost over `depth` features.
+template <class T, int kMetric, int kRows, int kVecs>
+inline void cost_tile(const T* x, i64 x_row, const T* panel, i64 depth, bool first, T* C, i64 ldc,
+                      i64 cols) {
+  constexpr i64 W = kWidth<T>;
+  const Vec<T> one = hidden_one<T>();
+  Vec<T> s[kRows][kVecs] = {};
+  for (i64 d = 0; d < depth; ++d) {
+    Vec<T> ys[kVecs];
+    for (int v = 0; v < kVecs; ++v) ys[v] = load(panel + d * kPanel<T> + v * W);
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> xi = load_some(x + i * x_row + d, depth - d);
-      for (int j = 0; j < kCols; ++j) s[i][j] = add_difference<T, kMetric>(s[i][j], xi, ys[j]);
+      const Vec<T> xi = broadcast<T>(x[i * x_row + d]);
+      for (int v = 0; v < kVecs; ++v)
+        s[i][v] = add_difference<T, kMetric>(s[i][v], xi, ys[v], one);
     }
   }
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kCols; ++j) C[i * ldc + j] += sum<T>(s[i][j]);
+    for (int v = 0; v < kVecs; ++v) {
+      T* c = C + i * ldc + v * W;
+      const i64 count = cols - v * W;
+      store_some(c, first ? s[i][v] : s[i][v] + load_some(c, count), count);
+    }
+}
+
+template <class T, int kMetric, int kRows>
+inline void cost_rows(const T* x, i64 x_row, const T* panel, i64 depth, bool first, T* C, i64 ldc,
+                      i64 cols) {
+  if (cols == kPanel<T>)
+    return cost_tile<T, kMetric, kRows, kTileVecs>(x, x_row, panel, depth, first, C, ldc, cols);
+  for (i64 j = 0; j < cols; j += kWidth<T>)
+    cost_tile<T, kMetric, kRows, 1>(x, x_row, panel + j, depth, first, C + j, ldc, cols - j);
+}
+
+// Features [d, d + kPackDepth) of point y, for the next panel.
+template <class T>
+inline void prefetch(const T* y, i64 d, i64 D) {
+  for (const T* end = y + least(D, d + kPackDepth); y + d < end; d += 64 / i64(sizeof(T)))
+    __builtin_prefetch(y + d, 0, 2);
 }
 
 template <class T, int kMetric>
-void cost_block(const CostArgs<T>& A, i64 problem, i64 i0, i64 i1, i64 j0, i64 j1) {
-  const T* x = A.x.data + problem * A.x.batch;
-  const T* y = A.y.data + problem * A.y.batch;
-  T* C = A.C + problem * A.N * A.M;
-  for (i64 i = i0; i < i1; ++i)
-    for (i64 j = j0; j < j1; ++j) C[i * A.M + j] = 0;
-  for (i64 d = 0; d < A.D; d += kDepthBlock) {
-    const i64 depth = least(kDepthBlock, A.D - d);
-    i64 j = j0;
-    for (; j < j1; j += j + 4 <= j1 ? 4 : 1) {
-      const T* yj = y + j * A.y.row + d;
-      const bool four = j + 4 <= j1;
-      i64 i = i0;
-      for (; i + 4 <= i1; i += 4) {
-        const T* xi = x + i * A.x.row + d;
-        if (four) cost_tile<T, kMetric, 4, 4>(xi, A.x.row, yj, A.y.row, depth, C + i * A.M + j, A.M);
-        else cost_tile<T, kMetric, 4, 1>(xi, A.x.row, yj, A.y.row, depth, C + i * A.M + j, A.M);
-      }
-      for (; i < i1; ++i) {
-        const T* xi = x + i * A.x.row + d;
-        if (four) cost_tile<T, kMetric, 1, 4>(xi, A.x.row, yj, A.y.row, depth, C + i * A.M + j, A.M);
-        else cost_tile<T, kMetric, 1, 1>(xi, A.x.row, yj, A.y.row, depth, C + i * A.M + j, A.M);
-      }
+void cost_block(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols, T* C) {
+  alignas(64) T panel[kPackDepth * kPanel<T>];
+  const i64 share = (cols * kTileRows + rows - 1) / rows;  // points to prefetch during one tile
+  for (i64 d = 0; d < A.D; d += kPackDepth) {
+    const i64 depth = least(kPackDepth, A.D - d);
+    const bool first = d == 0;
+    pack(y + d, A.y.row, cols, depth, panel);
+    i64 i = 0, ahead = 0;
+    for (; i + kTileRows <= rows; i += kTileRows) {
+      for (const i64 end = least(cols, ahead + share); ahead < end; ++ahead)
+        prefetch(y + ahead * A.y.row, d + kPackDepth, A.D);
+      cost_rows<T, kMetric, kTileRows>(x + i * A.x.row + d, A.x.row, panel, depth, first,
+                                       C + i * A.M, A.M, cols);
     }
+    for (; i < rows; ++i)
+      cost_rows<T, kMetric, 1>(x + i * A.x.row + d, A.x.row, panel, depth, first, C + i * A.M, A.M,
+                               cols);
+  }
+}
+
+// With few points on one side a panel costs more than it saves: here lanes run along the features.
+template <class T, int kMetric>
+inline T cost_entry(const T* x, const T* y, i64 D) {
+  constexpr i64 W = kWidth<T>, kChains = 4;
+  const Vec<T> one = hidden_one<T>();
+  Vec<T> s[kChains] = {};
+  i64 d = 0;
+  for (; d + kChains * W <= D; d += kChains * W)
+    for (i64 k = 0; k < kChains; ++k)
+      s[k] = add_difference<T, kMetric>(s[k], load(x + d + k * W), load(y + d + k * W), one);
+  for (; d < D; d += W)
+    s[0] = add_difference<T, kMetric>(s[0], load_some(x + d, D - d), load_some(y + d, D - d), one);
+  return sum<T>((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// |x - y| where its square over- or underflows: differences are divided by the largest.
+template <class T>
+T scaled_distance(const T* x, const T* y, i64 D) {
+  double top = 0, s = 0;
+  for (i64 d = 0; d < D; ++d) {
+    const double t = ::fabs(double(x[d]) - double(y[d]));
+    top = t > top ? t : top;
+  }
+  if (top == 0) return 0;
+  for (i64 d = 0; d < D; ++d) {
+    const double t = (double(x[d]) - double(y[d])) / top;
+    s += t * t;
+  }
+  return T(top * ::sqrt(s));
+}
+
+template <class T>
+inline T root(T squared, const T* x, const T* y, i64 D) {
+  constexpr double kTiny = sizeof(T) == 4 ? 1e-30 : 1e-290, kHuge = sizeof(T) == 4 ? 3e38 : 1e308;
+  const double s = squared;
+  return s >= kTiny && s <= kHuge ? T(::sqrt(s)) : scaled_distance(x, y, D);
+}
+
+template <class T, int kMetric>
+void cost_part(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols, T* C) {
+  if (least(A.N, A.M) < kFewPoints && A.D >= kWidth<T>) {
+    for (i64 j = 0; j < cols; ++j)
+      for (i64 i = 0; i < rows; ++i)
+        C[i * A.M + j] = cost_entry<T, kMetric>(x + i * A.x.row, y + j * A.y.row, A.D);
+  } else {
+    cost_block<T, kMetric>(A, x, y, rows, cols, C);
   }
   if (A.metric == kL2)
-    for (i64 i = i0; i < i1; ++i)
-      for (i64 j = j0; j < j1; ++j) C[i * A.M + j] = T(::sqrt(double(C[i * A.M + j])));
+    for (i64 i = 0; i < rows; ++i)
+      for (i64 j = 0; j < cols; ++j)
+        C[i * A.M + j] = root(C[i * A.M + j], x + i * A.x.row, y + j * A.y.row, A.D);
 }
 
 template <class T>
 int cost(const CostArgs<T>& A) {
-  const i64 rows = (A.N + kRowBlock - 1) / kRowBlock, cols = (A.M + kColBlock - 1) / kColBlock;
-  const i64 blocks = A.B * rows * cols;
-#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && blocks > 1)
-  for (i64 k = 0; k < blocks; ++k) {
-    const i64 i0 = k / cols % rows * kRowBlock, j0 = k % cols * kColBlock;
-    const i64 i1 = least(A.N, i0 + kRowBlock), j1 = least(A.M, j0 + kColBlock);
-    if (A.metric == kL1) cost_block<T, kL1>(A, k / cols / rows, i0, i1, j0, j1);
-    else cost_block<T, kSqEuclidean>(A, k / cols / rows, i0, i1, j0, j1);
+  const i64 cols = (A.M + kPanel<T> - 1) / kPanel<T>;
+  i64 height = kRowBlock;  // an entry is the same sum whatever the block it is in
+  while (height > 30 && A.B * cols * ((A.N + height - 1) / height) < 4 * A.threads) height /= 2;
+  const i64 rows = (A.N + height - 1) / height, parts = A.B * rows * cols;
+  Patience patience;
+#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && parts > 1)
+  for (i64 k = 0; k < parts; ++k) {
+    if (patience.look()) continue;
+    const i64 problem = k / cols / rows, i = k / cols % rows * height, j = k % cols * kPanel<T>;
+    const T* x = A.x.data + problem * A.x.batch + i * A.x.row;
+    const T* y = A.y.data + problem * A.y.batch + j * A.y.row;
+    T* C = A.C + (problem * A.N + i) * A.M + j;
+    const i64 n = least(height, A.N - i), m = least(kPanel<T>, A.M - j);
+    if (A.metric == kL1) cost_part<T, kL1>(A, x, y, n, m, C);
+    else cost_part<T, kSqEuclidean>(A, x, y, n, m, C);
   }
-  return kOk;
-}
-
-// out[0..kRows) over kVecs vectors of features: G_ij with the sign of x - y, nothing where equal.
-template <class T, int kRows, int kVecs>
-inline void sign_tile(const SignSumArgs<T>& A, const T* x, const T* y, const T* G, T* out, i64 depth) {
-  using Int = typename Traits<T>::Int;
-  constexpr i64 W = kWidth<T>;
-  const Int sign_bit = ~magnitude_bits<T>();
-  const Vec<T> zero{};
-  Vec<T> s[kRows][kVecs] = {}, xs[kRows][kVecs];
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVecs; ++v) xs[i][v] = load_some(x + i * A.x.row + v * W, depth - v * W);
-  for (i64 j = 0; j < A.M; ++j) {
-    Vec<T> ys[kVecs];
-    for (int v = 0; v < kVecs; ++v) ys[v] = load_some(y + j * A.y.row + v * W, depth - v * W);
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<T> g = broadcast<T>(G[i * A.G_row + j * A.G_col]);
-      for (int v = 0; v < kVecs; ++v) {
-        const Vec<T> t = xs[i][v] - ys[v];
-        const Vec<T> signed_g = (Vec<T>)((Int)g ^ ((Int)t & sign_bit));
-        s[i][v] += t != zero ? signed_g : zero;
-      }
-    }
-  }
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVecs; ++v)
-      if (v * W < depth) store_some(out + i * A.D + v * W, s[i][v], depth - v * W);
-}
-
-template <class T>
-int sign_sum(const SignSumArgs<T>& A) {
-  constexpr i64 kVecs = 4, kDepth = kVecs * kWidth<T>;
-  const i64 row_blocks = (A.N + kRowBlock - 1) / kRowBlock, depths = (A.D + kDepth - 1) / kDepth;
-  const i64 blocks = A.B * depths * row_blocks;
-#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && blocks > 1)
-  for (i64 k = 0; k < blocks; ++k) {
-    const i64 problem = k / row_blocks / depths, d = k / row_blocks % depths * kDepth;
-    const i64 begin = k % row_blocks * kRowBlock, end = least(A.N, begin + kRowBlock);
-    const T* y = A.y.data + problem * A.y.batch + d;
-    for (i64 i = begin; i < end;) {
-      const T* x = A.x.data + problem * A.x.batch + i * A.x.row + d;
-      const T* G = A.G + problem * A.G_batch + i * A.G_row;
-      T* out = A.out + (problem * A.N + i) * A.D + d;
-      const i64 depth = least(kDepth, A.D - d);
-      if (i + 2 <= end) sign_tile<T, 2, kVecs>(A, x, y, G, out, depth), i += 2;
-      else sign_tile<T, 1, kVecs>(A, x, y, G, out, depth), i += 1;
-    }
-  }
-  return kOk;
+  return patience.over() ? kInterrupted : kOk;
 }
 
 }  // namespace otdd::cpu::OTDD_ISA

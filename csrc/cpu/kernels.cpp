@@ -1,6 +1,6 @@
 // All CPU kernels; compiled once per instruction set, named by OTDD_ISA.
 #include "backward.h"
-#include "cost.h"
+#include "cost_backward.h"
 #include "sinkhorn.h"
 
 namespace otdd::cpu::OTDD_ISA {
@@ -49,7 +49,7 @@ int implicit(const BackwardArgs<T>& args) {
 
 template <class T>
 Kernels<T> table() {
-  return {&sinkhorn<T>, &plan<T>, &unrolled<T>, &implicit<T>, &cost<T>, &sign_sum<T>};
+  return {&sinkhorn<T>, &plan<T>, &unrolled<T>, &implicit<T>, &cost<T>, &cost_backward<T>};
 }
 
 Kernels<float> kernels_f32() { return table<float>(); }

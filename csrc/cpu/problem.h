@@ -78,14 +78,16 @@ struct CostArgs {
   int threads;
 };
 
-// out_id = sum_j G_ij sign(x_id - y_jd); G has any strides.
+// dx_id = sum_j G_ij w(x_id - y_jd), dy_jd = -sum_i G_ij w(x_id - y_jd), w the sign (kL1) or twice
+// the difference (kSqEuclidean); either of dx and dy may be null.
 template <class T>
-struct SignSumArgs {
+struct CostBackwardArgs {
   i64 B, N, M, D;
   Matrices<T> x, y;
+  int metric;
   const T* G;
   i64 G_batch, G_row, G_col;
-  T* out;
+  T *dx, *dy;  // contiguous
   int threads;
 };
 
@@ -97,7 +99,7 @@ struct Kernels {
   int (*unrolled)(const BackwardArgs<T>&);
   int (*implicit)(const BackwardArgs<T>&);
   int (*cost)(const CostArgs<T>&);
-  int (*sign_sum)(const SignSumArgs<T>&);
+  int (*cost_backward)(const CostBackwardArgs<T>&);
 };
 
 }  // namespace otdd::cpu

@@ -72,23 +72,37 @@ template <class T>
 inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, kBytes);
 }
+#if defined(__AVX512F__)
+// The first `count` lanes; count >= 0.
+inline unsigned lanes(i64 count) { return count > 15 ? ~0u : (1u << count) - 1; }
+#endif
 template <class T>
 inline Vec<T> load_some(const T* p, i64 count, T fill = T(0)) {
   if (count >= kWidth<T>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (VecF)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lanes(count), p);
+  else return (VecD)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), lanes(count), p);
+#else
   alignas(kBytes) T lane[kWidth<T>];
   for (i64 l = 0; l < kWidth<T>; ++l) lane[l] = l < count ? p[l] : fill;
   return load(lane);
+#endif
 }
 template <class T>
 inline void store_some(T* p, Vec<T> v, i64 count) {
   if (count >= kWidth<T>) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, lanes(count), (__m512)v);
+  else _mm512_mask_storeu_pd(p, lanes(count), (__m512d)v);
+#else
   alignas(kBytes) T lane[kWidth<T>];
   store(lane, v);
   for (i64 l = 0; l < count; ++l) p[l] = lane[l];
+#endif
 }
 template <class T>
 inline Vec<T> broadcast(T s) {
-  return Vec<T>{} + s;
+  return s - Vec<T>{};  // s + 0 would be an addition: it turns -0 into 0
 }
 template <class T>
 inline Vec<T> vmax(Vec<T> x, Vec<T> y) {

@@ -1,17 +1,20 @@
 """`cost_matrix`: pairwise ground costs, differentiable, without an ``(N, M, D)`` buffer."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from otdd import backends
 from otdd.ops import checks, pointers
-from otdd.ops.cost.cpu import cost_matrix_cpu, l1_backward_cpu
+from otdd.ops.cost.cpu import cost_backward_cpu, cost_matrix_cpu
 from otdd.ops.cost.reference import (
+    cost_backward_reference,
     cost_matrix_reference,
-    l1_backward_reference,
     normalised,
     peak,
 )
+from otdd.ops.dispatch import custom_op, differentiable
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine")
 
@@ -59,44 +62,39 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
             f"y: got leading dimensions {tuple(y.shape[:-2])}; accepted: ones that broadcast "
             f"with those of x, {tuple(x.shape[:-2])}"
         ) from None
-    x3 = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
-    y3 = y.expand(*batch, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
-    chosen = backends.choose(
-        "cost_matrix", {"cpu": pointers.refusal(x3), "reference": None}, backend
-    )
-    C = _cost_matrix(x3, y3, metric, chosen)
-    return C.reshape(*batch, x.shape[-2], y.shape[-2])
+    x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+    refusals = {"cpu": pointers.refusal(x), "reference": None}
+    return _cost_matrix(x, y, metric, backends.choose("cost_matrix", refusals, backend))
 
 
-@torch.library.custom_op("otdd::cost_matrix", mutates_args=())
-def _cost_matrix(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
-    if checks.values_are_checked(x):
+def _cost(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _cost(x, y, metric, backend)
+    native = backend == "cpu" and metric != "cosine"
+    C = (cost_matrix_cpu if native else cost_matrix_reference)(x, y, metric)
+    # NaN and inf show in the cost, and it is mostly much smaller than the points are.
+    if checks.values_are_checked(x) and not math.isfinite(C.sum().item()):
         checks.finite(x, "x")
         checks.finite(y, "y")
-    if backend == "cpu" and metric != "cosine":
-        return cost_matrix_cpu(x, y, metric)
-    return cost_matrix_reference(x, y, metric)
+    return C
 
 
-@_cost_matrix.register_fake
-def _(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], y.shape[1])
+def _fake_cost(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], y.shape[-2])
 
 
-@torch.library.custom_op("otdd::cost_matrix_l1_backward", mutates_args=())
-def _l1_backward(
-    grad: Tensor, x: Tensor, y: Tensor, need_x: bool, need_y: bool, backend: str
+def _gradients(
+    grad: Tensor, x: Tensor, y: Tensor, metric: str, need_x: bool, need_y: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    run = l1_backward_cpu if backend == "cpu" else l1_backward_reference
-    return run(grad, x, y, need_x, need_y)
+    """Gradients of x and y under ``l1`` or ``sqeuclidean``; one not needed has D = 0."""
+    run = cost_backward_cpu if backend == "cpu" else cost_backward_reference
+    return run(grad, x, y, metric, need_x, need_y)
 
 
-@_l1_backward.register_fake
-def _(grad: Tensor, x: Tensor, y: Tensor, need_x: bool, need_y: bool, backend: str):  # noqa: ANN202
-    return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(y) if need_y else y.new_empty(0),
-    )
+def _fake_gradients(grad, x, y, metric, need_x, need_y, backend):  # noqa: ANN001, ANN202
+    dx = x.new_empty(*x.shape[:-1], x.shape[-1] if need_x else 0)
+    return dx, y.new_empty(*y.shape[:-1], y.shape[-1] if need_y else 0)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -108,24 +106,42 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
 def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
     x, y = ctx.saved_tensors[:2]
     need_x, need_y = ctx.needs_input_grad[:2]
-    if ctx.metric == "l1":
-        dx, dy = _l1_backward(grad.contiguous(), x, y, need_x, need_y, ctx.backend)
-    elif ctx.metric == "cosine":
+    if ctx.metric == "cosine":
         dx = _cosine_side(grad, x, y) if need_x else None
         dy = _cosine_side(grad.mT, y, x) if need_y else None
-    else:
-        if ctx.metric == "l2":
-            C = ctx.saved_tensors[2]
-            grad = torch.where(C > 0, grad / (2 * torch.where(C > 0, C, 1)), 0)
-        dx = _sqeuclidean_side(grad, x, y) if need_x else None
-        dy = _sqeuclidean_side(grad.mT, y, x) if need_y else None
+        return dx, dy, None, None
+    metric = ctx.metric
+    if metric == "l2":
+        C = ctx.saved_tensors[2]
+        grad = torch.where(C > 0, grad / (2 * torch.where(C > 0, C, 1)), 0)
+        metric = "sqeuclidean"
+    run = _cost_gradients if torch.is_grad_enabled() else _gradients_op
+    dx, dy = run(grad, x, y, metric, need_x, need_y, ctx.backend)
     return dx if need_x else None, dy if need_y else None, None, None
 
 
-def _sqeuclidean_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``dx_i = 2 sum_j G_ij (x_i - y_j)``, both clouds centred first so that nothing cancels."""
-    centre = y.detach().mean(-2, keepdim=True)
-    return 2 * (grad.sum(-1, keepdim=True) * (x - centre) - grad @ (y - centre))
+def _setup_second(ctx, inputs, output) -> None:  # noqa: ANN001
+    grad, x, y, ctx.metric, ctx.need_x, ctx.need_y, ctx.backend = inputs
+    ctx.save_for_backward(grad, x, y)
+
+
+@checks.outside_autocast
+def _second_backward(ctx, u: Tensor, v: Tensor):  # noqa: ANN001, ANN202
+    """Of ``<u, dx> + <v, dy> = 2 sum_ij G_ij <x_i - y_j, u_i - v_j>``, for ``sqeuclidean``."""
+    if ctx.metric == "l1":
+        raise NotImplementedError("cost_matrix with metric l1 has no second derivative")
+    grad, x, y = ctx.saved_tensors
+    u = u if ctx.need_x else torch.zeros_like(x)
+    v = v if ctx.need_y else torch.zeros_like(y)
+    need_grad, need_x, need_y = ctx.needs_input_grad[:3]
+    d_grad = None
+    if need_grad:
+        centre = y.detach().mean(-2, keepdim=True)
+        x, y = x - centre, y - centre
+        own = (x * u).sum(-1).unsqueeze(-1) + (y * v).sum(-1).unsqueeze(-2)
+        d_grad = 2 * (own - u @ y.mT - x @ v.mT)
+    dx, dy = _cost_gradients(grad, u, v, ctx.metric, need_x, need_y, ctx.backend)
+    return d_grad, dx if need_x else None, dy if need_y else None, None, None, None, None
 
 
 def _cosine_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -136,6 +152,8 @@ def _cosine_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1) / top, 0)
 
 
-_cost_matrix.register_autograd(_backward, setup_context=_setup_context)
-for _device in ("cpu", "cuda"):
-    _cost_matrix.register_autocast(_device, torch.float32)
+_gradients_op = custom_op("otdd::cost_matrix_backward", _gradients, _fake_gradients)
+_cost_gradients = differentiable(_gradients_op, _setup_second, _second_backward)
+_cost_matrix = differentiable(
+    custom_op("otdd::cost_matrix", _cost, _fake_cost), _setup_context, _backward
+)

@@ -1,6 +1,5 @@
 """The `cpu` backend of `cost_matrix`: C++ tiles over raw pointers."""
 
-import torch
 from torch import Tensor
 
 from otdd.ops import pointers
@@ -10,31 +9,31 @@ _METRICS = {"l1": 0, "sqeuclidean": 1, "l2": 2}
 
 def cost_matrix_cpu(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Costs ``l1``, ``l2`` and ``sqeuclidean`` from differences: no cancellation, no buffer."""
-    B, N, D = x.shape
-    C = x.new_empty(B, N, y.shape[1])
-    (x, x_rows), (y, y_rows) = pointers.rows(x), pointers.rows(y)
+    C = x.new_empty(*x.shape[:-1], y.shape[-2])
+    (B, N, M, D), (x, y) = _flat(x, y)
     run = pointers.kernel("cost", x.dtype)
-    threads = torch.get_num_threads()
-    run(B, N, y.shape[1], D, x_rows, y_rows, _METRICS[metric], C.data_ptr(), threads)
+    clouds = pointers.matrices(x), pointers.matrices(y)
+    run(B, N, M, D, *clouds, _METRICS[metric], C.data_ptr(), pointers.threads())
     return C
 
 
-def l1_backward_cpu(
-    grad: Tensor, x: Tensor, y: Tensor, need_x: bool, need_y: bool
+def cost_backward_cpu(
+    grad: Tensor, x: Tensor, y: Tensor, metric: str, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the L1 cost, each a sum of signs weighted by `grad`."""
-    dx = _sign_sum(grad, x, y) if need_x else x.new_empty(0)
-    dy = _sign_sum(grad.mT, y, x) if need_y else y.new_empty(0)
+    """Gradients of ``l1`` and ``sqeuclidean``: from differences too, and in one pass over them."""
+    dx = x.new_empty(x.shape if need_x else (*x.shape[:-1], 0))
+    dy = y.new_empty(y.shape if need_y else (*y.shape[:-1], 0))
+    outputs = dx.data_ptr() if need_x else 0, dy.data_ptr() if need_y else 0
+    (B, N, M, D), (x, y, grad) = _flat(x, y, grad)
+    run = pointers.kernel("cost_backward", x.dtype)
+    clouds = pointers.matrices(x), pointers.matrices(y)
+    weights = pointers.matrices(grad)
+    run(B, N, M, D, *clouds, _METRICS[metric], weights, *outputs, pointers.threads())
     return dx, dy
 
 
-def _sign_sum(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``sum_j G_ij sign(x_i - y_j)``, ``(B, N, D)``."""
-    B, N, D = x.shape
-    out = x.new_empty(B, N, D)
-    (x, x_rows), (y, y_rows) = pointers.rows(x), pointers.rows(y)
-    run = pointers.kernel("sign_sum", x.dtype)
-    threads = torch.get_num_threads()
-    address, strides = grad.data_ptr(), grad.stride()
-    run(B, N, y.shape[1], D, x_rows, y_rows, address, *strides, out.data_ptr(), threads)
-    return out
+def _flat(x: Tensor, y: Tensor, *more: Tensor) -> tuple[tuple, list[Tensor]]:
+    """Sizes (B, N, M, D), and the tensors with one batch dimension or none, rows contiguous."""
+    flat = [pointers.with_rows(t) for t in pointers.flat(x.dim() - 2, x, y, *more)]
+    B = flat[0].shape[0] if x.dim() > 2 else 1
+    return (B, x.shape[-2], y.shape[-2], x.shape[-1]), flat

@@ -1,0 +1,208 @@
+// Gradients of the costs that are sums over features: of each difference the derivative, weighted.
+//
+// dx_id = sum_j G_ij w(x_id - y_jd) and dy_jd = -sum_i G_ij w(x_id - y_jd), where w is the sign for
+// the L1 cost and twice the difference for the squared one. Lanes run along the features, or, if those
+// are few, along the points of y.
+#pragma once
+
+#include "cost.h"
+
+namespace otdd::cpu::OTDD_ISA {
+
+// A tile is kSumRows points of x, kSumVecs vectors of features and up to kSumCols points of y, of
+// which the gradient stays in the first level of the cache while that of x is in registers.
+constexpr int kSumRows = kBytes == 64 ? 4 : 2, kSumVecs = 2;
+constexpr i64 kSumCols = 128, kColumn = 1024;
+template <class T>
+constexpr i64 kSumDepth = kSumVecs * kWidth<T>;
+
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
+// The derivative of a difference's cost: its sign, 0 for 0, or half of that of its square.
+template <class T, int kMetric>
+inline Vec<T> derivative(Vec<T> t) {
+  if constexpr (kMetric != kL1) return t;
+#if defined(__AVX512F__)
+  // Chooses by the class of t; from the lowest digit: two kinds of NaN, 0, 1, -inf, inf, < 0, > 0.
+  constexpr long long kChoices = 0xa9a9a822;  // 2: NaN, 8: 0, 9: -1, a: 1
+  if constexpr (sizeof(T) == 4)
+    return (VecF)_mm512_fixupimm_ps((__m512)t, (__m512)t, _mm512_set1_epi32(int(kChoices)), 0);
+  else
+    return (VecD)_mm512_fixupimm_pd((__m512d)t, (__m512d)t, _mm512_set1_epi64(kChoices), 0);
+#else
+  using Int = typename Traits<T>::Int;
+  const Int sign_bit = ~magnitude_bits<T>();
+  return (Vec<T>)(((Int)broadcast<T>(1) | ((Int)t & sign_bit)) & (Int)(t != Vec<T>{}));
+#endif
+}
+
+// dx[0..kRows) = or += and, with kBoth, dy[0..cols) -= over `depth` features, at most kSumDepth; y
+// and dy are packed.
+template <class T, int kMetric, int kRows, bool kBoth>
+inline void sums_tile(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 cols,
+                      i64 depth, bool first, T* dx, [[maybe_unused]] T* dy) {
+  constexpr i64 W = kWidth<T>;
+  Vec<T> s[kRows][kSumVecs] = {}, xs[kRows][kSumVecs];
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < kSumVecs; ++v)
+      xs[i][v] = load_some(x + i * A.x.row + v * W, most(0, depth - v * W));
+  for (i64 j = 0; j < cols; ++j) {
+    Vec<T> ys[kSumVecs], sy[kSumVecs] = {};
+    for (int v = 0; v < kSumVecs; ++v) {
+      ys[v] = load(y + j * kSumDepth<T> + v * W);
+      if (kBoth) sy[v] = load(dy + j * kSumDepth<T> + v * W);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> g = broadcast<T>(G[i * A.G_row + j * A.G_col]);
+      for (int v = 0; v < kSumVecs; ++v) {
+          const Vec<T> w = derivative<T, kMetric>(xs[i][v] - ys[v]);
+          s[i][v] += g * w;
+          sy[v] -= g * w;
+        }
+    }
+    if (kBoth)
+      for (int v = 0; v < kSumVecs; ++v) store(dy + j * kSumDepth<T> + v * W, sy[v]);
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (i64 v = 0; v < kSumVecs && v * W < depth; ++v) {
+      T* out = dx + i * A.D + v * W;
+      const Vec<T> sum = kMetric == kL1 ? s[i][v] : s[i][v] + s[i][v];
+      store_some(out, first ? sum : sum + load_some(out, depth - v * W), depth - v * W);
+    }
+}
+
+// The gradient at `depth` features of `rows` points of x and, with kBoth, of all points of y.
+template <class T, int kMetric, bool kBoth>
+void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows,
+                i64 depth, T* dx, T* dy) {
+  constexpr i64 W = kWidth<T>, P = kSumDepth<T>;
+  alignas(64) T ys[kSumCols * P], sy[kSumCols * P];
+  const i64 share = (kSumCols * kSumRows + rows - 1) / rows;  // points to prefetch during a tile
+  for (i64 j0 = 0; j0 < A.M; j0 += kSumCols) {
+    const i64 cols = least(kSumCols, A.M - j0);
+    for (i64 j = 0; j < cols; ++j)
+      for (i64 v = 0; v < P; v += W) {
+        store(ys + j * P + v, load_some(y + (j0 + j) * A.y.row + v, most(0, depth - v)));
+        if (kBoth) store(sy + j * P + v, Vec<T>{});
+      }
+    i64 i = 0, ahead = j0 + kSumCols;
+    const auto tile = [&](auto kRows) {
+      for (const i64 end = least(A.M, ahead + share); ahead < end; ++ahead)
+        for (i64 v = 0; v < depth; v += W) __builtin_prefetch(y + ahead * A.y.row + v, 0, 2);
+      sums_tile<T, kMetric, kRows, kBoth>(A, x + i * A.x.row, ys, G + i * A.G_row + j0 * A.G_col,
+                                          cols, depth, j0 == 0, dx + i * A.D, sy);
+      i += kRows;
+    };
+    while (i + kSumRows <= rows) tile(Constant<kSumRows>{});
+    while (i < rows) tile(Constant<1>{});
+    if (kBoth)
+      for (i64 j = 0; j < cols; ++j)
+        for (i64 v = 0; v < depth; v += W) {
+          const Vec<T> s = load(sy + j * P + v);
+          store_some(dy + (j0 + j) * A.D + v, kMetric == kL1 ? s : s + s, depth - v);
+        }
+  }
+}
+
+template <class T, int kMetric, bool kBoth>
+void sums(const CostBackwardArgs<T>& A, Patience& patience) {
+  const i64 chunks = (A.D + kSumDepth<T> - 1) / kSumDepth<T>;
+  i64 height = kBoth ? A.N : least(A.N, kRowBlock);  // dx is the same whatever the block
+  while (!kBoth && height > 16 && A.B * chunks * ((A.N + height - 1) / height) < 4 * A.threads)
+    height /= 2;
+  const i64 blocks = (A.N + height - 1) / height, parts = A.B * chunks * blocks;
+#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && parts > 1)
+  for (i64 k = 0; k < parts; ++k) {
+    if (patience.look()) continue;
+    const i64 p = k / chunks / blocks, i = k / chunks % blocks * height;
+    const i64 d = k % chunks * kSumDepth<T>;
+    const T* x = A.x.data + p * A.x.batch + i * A.x.row + d;
+    const T* y = A.y.data + p * A.y.batch + d;
+    sums_block<T, kMetric, kBoth>(A, x, y, A.G + p * A.G_batch + i * A.G_row, least(height, A.N - i),
+                                  least(kSumDepth<T>, A.D - d), A.dx + (p * A.N + i) * A.D + d,
+                                  kBoth ? A.dy + p * A.M * A.D + d : nullptr);
+  }
+}
+
+// kRows entries of dx, and part of dy, at one feature; lanes run along `cols` points of y.
+template <class T, int kMetric, int kRows>
+inline void column_tile(const CostBackwardArgs<T>& A, const T* x, const T* ys, const T* G, i64 cols,
+                        bool first, T* dx, T* sy) {
+  Vec<T> s[kRows] = {}, xs[kRows];
+  for (int i = 0; i < kRows; ++i) xs[i] = broadcast<T>(x[i * A.x.row]);
+  for (i64 j = 0; j < cols; j += kWidth<T>) {
+    const Vec<T> y = load(ys + j);
+    Vec<T> column = load(sy + j);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> g = load_some(G + i * A.G_row + j, cols - j);
+      const Vec<T> w = derivative<T, kMetric>(xs[i] - y);
+      s[i] += g * w;
+      column -= g * w;
+    }
+    store(sy + j, column);
+  }
+  for (int i = 0; dx && i < kRows; ++i) {
+    const T total = sum<T>(kMetric == kL1 ? s[i] : s[i] + s[i]);
+    dx[i * A.D] = first ? total : dx[i * A.D] + total;
+  }
+}
+
+// Both gradients, those that are wanted, at one feature.
+template <class T, int kMetric>
+void column(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, T* dx, T* dy) {
+  alignas(64) T ys[kColumn], sy[kColumn];
+  for (i64 j0 = 0; j0 < A.M; j0 += kColumn) {
+    const i64 cols = least(kColumn, A.M - j0);
+    for (i64 j = 0; j < round_up(cols, kWidth<T>); ++j) {
+      ys[j] = j < cols ? y[(j0 + j) * A.y.row] : T(0);
+      sy[j] = 0;
+    }
+    i64 i = 0;
+    const auto tile = [&](auto kRows) {
+      column_tile<T, kMetric, kRows>(A, x + i * A.x.row, ys, G + i * A.G_row + j0, cols, j0 == 0,
+                                     dx ? dx + i * A.D : nullptr, sy);
+      i += kRows;
+    };
+    while (i + kSumRows <= A.N) tile(Constant<kSumRows>{});
+    while (i < A.N) tile(Constant<1>{});
+    for (i64 j = 0; dy && j < cols; ++j) dy[(j0 + j) * A.D] = kMetric == kL1 ? sy[j] : 2 * sy[j];
+  }
+}
+
+template <class T, int kMetric>
+void columns(const CostBackwardArgs<T>& A, Patience& patience) {
+#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && A.B * A.D > 1)
+  for (i64 k = 0; k < A.B * A.D; ++k) {
+    if (patience.look()) continue;
+    const i64 p = k / A.D, d = k % A.D;
+    column<T, kMetric>(A, A.x.data + p * A.x.batch + d, A.y.data + p * A.y.batch + d,
+                       A.G + p * A.G_batch, A.dx ? A.dx + p * A.N * A.D + d : nullptr,
+                       A.dy ? A.dy + p * A.M * A.D + d : nullptr);
+  }
+}
+
+// One pass makes both gradients, if there are enough features to share among threads.
+template <class T, int kMetric>
+void cost_gradients(const CostBackwardArgs<T>& A, Patience& patience) {
+  if (A.D < kSumDepth<T>) return columns<T, kMetric>(A, patience);
+  if (A.dx && A.dy && A.B * A.D >= 16 * kSumDepth<T>) return sums<T, kMetric, true>(A, patience);
+  if (A.dx) sums<T, kMetric, false>(A, patience);
+  if (A.dy) {
+    const CostBackwardArgs<T> swapped{A.B, A.M, A.N, A.D, A.y, A.x, A.metric, A.G, A.G_batch,
+                                      A.G_col, A.G_row, A.dy, nullptr, A.threads};
+    sums<T, kMetric, false>(swapped, patience);
+  }
+}
+
+template <class T>
+int cost_backward(const CostBackwardArgs<T>& A) {
+  Patience patience;
+  if (A.metric == kL1) cost_gradients<T, kL1>(A, patience);
+  else cost_gradients<T, kSqEuclidean>(A, patience);
+  return patience.over() ? kInterrupted : kOk;
+}
+
+}  // namespace otdd::cpu::OTDD_ISA
