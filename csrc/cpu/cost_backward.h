@@ -1,8 +1,8 @@
 // Gradients of the costs that are sums over features: of each difference the derivative, weighted.
 //
 // dx_id = sum_j G_ij w(x_id - y_jd) and dy_jd = -sum_i G_ij w(x_id - y_jd), where w is the sign for
-// the L1 cost and twice the difference for the squared one. Lanes run along the features, or, if those
-// are few, along the points of y.
+// the L1 cost and twice the difference for the squared one. Lanes run along the features or, if
+// those are few, along the points of y.
 #pragma once
 
 #include "cost.h"
@@ -121,9 +121,10 @@ void sums(const CostBackwardArgs<T>& A, Patience& patience) {
     const i64 d = k % chunks * kSumDepth<T>;
     const T* x = A.x.data + p * A.x.batch + i * A.x.row + d;
     const T* y = A.y.data + p * A.y.batch + d;
-    sums_block<T, kMetric, kBoth>(A, x, y, A.G + p * A.G_batch + i * A.G_row, least(height, A.N - i),
-                                  least(kSumDepth<T>, A.D - d), A.dx + (p * A.N + i) * A.D + d,
-                                  kBoth ? A.dy + p * A.M * A.D + d : nullptr);
+    const T* G = A.G + p * A.G_batch + i * A.G_row;
+    T* dy = kBoth ? A.dy + p * A.M * A.D + d : nullptr;
+    sums_block<T, kMetric, kBoth>(A, x, y, G, least(height, A.N - i), least(kSumDepth<T>, A.D - d),
+                                  A.dx + (p * A.N + i) * A.D + d, dy);
   }
 }
 
@@ -174,8 +175,9 @@ void column(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, T*
 
 template <class T, int kMetric>
 void columns(const CostBackwardArgs<T>& A, Patience& patience) {
-#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && A.B * A.D > 1)
-  for (i64 k = 0; k < A.B * A.D; ++k) {
+  const i64 parts = A.B * A.D;
+#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && parts > 1)
+  for (i64 k = 0; k < parts; ++k) {
     if (patience.look()) continue;
     const i64 p = k / A.D, d = k % A.D;
     column<T, kMetric>(A, A.x.data + p * A.x.batch + d, A.y.data + p * A.y.batch + d,

@@ -80,8 +80,10 @@ template <class T>
 inline Vec<T> load_some(const T* p, i64 count, T fill = T(0)) {
   if (count >= kWidth<T>) return load(p);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (VecF)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lanes(count), p);
-  else return (VecD)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), lanes(count), p);
+  if constexpr (sizeof(T) == 4)
+    return (VecF)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lanes(count), p);
+  else
+    return (VecD)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), lanes(count), p);
 #else
   alignas(kBytes) T lane[kWidth<T>];
   for (i64 l = 0; l < kWidth<T>; ++l) lane[l] = l < count ? p[l] : fill;

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from references import cost_oracle
+from hypothesis import given
+from hypothesis import strategies as st
+from references import cost_oracle, problem
 
 from otdd.backends import BackendError
-from otdd.ops import METRICS, cost_matrix
+from otdd.ops import METRICS, cost_matrix, sinkhorn
 
 BACKENDS = ("reference", "cpu")
 SHAPES = [(), (1,), (3,), (2, 3)], [(1, 1, 1), (5, 7, 3), (64, 33, 17), (4, 4, 129), (1, 300, 40)]
@@ -132,6 +134,151 @@ def test_empty_batch(backend, metric):
     assert x.grad.shape == x.shape
 
 
+# Across every block, panel, chunk and tail of the native kernels, and both ways to the gradients.
+LARGE = [(50, 130, 300), (7, 150, 70), (1, 130, 4100), (260, 3, 40), (130, 70, 31), (30, 40, 600)]
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
+@pytest.mark.parametrize("sizes", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_blocks(metric, sizes, dtype):
+    x, y = (t.requires_grad_() for t in clouds((2,), *sizes, dtype))
+    G = torch.randn(2, *sizes[:2], dtype=dtype)
+    C = cost_matrix(x, y, metric, backend="cpu")
+    got = torch.autograd.grad(C, (x, y), G)
+    exact = [t.detach().double().requires_grad_() for t in (x, y)]
+    expected = cost_oracle(*exact, metric)
+    wanted = torch.autograd.grad(expected, exact, G.double())
+    tol = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(C.double(), expected, rtol=tol, atol=0)
+    for seen, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(seen.double(), want, rtol=0, atol=tol * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("sizes", [*LARGE, (600, 80, 3)])
+def test_threads_do_not_change_a_bit(metric, sizes):
+    x, y = (t.requires_grad_() for t in clouds((), *sizes, torch.float32))
+    G = torch.randn(sizes[:2])
+    before, seen = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        C = cost_matrix(x, y, metric, backend="cpu")
+        seen.append((C, *torch.autograd.grad(C, (x, y), G)))
+    torch.set_num_threads(before)
+    if metric == "cosine":  # a matrix product of PyTorch
+        return
+    for run in seen[1:]:
+        assert all(torch.equal(t, first) for t, first in zip(run, seen[0], strict=True))
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 20),
+    st.integers(1, 40),
+    st.sampled_from(BACKENDS),
+    st.sampled_from(["l1", "sqeuclidean"]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_gradients_where_many_features_are_equal(N, M, D, backend, metric, dtype):
+    torch.manual_seed(N + 10 * M + 200 * D)
+    x = torch.randint(-1, 2, (N, D), dtype=dtype).requires_grad_()
+    y = torch.randint(-1, 2, (M, D), dtype=dtype).requires_grad_()
+    G = torch.randint(-3, 4, (N, M), dtype=dtype)  # small whole numbers: no rounding at all
+    t = (x.unsqueeze(1) - y).detach()
+    w = G.unsqueeze(-1) * (t.sign() if metric == "l1" else 2 * t)
+    for inputs in ((x, y), (x,), (y,)):
+        got = torch.autograd.grad(cost_matrix(x, y, metric, backend=backend), inputs, G)
+        for of, seen in zip(inputs, got, strict=True):
+            want = w.sum(1) if of is x else -w.sum(0)
+            rounds = backend == "reference" and metric == "sqeuclidean"  # it centres the clouds
+            torch.testing.assert_close(seen, want, rtol=0, atol=1e-4 if rounds else 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "cosine"])
+def test_double_backward_of_one_side(backend, metric):
+    x, y = clouds((2,), 4, 3, 5)
+    for of in (0, 1):
+        leaf = (x, y)[of].clone().requires_grad_()
+        pair = (lambda t: (t, y)) if of == 0 else (lambda t: (x, t))
+        assert torch.autograd.gradgradcheck(
+            lambda t, pair=pair: cost_matrix(*pair(t), metric, backend=backend), (leaf,)
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_l1_has_no_second_derivative(backend):
+    x, y = clouds((), 3, 4, 5)
+    x.requires_grad_()
+    C = cost_matrix(x, y, backend=backend).square().sum()
+    with pytest.raises(NotImplementedError, match="l1 has no second derivative"):
+        torch.autograd.grad(torch.autograd.grad(C, x, create_graph=True)[0].sum(), x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_under_vmap_and_grad(backend, metric):
+    x, y = clouds((3,), 4, 5, 6)
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return cost_matrix(x, y, metric, backend=backend).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(x, y[0])
+    leaves = x.clone().requires_grad_(), y[:1].repeat(3, 1, 1).requires_grad_()
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for seen, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(seen, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_l2_beyond_the_range_of_squares(backend, dtype, sign):
+    scale = 10.0 ** (sign * (25 if dtype == torch.float32 else 200))
+    x, y = clouds((), 5, 40, 30, dtype)
+    y[3] = x[2]
+    leaf = (scale * x).requires_grad_()
+    C = cost_matrix(leaf, scale * y, "l2", backend=backend)
+    expected = cost_matrix(x, y, "l2", backend=backend)
+    torch.testing.assert_close(C / scale, expected, rtol=1e-5, atol=0)
+    (dx,) = torch.autograd.grad(C.sum(), leaf)
+    unit = torch.autograd.grad(cost_matrix(x.requires_grad_(), y, "l2").sum(), x)[0]
+    torch.testing.assert_close(dx, unit, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_new_row_beside_known_ones(backend, metric):
+    """What happens when one point moves: its row is made anew, the others are kept."""
+    x, y = (t.requires_grad_() for t in clouds((), 6, 130, 300))
+    new = torch.randn(1, 300, dtype=x.dtype, requires_grad=True)
+    known = cost_matrix(x.detach(), y.detach(), metric, backend=backend)
+    C = torch.cat([known[:2], cost_matrix(new, y, metric, backend=backend), known[3:]])
+    moved = torch.cat([x[:2], new, x[3:]])
+    torch.testing.assert_close(C, cost_matrix(moved, y, metric, backend=backend))
+    G = problem(1, 6, 130)[0][0]
+    got = torch.autograd.grad(C, new, G)
+    want = torch.autograd.grad(cost_matrix(moved, y, metric, backend=backend), new, G)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_few_points_agree_with_many(metric):
+    x, y = clouds((), 20, 70, 333, torch.float32)
+    rows = [cost_matrix(row, y, metric, backend="cpu") for row in x.split(3)]
+    torch.testing.assert_close(torch.cat(rows), cost_matrix(x, y, metric, backend="cpu"))
+
+
+def test_through_a_solve():
+    x, y = (t.requires_grad_() for t in clouds((), 4, 5, 3))
+
+    def value(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return sinkhorn(cost_matrix(x, y, "sqeuclidean"), eps=1.0, max_iter=300).value
+
+    assert torch.autograd.gradcheck(value, (x, y))
+
+
 def test_no_buffer_of_all_differences():
     x, y = clouds((), 256, 300, 400, torch.float32)
     peak = _largest_allocation(lambda: cost_matrix(x.requires_grad_(), y).sum().backward())
@@ -155,7 +302,11 @@ def _largest_allocation(run) -> int:
         ({"y": torch.randn(4, 5).double()}, TypeError, "y: got dtype torch.float64"),
         ({"x": torch.ones(3, 5, dtype=torch.int64)}, TypeError, "x: got dtype torch.int64"),
         ({"x": [[1.0]]}, TypeError, "x: got list"),
-        ({"x": torch.full((3, 5), torch.nan)}, ValueError, r"x: got nan at index \(0, 0, 0\)"),
+        (
+            {"x": torch.full((3, 5), torch.nan)},
+            ValueError,
+            r"x: got nan at index \(0, 0\) of shape",
+        ),
         ({"y": torch.full((4, 5), torch.inf)}, ValueError, "y: got inf"),
         ({"y": torch.randn(4, 5, device="meta")}, ValueError, "y: got device meta"),
         ({"x": torch.randn(2, 3, 5), "y": torch.randn(3, 4, 5)}, ValueError, "leading dimensions"),

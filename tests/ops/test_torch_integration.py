@@ -6,7 +6,6 @@ from references import problem
 
 from otdd.losses import OTLogitLoss, SinkhornLoss
 from otdd.ops import METRICS, barycentric, cost_matrix, sinkhorn
-from otdd.ops.cost import _cost_matrix
 
 BACKENDS = ("reference", "cpu")
 OPS = torch.ops.otdd
@@ -36,8 +35,12 @@ def test_opcheck_sinkhorn(backend, grad):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_opcheck_cost_matrix(backend, metric):
-    x, y = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
-    torch.library.opcheck(_cost_matrix, (x, y, metric, backend))
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    torch.library.opcheck(OPS.cost_matrix.default, (x, y, metric, backend))
+    if metric in ("l1", "sqeuclidean"):
+        args = torch.randn(2, 3, 5), x, y, metric
+        torch.library.opcheck(OPS.cost_matrix_backward.default, (*args, True, True, backend))
+        torch.library.opcheck(OPS.cost_matrix_backward.default, (*args, True, False, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
