@@ -93,14 +93,14 @@ otdd::cpu::Vectors<T> vectors(const Strided& t) {
 
 template <class T>
 int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, Strided eps, Strided rho_a,
-             Strided rho_b, Strided g0, i64 max_iter, double tol, Address f, Address g,
-             Address value, Address cost, Address marginal_error, Address n_iter, Address history,
-             int threads) {
+             Strided rho_b, Strided g0, i64 max_iter, double tol, double schedule, bool accelerate,
+             Address f, Address g, Address value, Address cost, Address marginal_error,
+             Address n_iter, Address history, int threads) {
   const otdd::cpu::SinkhornArgs<T> args{
       B, N, M, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps),
-      vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter, tol, out<T>(f),
-      out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error), out<i64>(n_iter),
-      out<double>(history), threads};
+      vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter, tol, schedule,
+      accelerate, out<T>(f), out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error),
+      out<i64>(n_iter), out<double>(history), threads};
   return released([&] { return otdd::cpu::kernels<T>().sinkhorn(args); });
 }
 

@@ -34,6 +34,8 @@ struct SinkhornArgs {
   Vectors<T> g0;
   i64 max_iter;
   double tol;
+  double schedule;  // ratio of eps from one level to the next, or 0
+  bool accelerate;
   T *f, *g, *value, *cost, *marginal_error;  // contiguous
   i64* n_iter;
   double* history;  // (B, max_iter + 1, N + M), or null

@@ -11,9 +11,14 @@
 // gamma alike. Then the potentials themselves are kept, and u and v made of them.
 #pragma once
 
+#include "accelerate.h"
 #include "resident.h"
 
 namespace otdd::cpu::OTDD_ISA {
+
+// Levels of a schedule but the last end at this error, or after so many iterations.
+constexpr double kLevelError = 1e-2;  // of the mass
+constexpr i64 kLevelIterations = 100;
 
 template <class T, bool kMet>  // whether both marginals are to be met
 class Sinkhorn {
@@ -21,18 +26,18 @@ class Sinkhorn {
   static i64 bytes(i64 N, i64 M) {
     const i64 W = kWidth<T>, n = round_up(N, W) + W, m = round_up(M, W) + W;
     return Resident<T>::bytes(N, M) + (5 * n + 5 * m) * i64(sizeof(T)) +
-           (4 * n + 5 * m) * i64(sizeof(double)) + 64 * 32;
+           (5 * n + 5 * m) * i64(sizeof(double)) + 64 * 32 + Anderson::bytes(m);
   }
 
   Sinkhorn(const SinkhornArgs<T>& args, int team, Scratch& s, Patience& patience)
-      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience), mixer_(R.ld, s) {
     const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = R.ld;
     a_ = s.take<T>(n), r_ = s.take<T>(n), r_new_ = s.take<T>(n), u_ = s.take<T>(n);
     u_new_ = s.take<T>(n);
     b_ = s.take<T>(m), v_ = s.take<T>(m), col_ = s.take<T>(m), gamma_t_ = s.take<T>(m);
     work_ = s.take<T>(m);
     phi_ = s.take<double>(n), phi_new_ = s.take<double>(n), shift_ = s.take<double>(n);
-    log_a_ = s.take<double>(n);
+    log_a_ = s.take<double>(n), phi_before_ = s.take<double>(n);
     gamma_ = s.take<double>(m), gamma_now_ = s.take<double>(m), log_b_ = s.take<double>(m);
     lse_ = s.take<double>(m), top_ = s.take<double>(m);
   }
@@ -43,15 +48,16 @@ class Sinkhorn {
     for (i64 i = 0; i < N; ++i)
       if (!all_finite(C_ + i * ldc_, M)) return kNotFinite;
     start(problem);
+    const double eps = eps_;
     i64 done = 0;
-    bool met = false;
-    while (done < args_.max_iter && !met && !R.patience.over()) {
-      met = resident_ ? resident_step(done) : log_step(done);
-      if (met) break;
-      if (redo_) continue;
-      ++done;
-      if (history_) record(done);
-    }
+    if (args_.schedule > 0 || args_.accelerate) range_ = range();
+    if (args_.schedule > 0)
+      for (double level = range_; level > eps && !R.patience.over(); level *= args_.schedule) {
+        change_eps(level, problem);
+        done += iterate(kLevelIterations, kLevelError * scale_ * mass_);
+      }
+    if (done > 0) change_eps(eps, problem);
+    done += iterate(args_.max_iter, args_.tol);
     finish(problem, done);
     return kOk;
   }
@@ -61,16 +67,18 @@ class Sinkhorn {
   const SinkhornArgs<T>& args_;
   i64 N, M;
   Resident<T> R;
+  Anderson mixer_;
   const T* C_;
   i64 ldc_;
-  double eps_, inv_eps_, tau_, low_mass_, top_u_;
+  double eps_, inv_eps_, tol_, mass_, range_, tau_, low_mass_, top_u_;
   double scale_, log_scale_;  // a_ and b_ are in this unit
   Penalty rows_, columns_;
   T r_low_, r_high_, v_low_, v_high_;
-  bool masked_columns_, resident_, can_stay_, redo_;
+  bool masked_columns_, resident_, can_stay_, redo_, jumped_;
   double* history_;
   T *a_, *r_, *r_new_, *u_, *u_new_, *b_, *v_, *col_, *gamma_t_, *work_;
-  double *phi_, *phi_new_, *shift_, *log_a_, *gamma_, *gamma_now_, *log_b_, *lse_, *top_;
+  double *phi_, *phi_new_, *phi_before_, *shift_, *log_a_;
+  double *gamma_, *gamma_now_, *log_b_, *lse_, *top_;
   struct Seen {
     Mask outside;  // rows whose product left its bounds
     double error;
@@ -78,9 +86,7 @@ class Sinkhorn {
 
   void start(i64 problem) {
     const auto& A = args_;
-    eps_ = A.eps.data[problem * A.eps.batch], inv_eps_ = 1 / eps_;
-    rows_ = Penalty(A.rho_a.data[problem * A.rho_a.batch], eps_);
-    columns_ = Penalty(A.rho_b.data[problem * A.rho_b.batch], eps_);
+    set_eps(A.eps.data[problem * A.eps.batch], problem);
     history_ = A.history ? A.history + problem * (A.max_iter + 1) * (N + M) : nullptr;
     const i64 n = round_up(N, kWidth<T>);
     double mass = 0;
@@ -109,8 +115,92 @@ class Sinkhorn {
     }
     if (history_)
       for (i64 i = 0; i < N; ++i) history_[i] = 0;
-    set_bounds(mass / scale_, least_b);
+    mass_ = mass / scale_;
+    set_bounds(mass_, least_b);
     resident_ = false, redo_ = false;
+  }
+
+  void set_eps(double eps, i64 problem) {
+    eps_ = eps, inv_eps_ = 1 / eps;
+    rows_ = Penalty(args_.rho_a.data[problem * args_.rho_a.batch], eps);
+    columns_ = Penalty(args_.rho_b.data[problem * args_.rho_b.batch], eps);
+  }
+
+  // g stays, gamma is made of it anew.
+  void change_eps(double eps, i64 problem) {
+    if (resident_) absorb();
+    for (i64 j = 0; j < M; ++j)
+      if (b_[j] > 0) gamma_[j] = gamma_now_[j] = log_b_[j] + (gamma_[j] - log_b_[j]) * (eps_ / eps);
+    set_eps(eps, problem);
+  }
+
+  // Of the costs between points that take part.
+  double range() const {
+    double low = INFINITY, high = -INFINITY;
+    for (i64 i = 0; i < N; ++i) {
+      if (!(a_[i] > 0)) continue;
+      const T* c = C_ + i * ldc_;
+      for (i64 j = 0; j < M; ++j)
+        if (b_[j] > 0) low = c[j] < low ? c[j] : low, high = c[j] > high ? c[j] : high;
+    }
+    return high - low;
+  }
+
+  // At most `max_iter` iterations from gamma; returns how many were done.
+  i64 iterate(i64 max_iter, double tol) {
+    const double rounding = (sizeof(T) == 4 ? 3e-7 : 1e-15) * scale_ * mass_;
+    tol_ = tol > 4 * rounding ? tol - rounding : tol;  // the result, measured anew, is to meet tol
+    jumped_ = false;
+    if (args_.accelerate) mixer_.start(b_, gamma_, range_ * inv_eps_, kMet);
+    i64 done = 0;
+    while (done < max_iter && !R.patience.over()) {
+      if (resident_ ? resident_step(done) : log_step(done)) break;
+      if (redo_) continue;
+      ++done;
+      if (args_.accelerate) accelerate(done < max_iter);
+      if (history_) record(done);
+    }
+    return done;
+  }
+
+  // After an iteration: where the next one starts.
+  void accelerate(bool may_jump) {
+    settle_columns();
+    double dual = 0, slack = 0;
+    if (mixer_.needs_value()) {
+      if (resident_) settle_rows();
+      dual = value();
+      for (i64 i = 0; i < N; ++i) slack += a_[i] > 0 ? a_[i] * ::fabs(phi_[i]) : 0;
+      slack = eps_ * (1e-14 * slack + mass_ * (sizeof(T) == 4 ? 4e-6 : 1e-14));  // phi from logs of r
+    }
+    const Move move = mixer_.step(gamma_now_, dual, slack, tol_ / scale_, may_jump);
+    jumped_ = move == kJump;
+    if (move == kPlain) return;
+    double *from = jumped_ ? phi_ : phi_before_, *to = jumped_ ? phi_before_ : phi_;
+    for (i64 i = 0; i < N; ++i) to[i] = from[i];
+    place_columns(mixer_.x);
+    if (kMet && resident_ && move == kBack) place_rows();
+  }
+
+  // The potentials x into v, or where they are far from K's own into gamma, K to be made anew.
+  void place_columns(const double* x) {
+    bool near = resident_;
+    for (i64 j = 0; j < M; ++j)
+      if (b_[j] > 0) near = near && ::fabs(x[j] - gamma_[j]) <= tau_, gamma_now_[j] = x[j];
+    resident_ = near;
+    for (i64 j = 0; j < R.ld; ++j) {
+      if (!near) gamma_[j] = gamma_now_[j];
+      work_[j] = b_[j] > 0 ? T(gamma_now_[j] - gamma_[j]) : T(0);
+    }
+    for (i64 j = 0; j < R.ld; j += kWidth<T>) store(v_ + j, exp<T>(load(work_ + j)));
+  }
+
+  // r and u from phi.
+  void place_rows() {
+    for (i64 i = 0; i < N; ++i) {
+      r_[i] = T(::exp(-shift_[i] - phi_[i]));
+      u_[i] = a_[i] > 0 ? a_[i] / r_[i] : T(0);
+    }
   }
 
   // How far v and r may drift. Lost entries weigh at most exp(tau - flush) against a row's exp(-tau)
@@ -141,7 +231,7 @@ class Sinkhorn {
     double error = 0;
     Mask outside{};
     for (i64 p = 0; p < R.parts; ++p) error += scale_ * seen_[p].error, outside |= seen_[p].outside;
-    if (args_.tol > 0 && error <= args_.tol) return true;
+    if (tol_ > 0 && !jumped_ && error <= tol_) return true;
     redo_ = any(outside);
     if (redo_) {
       absorb();
@@ -162,7 +252,7 @@ class Sinkhorn {
     if constexpr (kMet) {
       const Vec<T> u = a > zero ? a / r : zero;
       store(coefficients, u), store(u_new_ + i, u);
-      if (args_.tol > 0) seen.error += double(sum<T>(vabs<T>(load(u_ + i) * r - a)));
+      if (tol_ > 0) seen.error += double(sum<T>(vabs<T>(load(u_ + i) * r - a)));
     } else {
       for (i64 h = 0; h < kWidth<T>; h += kWidth<double>)
         weigh_penalised(seen, i + h, dots + h, coefficients + h);
@@ -175,7 +265,7 @@ class Sinkhorn {
     const VecD phi = -rows_.lambda * lse, before = load(phi_ + i);
     narrow(exp<double>(log_a + phi + shift - top_u_), coefficients);
     store(phi_new_ + i, phi);
-    if (!(args_.tol > 0)) return;
+    if (!(tol_ > 0)) return;
     const VecD mass = exp<double>(log_a + before + lse);
     seen.error += sum<double>(vabs<double>(mass - exp<double>(log_a - before * (eps_ / rows_.rho))));
   }
@@ -190,7 +280,7 @@ class Sinkhorn {
             },
             col_);
     redo_ = false;
-    if (args_.tol > 0 && done > 0 && fresh_error() <= args_.tol) return true;
+    if (tol_ > 0 && done > 0 && !jumped_ && fresh_error() <= tol_) return true;
     swap_rows();
     resident_ = true;
     if (!columns(true)) absorb();
@@ -386,7 +476,7 @@ class Sinkhorn {
     }
     for (i64 j = 0; j < M; ++j) {
       if (!(b_[j] > 0)) continue;
-      const double g = eps_ * (gamma_[j] - log_b_[j]);
+      const double g = eps_ * (gamma_now_[j] - log_b_[j]);
       columns += b_[j] * worth(g, columns_), mass_b += b_[j];
       if constexpr (!kMet) plan += b_[j] * ::exp(-g / columns_.rho);
     }

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def args_of(grad: str, backend: str) -> tuple:
     C, a, b = problem(3, 4, 5, torch.float32)
     eps = torch.full((3,), 0.1, dtype=torch.float64)
-    return C, a, b, eps, None, 2 * eps, torch.zeros(3, 5), 6, 0.0, grad, False, backend
+    problem_ = C, a, b, eps, None, 2 * eps, torch.zeros(3, 5)
+    return *problem_, 6, 0.0, 0.0, "", grad, False, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
 """`sinkhorn`: many entropic optimal-transport problems at once, safe and differentiable."""
 
+import numbers
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -14,7 +15,8 @@ from otdd.ops.sinkhorn.reference import plan_from_potentials
 
 Grad: TypeAlias = Literal["envelope", "unrolled", "implicit"]
 Marginals: TypeAlias = Literal["measure", "sinkd"]
-GRADS, MARGINALS = get_args(Grad), get_args(Marginals)
+Accelerate: TypeAlias = Literal["anderson"]
+GRADS, MARGINALS, ACCELERATIONS = get_args(Grad), get_args(Marginals), get_args(Accelerate)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -29,7 +31,7 @@ class SinkhornResult:
         cost: Transport cost ``<P, C>``, ``(...)``.
         f: Row potentials, ``(..., N)``, in the units of C; finite at masked rows too.
         g: Column potentials, ``(..., M)``.
-        n_iter: Iterations done, int64 ``(...)``.
+        n_iter: Iterations done, those of a schedule and those taken back too, int64 ``(...)``.
         marginal_error: ``sum_i |sum_j P_ij - a_i exp(-f_i / rho_a)|``, ``(...)``, how far the rows
             are from their optimality condition; columns are met exactly.
         C: Costs, ``(..., N, M)``.
@@ -94,6 +96,8 @@ def sinkhorn(
     marginals: Marginals = "measure",
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
+    schedule: float | None = None,
+    accelerate: Accelerate | None = None,
     backend: str | None = None,
 ) -> SinkhornResult:
     """Solves ``min_P <P, C> + eps KL(P | a x b)`` for every problem of a batch.
@@ -135,6 +139,13 @@ def sinkhorn(
             2024), that is weights of 1; a and b may then only be masks of 0 and 1.
         rho_a: Penalty > 0 on the row marginal, in the units of C, as `eps`; None or inf: met.
         rho_b: Penalty on the column marginal, likewise. One of the two is semi-unbalanced OT.
+        schedule: None, or a ratio in (0, 1) by which eps falls from the range of C to `eps`
+            (epsilon scaling). Each level above `eps` ends at a marginal error of 1 % of the mass,
+            at the latest after 100 iterations, and only makes the start of the next: what `init`
+            gave is soon forgotten. Pays, with `accelerate`, where eps is below 1 % of std(C).
+        accelerate: None, or ``anderson``: every third iteration starts where Anderson acceleration,
+            with a guard, puts it, so that fewer meet `tol`. The result is still that of an
+            iteration: columns are met exactly. Neither this nor `schedule` goes with ``unrolled``.
         backend: ``reference``, ``cpu``, or None for the first that can.
 
     Raises:
@@ -145,6 +156,8 @@ def sinkhorn(
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
     checks.solver_options(max_iter, tol, grad=(grad, GRADS), marginals=(marginals, MARGINALS))
+    if schedule is not None or accelerate is not None:
+        _check_shortcuts(schedule, accelerate, grad)
     sinkd = marginals == "sinkd"
     C, (_, g), a, b, eps = problem_tensors(C, eps, init, a, b, "init")
     if rho_a is not None or rho_b is not None:
@@ -155,10 +168,37 @@ def sinkhorn(
         )
     chosen = backends.choose("sinkhorn", {"cpu": pointers.refusal(C), "reference": None}, backend)
     f, g, value, cost, marginal_error, n_iter, _ = solve(
-        C, a, b, eps, rho_a, rho_b, g, int(max_iter), float(tol), grad, sinkd, chosen
+        C,
+        a,
+        b,
+        eps,
+        rho_a,
+        rho_b,
+        g,
+        int(max_iter),
+        float(tol),
+        float(schedule or 0),
+        accelerate or "",
+        grad,
+        sinkd,
+        chosen,
     )
     return SinkhornResult(
         value, cost, f, g, n_iter, marginal_error, C, eps, float(tol), grad, chosen, a, b, sinkd
+    )
+
+
+def _check_shortcuts(schedule: float | None, accelerate: str | None, grad: str) -> None:
+    number = isinstance(schedule, numbers.Real) and not isinstance(schedule, bool)
+    if schedule is not None and not (number and 0 < schedule < 1):
+        checks.require(False, "schedule", repr(schedule), "None, or a ratio in (0, 1)")
+    if accelerate not in (None, *ACCELERATIONS):
+        checks.require(False, "accelerate", repr(accelerate), f"None, {', '.join(ACCELERATIONS)}")
+    checks.require(
+        grad != "unrolled",
+        "grad",
+        "'unrolled' beside schedule or accelerate, whose iterations have no history",
+        "envelope, implicit, or their result as init of a solve with neither",
     )
 
 

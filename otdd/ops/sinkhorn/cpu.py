@@ -21,6 +21,8 @@ def sinkhorn_cpu(
     max_iter: int,
     tol: float,
     keep_history: bool,
+    schedule: float = 0.0,
+    accelerate: str = "",
 ) -> Solution:
     """See `sinkhorn_reference`; the same iterates, by absorption."""
     *batch, N, M = C.shape
@@ -50,6 +52,8 @@ def sinkhorn_cpu(
         per_point(g),
         max_iter,
         tol,
+        schedule,
+        accelerate == "anderson",
         out.f.data_ptr(),
         out.g.data_ptr(),
         out.value.data_ptr(),

@@ -10,7 +10,7 @@ from otdd.ops.sinkhorn.reference import conjugate, kept, over, weighted
 
 
 def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    *problem, _, _, _, ctx.grad, ctx.sinkd, ctx.backend = inputs
+    problem, (ctx.grad, ctx.sinkd, ctx.backend) = inputs[:6], inputs[-3:]
     f, g, _, _, marginal_error, n_iter, history = output
     ctx.save_for_backward(*problem, f, g, history, n_iter)
     constants = (f, g) if ctx.grad == "envelope" else ()
@@ -21,7 +21,7 @@ def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
 @checks.outside_autocast
 def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
     *problem, f, g, history, n_iter = ctx.saved_tensors
-    none = (None,) * 9
+    none = (None,) * 11
     if df is None and dg is None and dvalue is None and dcost is None:
         return None, None, None, *none
     again = torch.is_grad_enabled()  # a derivative of this derivative may be asked for

@@ -59,6 +59,8 @@ def _solve(
     g: Tensor | None,
     max_iter: int,
     tol: float,
+    schedule: float,
+    accelerate: str,
     grad: str,
     sinkd: bool,
     backend: str,
@@ -80,10 +82,11 @@ def _solve(
     if g is None:
         g = C.new_zeros(()).expand_as(problem[2])
     run = cpu.sinkhorn_cpu if backend == "cpu" else sinkhorn_reference
-    return tuple(run(*problem, g, max_iter, tol, grad == "unrolled"))
+    return tuple(run(*problem, g, max_iter, tol, grad == "unrolled", schedule, accelerate))
 
 
-def _fake_solve(C, a, b, eps, rho_a, rho_b, g, max_iter, tol, grad, sinkd, backend):  # noqa: ANN001, ANN202
+def _fake_solve(C: Tensor, *options: object) -> Outputs:
+    *_, max_iter, _, _, _, grad, _, _ = options
     *batch, N, M = C.shape
     return (
         C.new_empty(*batch, N),

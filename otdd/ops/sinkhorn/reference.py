@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otdd.ops.sinkhorn.accelerate import LEVEL_ERROR, LEVEL_ITERATIONS, Anderson, cost_range, levels
+
 
 class Solution(NamedTuple):
     """What one solve returns.
@@ -100,45 +102,92 @@ def sinkhorn_reference(
     max_iter: int,
     tol: float,
     keep_history: bool,
+    schedule: float = 0.0,
+    accelerate: str = "",
 ) -> Solution:
     """Alternates the two soft c-transforms of METHOD ``max_iter`` times, rows first.
 
-    A problem whose marginal error is at most ``tol`` keeps its potentials from then on.
+    A problem whose marginal error is at most ``tol`` keeps its potentials from then on. With a
+    ``schedule``, a ratio, g comes from a few iterations at every level of eps above `eps`; with
+    ``accelerate`` some iterations start elsewhere than the one before ended (`Anderson`).
     """
-    log_a, log_b = a.log(), b.log()
-    e = eps.to(C.dtype).unsqueeze(-1)
-    damp_a, damp_b = damping(rho_a, eps, C.dtype), damping(rho_b, eps, C.dtype)
-    f = torch.zeros_like(a, memory_format=torch.contiguous_format)
-    active = torch.ones(C.shape[:-2], dtype=torch.bool, device=C.device)
+    weights, rho = (a, b), (rho_a, rho_b)
     n_iter = torch.zeros(C.shape[:-2], dtype=torch.int64, device=C.device)
-    history = [torch.cat([f, g], -1).double()] if keep_history else []
-
-    def error() -> Tensor:
-        rows = plan_from_potentials(C, f, g, a, b, eps).sum(-1)
-        return (rows - weighted(a, kept(f, rho_a))).abs().sum(-1)
-
-    for _ in range(max_iter):
-        f = torch.where(active.unsqueeze(-1), damp_a * soft_rows(C, g, log_b, e), f)
-        g = torch.where(active.unsqueeze(-1), damp_b * soft_rows(C.mT, f, log_a, e), g)
-        n_iter += active
-        if keep_history:
-            history.append(torch.cat([f, g], -1).double())
-        if tol > 0:
-            active = active & ~(error() <= tol)
-            if not bool(active.any()):
-                break
-    if keep_history:
-        history += history[-1:] * (max_iter + 1 - len(history))
+    for level, active in levels(C, a, b, eps, schedule) if schedule else ():
+        limit = LEVEL_ITERATIONS, LEVEL_ERROR * a.sum(-1)
+        _, g, n, _ = _iterate(C, *weights, level, *rho, g, *limit, active, accelerate)
+        n_iter += n
+    everyone, goal = torch.ones_like(n_iter, dtype=torch.bool), a.new_full((), tol)
+    f, g, n, history = _iterate(
+        C, *weights, eps, *rho, g, max_iter, goal, everyone, accelerate, keep_history
+    )
     empty = C.new_empty(*C.shape[:-2], 0, a.shape[-1] + b.shape[-1], dtype=torch.float64)
     return Solution(
         f=f,
         g=g,
         value=dual_value(f, g, a, b, eps, rho_a, rho_b),
         cost=(plan_from_potentials(C, f, g, a, b, eps) * C).sum((-1, -2)),
-        marginal_error=error(),
-        n_iter=n_iter,
+        marginal_error=_marginal_error(C, f, g, a, b, eps, rho_a),
+        n_iter=n_iter + n,
         history=torch.stack(history, -2) if history else empty,
     )
+
+
+def _marginal_error(
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, rho_a: Tensor
+) -> Tensor:
+    rows = plan_from_potentials(C, f, g, a, b, eps).sum(-1)
+    return (rows - weighted(a, kept(f, rho_a))).abs().sum(-1)
+
+
+def _iterate(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
+    g: Tensor,
+    max_iter: int,
+    tol: Tensor,
+    active: Tensor,
+    accelerate: str = "",
+    keep_history: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Iterations of the problems that are `active`: f, g, how many were done, and their history."""
+    log_a, log_b = a.log(), b.log()
+    e = eps.to(C.dtype).unsqueeze(-1)
+    damp_a, damp_b = damping(rho_a, eps, C.dtype), damping(rho_b, eps, C.dtype)
+    f = torch.zeros_like(a, memory_format=torch.contiguous_format)
+    n_iter = torch.zeros_like(active, dtype=torch.int64)
+    history = [torch.cat([f, g], -1).double()] if keep_history else []
+    met = torch.isinf(rho_a) & torch.isinf(rho_b)
+    anderson = Anderson(g, b, cost_range(C, a, b), met) if accelerate else None
+    jumped, start, stops = torch.zeros_like(active), g, bool((tol > 0).any())
+    for left in range(max_iter - 1, -1, -1):
+        f_next = damp_a * soft_rows(C, start, log_b, e)
+        g_next = damp_b * soft_rows(C.mT, f_next, log_a, e)
+        n_iter += active
+        taken = active
+        if anderson:
+            value = dual_value(f_next, g_next, a, b, eps, rho_a, rho_b)
+            size = weighted(a, f_next).abs().sum(-1) + weighted(b, g_next).abs().sum(-1)
+            slack = 32 * torch.finfo(C.dtype).eps * (size + eps * a.sum(-1))
+            good, jumped, jump = anderson.step(g_next, value, slack, tol * eps, left > 0)
+            taken = active & good
+        f = torch.where(taken.unsqueeze(-1), f_next, f)
+        g = torch.where(taken.unsqueeze(-1), g_next, g)
+        start = torch.where(jumped.unsqueeze(-1), jump, g) if anderson else g
+        if keep_history:
+            history.append(torch.cat([f, g], -1).double())
+        if stops:
+            met = _marginal_error(C, f, g, a, b, eps, rho_a) <= tol
+            active = active & (jumped | ~met)
+            if not bool(active.any()):
+                break
+    if keep_history:
+        history += history[-1:] * (max_iter + 1 - len(history))
+    return f, g, n_iter, history
 
 
 def potentials_backward_reference(
