@@ -39,6 +39,7 @@ class Contender:
         gradient: ``envelope`` or ``unrolled``: which derivative it takes.
         same_iterates: Whether its t-th iterate is that of the specification. Others are compared
             with the oracle where both have converged.
+        compiles: Whether its first call for a shape, or number of iterations, compiles.
         primal: Whether its value is that of the plan, not the dual one; equal at convergence.
     """
 
@@ -49,6 +50,7 @@ class Contender:
     safe: bool = True
     gradient: str = "envelope"
     same_iterates: bool = True
+    compiles: bool = False
     primal: bool = False
 
     def missing(self) -> str | None:

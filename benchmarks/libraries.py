@@ -216,5 +216,5 @@ LIBRARIES = [
         read_torch,
         same_iterates=False,
     ),
-    Contender("OTT-JAX", "ott", ott_run, read_jax),
+    Contender("OTT-JAX", "ott", ott_run, read_jax, compiles=True),
 ]

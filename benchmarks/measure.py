@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import cases
@@ -20,19 +20,19 @@ from contender import DISAGREES, Contender, Run, Unsupported
 from peers import CONTENDERS
 
 TOLERANCE = {"float32": (1e-2, 1e-2), "float64": (1e-4, 1e-3)}
-CONVERGED = 1500  # iterations, where a contender with other iterates is compared
+CONVERGED = 600  # iterations, where a contender with other iterates is compared
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds: of timing per contender, and above which a call is not repeated; rounds at most."""
+    """Seconds of timing per contender, seconds that one call may take, rounds at most."""
 
     seconds: float
     call: float
     rounds: int
 
 
-FULL, QUICK = Budget(0.4, 10.0, 20), Budget(0.02, 2.0, 3)
+FULL, QUICK = Budget(0.4, 12.0, 20), Budget(0.02, 2.0, 3)
 
 
 @functools.cache
@@ -80,13 +80,12 @@ def prepare(
         bounds = TOLERANCE[dtype]
         if not (value_error <= bounds[0] and gradient_error <= bounds[1]):
             return row | {"reason": DISAGREES}, None, 0.0
-        few = max(case.iterations // 10, 1)
-        estimate = projected(contender, case, data, direction, few)
-        if estimate > budget.call:
-            times = {"median_ms": 1e3 * estimate, "min_ms": 1e3 * estimate, "rounds": 0}
-            reason = f"too slow: projected from {2 * few} iterations"
+        seconds, few, projected = foreseen(contender, case, data, direction, budget)
+        if projected and seconds > budget.call:
+            reason = f"too slow: projected from {2 * few} of {case.iterations} iterations"
+            times = {"median_ms": 1e3 * seconds, "min_ms": 1e3 * seconds, "rounds": 0}
             return row | times | {"reason": reason}, None, 0.0
-        return row, run, estimate or min(clock(run), clock(run))
+        return row, run, seconds or min(clock(run), clock(run))
     except Unsupported as error:
         reason = str(error)
     except Exception as error:
@@ -94,18 +93,29 @@ def prepare(
     return row | {"reason": reason}, None, 0.0
 
 
-def projected(
-    contender: Contender, case: cases.Case, data: cases.Data, direction: str, few: int
-) -> float:
-    """Seconds that a call will take if that may be long; 0 if `few` iterations are fast."""
-    once = clock(contender.build(case, data, direction, few)) if few < case.iterations else 0.0
-    if once < 1:
-        return 0.0
-    twice = clock(contender.build(case, data, direction, 2 * few))
-    return once + max(twice - once, 0.0) / few * (case.iterations - few)
+def foreseen(
+    contender: Contender, case: cases.Case, data: cases.Data, direction: str, budget: Budget
+) -> tuple[float, int, bool]:
+    """About how long a slow call takes, or 0; the few iterations that say so; if it is projected.
+
+    From `few` iterations follows what a call takes at most, as costs are made once; if that is far
+    too long, twice as many tell the part that grows.
+    """
+    few = max(case.iterations // 10, 1)
+    if few == case.iterations:
+        return 0.0, few, False
+    once = clock(contender.build(case, data, direction, few), contender.compiles)
+    at_most = once * case.iterations / few
+    if at_most > 3 * budget.call:
+        twice = clock(contender.build(case, data, direction, 2 * few), contender.compiles)
+        return once + max(twice - once, 0.0) / few * (case.iterations - few), few, True
+    slow = at_most > 2 * budget.seconds and not contender.compiles
+    return at_most if slow else 0.0, few, False
 
 
-def clock(run: Callable) -> float:
+def clock(run: Run, warm: bool = False) -> float:
+    if warm:
+        run()
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -121,10 +131,10 @@ def interleaved(
     rounds.
     """
     calls = {name: max(1, round(1e-3 / t)) for name, t in single.items()}
-    rounds = {
-        name: min(budget.rounds, max(1, int(budget.seconds / (t * (calls[name] + 1)))))
-        for name, t in single.items()
-    }
+    rounds = {}
+    for name, t in single.items():
+        wanted = max(3 if t < budget.seconds else 1, int(budget.seconds / (t * (calls[name] + 1))))
+        rounds[name] = min(budget.rounds, wanted)
     times = {name: [] for name in runs}
     for i in range(max(rounds.values(), default=0)):
         for name in (name for name in runs if i < rounds[name]):
@@ -149,8 +159,9 @@ def measure(case: cases.Case, dtype: str, direction: str, quick: bool) -> dict:
     data = cases.make(case, cases.DTYPES[dtype])
     rows, runs, single = {}, {}, {}
     for contender in CONTENDERS:
+        start = time.perf_counter()
         row, run, seconds = prepare(contender, case, data, dtype, direction, budget)
-        rows[contender.name] = row
+        rows[contender.name] = row | {"prepared_s": time.perf_counter() - start}
         if run is not None:
             runs[contender.name], single[contender.name] = run, seconds
     for name, times in interleaved(runs, single, budget).items():
@@ -161,7 +172,23 @@ def measure(case: cases.Case, dtype: str, direction: str, quick: bool) -> dict:
         ours = rows["otdd"].get("times_ms")
         if ours and "median_ms" in row:
             row["ratio"] = ratio(row.get("times_ms", [row["median_ms"]]), ours)
-    return {"case": case.name, "dtype": dtype, "direction": direction, "contenders": rows}
+    what = {"case": case.name, "dtype": dtype, "direction": direction}
+    what["iterations"] = case.iterations
+    return what | summary(rows) | {"contenders": rows}
+
+
+def summary(rows: dict[str, dict]) -> dict:
+    """How far otdd is ahead of the fastest peer in the log domain, and of POT's exp domain."""
+    ratios = {name: row["ratio"] for name, row in rows.items() if "ratio" in row}
+    peers = {name: r for name, r in ratios.items() if not name.startswith("otdd")}
+    safe = {name: r for name, r in peers.items() if rows[name]["safe"]}
+    fastest = min(safe, key=safe.get, default=None)
+    exp = [r for name, r in peers.items() if name.startswith("POT exp")]
+    return {
+        "fastest_safe_peer": fastest,
+        "ratio_to_it": safe.get(fastest),
+        "ratio_to_pot_exp": min(exp, default=None),
+    }
 
 
 def main() -> None:
@@ -178,7 +205,9 @@ def main() -> None:
             rates[dtype] = floors.rates(cases.DTYPES[dtype], 0.03 if request["quick"] else 0.3)
         row = measure(by_name[case], dtype, direction, request["quick"])
         work = cases.work(by_name[case], direction, cases.DTYPES[dtype].itemsize, cache)
-        row |= {"floor_ms": floors.floor_ms(work, rates[dtype]), "work": asdict(work)}
+        floor = floors.floor_ms(work, rates[dtype])
+        ours = row["contenders"]["otdd"].get("median_ms")
+        row |= {"floor_ms": floor, "of_floor": ours and floor / ours, "work": asdict(work)}
         row |= {"rates": rates[dtype], "threads": threads}
         print(json.dumps(row), file=answers, flush=True)
 

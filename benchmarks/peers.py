@@ -30,32 +30,42 @@ def otdd_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
 
 
 def otdd_by(grad: str) -> Callable[[Case, Data, str, int], Run]:
-    from_cost = by_autograd(otdd_value(grad), otdd_cost, otdd_loss(grad))
+    """Cost and solve; clouds whose cost is not to be stored go to `sinkhorn_points`."""
 
     def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
-        from otdd import ops
-
-        if case.kind == "metric" and grad == "envelope":
-            return by_autograd(None, otdd_cost)(case, data, direction, iterations)
-        refuse(grad == "unrolled" and direction == "forward", "forward is that of otdd")
-        if case.kind != "points" or case.metric != "sqeuclidean" or case.B > 1:
-            return from_cost(case, data, direction, iterations)
-        if not hasattr(ops, "sinkhorn_points"):
-            refuse(not case.stored, "otdd.ops.sinkhorn_points has not landed")
-            return from_cost(case, data, direction, iterations)
-        refuse(grad == "unrolled", "sinkhorn_points has the envelope gradient")
-        leaf = leaves_of(case, data, direction)[0]
-
-        def run() -> Output:
-            value = ops.sinkhorn_points(
-                leaf, data.y, data.a, data.b, metric=case.metric, eps=data.eps, max_iter=iterations
-            ).value
-            gradients = [] if direction == "forward" else torch.autograd.grad(value.sum(), leaf)
-            return value, list(gradients)
-
-        return run
+        if grad == "unrolled":
+            refuse(direction == "forward", "forward is that of otdd")
+            refuse(case.kind == "metric", "is not for this kind of case")
+            refuse(not case.stored, "the gradient through the iterations needs the cost")
+        if not case.stored:
+            return otdd_points(case, data, direction, iterations)
+        solve = None if case.kind == "metric" else otdd_value(grad)
+        contender = by_autograd(solve, otdd_cost, otdd_loss(grad))
+        return contender(case, data, direction, iterations)
 
     return build
+
+
+def otdd_tiles(case: Case, data: Data, direction: str, iterations: int) -> Run:
+    refuse(case.kind != "points" or case.metric != "sqeuclidean", "is for squared distances")
+    refuse(not case.stored, "is timed as otdd")
+    return otdd_points(case, data, direction, iterations)
+
+
+def otdd_points(case: Case, data: Data, direction: str, iterations: int) -> Run:
+    from otdd import ops
+
+    refuse(not hasattr(ops, "sinkhorn_points"), "otdd.ops.sinkhorn_points is not there yet")
+    leaf = leaves_of(case, data, direction)[0]
+    options = {"metric": case.metric, "eps": data.eps, "max_iter": iterations}
+
+    def run() -> Output:
+        value = ops.sinkhorn_points(leaf, data.y, data.a, data.b, **options).value
+        if direction == "forward":
+            return value, []
+        return value, list(torch.autograd.grad(value.sum(), leaf))
+
+    return run
 
 
 def otdd_value(grad: str) -> Callable[[Tensor, Data, int], Tensor]:
@@ -136,6 +146,7 @@ def compiled_envelope(
 CONTENDERS = [
     Contender("otdd", "otdd", otdd_by("envelope"), read_torch),
     Contender("otdd, unrolled", "otdd", otdd_by("unrolled"), read_torch, gradient="unrolled"),
+    Contender("otdd, sinkhorn_points", "otdd", otdd_tiles, read_torch),
     Contender("torch.cdist", "torch", by_autograd(None), read_torch),
     Contender(
         "torch loop",
@@ -145,7 +156,9 @@ CONTENDERS = [
         gradient="unrolled",
     ),
     Contender("torch loop, envelope", "torch", by_plan(torch_envelope, "torch loop"), read_torch),
-    Contender("torch.compile, envelope", "torch", by_plan(compiled_envelope), read_torch),
+    Contender(
+        "torch.compile, envelope", "torch", by_plan(compiled_envelope), read_torch, compiles=True
+    ),
     Contender(
         "SinKD code",
         "torch",

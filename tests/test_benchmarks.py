@@ -6,6 +6,7 @@ import cases
 import floors
 import measure
 import pytest
+import report
 import torch
 from contender import DISAGREES
 from peers import CONTENDERS
@@ -52,6 +53,27 @@ def test_rows_have_times_and_ratios(monkeypatch):
     assert row["contenders"]["otdd"]["ratio"] == pytest.approx(1)
 
 
+def test_report_of_a_result_file(tmp_path):
+    contenders = {
+        "otdd": {"median_ms": 2.0, "ratio": 1.0},
+        "torch loop": {"median_ms": 30.0, "ratio": 15.0},
+    }
+    row = {"dtype": "float32", "direction": "forward", "contenders": contenders, "iterations": 20}
+    row |= {"fastest_safe_peer": "torch loop", "ratio_to_it": 15.0, "ratio_to_pot_exp": None}
+    row |= {"floor_ms": 0.5, "of_floor": 0.25}
+    rows = [row | {"case": c, "threads": t} for c in ("small", "scaling-64") for t in (1, 2)]
+    text = report.table({"rows": rows})
+    line = "| 2.0 ms | 15.0x torch loop | - | 25 % "
+    assert text.splitlines()[2:] == [f"| small, forward {line * 2}|"]
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n" + "\nold\n".join(report.MARKERS) + "\nz\n")
+    report.into_readme(readme, text)
+    assert readme.read_text() == "a\n" + f"\n{text}\n".join(report.MARKERS) + "\nz\n"
+    pytest.importorskip("matplotlib")
+    report.plot({"rows": rows}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
 def test_every_contender_takes_part_in_turn():
     seen = []
     runs = {name: lambda name=name: seen.append(name) for name in "ab"}
@@ -62,11 +84,11 @@ def test_every_contender_takes_part_in_turn():
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
-def test_floors_are_positive_and_backward_adds_work(case):
+def test_floors_are_positive_and_gradients_add_work(case):
     rates = dict.fromkeys(("copy_near", "copy_far", "gemm", "fma", "exp"), 1e9)
     forward, backward = (
         floors.floor_ms(cases.work(case, direction, 4, 1 << 20), rates)
-        for direction in case.directions
+        for direction in ("forward", "backward" if case.kind == "metric" else "forward+backward")
     )
     assert 0 < forward < backward < math.inf
 
