@@ -170,11 +170,20 @@ T scaled_distance(const T* x, const T* y, i64 D) {
   return T(top * ::sqrt(s));
 }
 
+inline float root(float s) { return ::sqrtf(s); }
+inline double root(double s) { return ::sqrt(s); }
+
+// Squared distances from x become distances.
 template <class T>
-inline T root(T squared, const T* x, const T* y, i64 D) {
-  constexpr double kTiny = sizeof(T) == 4 ? 1e-30 : 1e-290, kHuge = sizeof(T) == 4 ? 3e38 : 1e308;
-  const double s = squared;
-  return s >= kTiny && s <= kHuge ? T(::sqrt(s)) : scaled_distance(x, y, D);
+void take_roots(const T* x, const T* y, i64 y_row, i64 D, i64 cols, T* c) {
+  constexpr T kTiny = T(sizeof(T) == 4 ? 1e-30 : 1e-290), kHuge = T(sizeof(T) == 4 ? 3e38 : 1e308);
+  int lost = 0;
+  for (i64 j = 0; j < cols; ++j) lost += !((c[j] >= kTiny) & (c[j] <= kHuge));
+  if (lost == 0)
+    for (i64 j = 0; j < cols; ++j) c[j] = root(c[j]);
+  else
+    for (i64 j = 0; j < cols; ++j)
+      c[j] = c[j] >= kTiny && c[j] <= kHuge ? root(c[j]) : scaled_distance(x, y + j * y_row, D);
 }
 
 template <class T, int kMetric>
@@ -188,8 +197,7 @@ void cost_part(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols,
   }
   if (A.metric == kL2)
     for (i64 i = 0; i < rows; ++i)
-      for (i64 j = 0; j < cols; ++j)
-        C[i * A.M + j] = root(C[i * A.M + j], x + i * A.x.row, y + j * A.y.row, A.D);
+      take_roots(x + i * A.x.row, y, A.y.row, A.D, cols, C + i * A.M);
 }
 
 template <class T>

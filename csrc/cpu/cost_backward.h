@@ -58,10 +58,10 @@ inline void sums_tile(const CostBackwardArgs<T>& A, const T* x, const T* y, cons
     for (int i = 0; i < kRows; ++i) {
       const Vec<T> g = broadcast<T>(G[i * A.G_row + j * A.G_col]);
       for (int v = 0; v < kSumVecs; ++v) {
-          const Vec<T> w = derivative<T, kMetric>(xs[i][v] - ys[v]);
-          s[i][v] += g * w;
-          sy[v] -= g * w;
-        }
+        const Vec<T> w = derivative<T, kMetric>(xs[i][v] - ys[v]);
+        s[i][v] += g * w;
+        sy[v] -= g * w;
+      }
     }
     if (kBoth)
       for (int v = 0; v < kSumVecs; ++v) store(dy + j * kSumDepth<T> + v * W, sy[v]);
@@ -74,7 +74,20 @@ inline void sums_tile(const CostBackwardArgs<T>& A, const T* x, const T* y, cons
     }
 }
 
-// The gradient at `depth` features of `rows` points of x and, with kBoth, of all points of y.
+// to[0..rows) = or += from[0..rows), packed sums, doubled for the squared cost.
+template <class T, int kMetric>
+inline void add_rows(const T* from, i64 rows, i64 depth, bool first, T* to, i64 row) {
+  for (i64 j = 0; j < rows; ++j)
+    for (i64 v = 0; v < depth; v += kWidth<T>) {
+      const Vec<T> s = load(from + j * kSumDepth<T> + v), sum = kMetric == kL1 ? s : s + s;
+      T* out = to + j * row + v;
+      store_some(out, first ? sum : sum + load_some(out, depth - v), depth - v);
+    }
+}
+
+// The gradient at `depth` features of `rows` points of x and, with kBoth, of all points of y. Sums
+// are made of those over blocks of kSumCols points, on either side, so that a gradient is the same
+// whether it is made with the other or alone.
 template <class T, int kMetric, bool kBoth>
 void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows,
                 i64 depth, T* dx, T* dy) {
@@ -84,10 +97,8 @@ void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G
   for (i64 j0 = 0; j0 < A.M; j0 += kSumCols) {
     const i64 cols = least(kSumCols, A.M - j0);
     for (i64 j = 0; j < cols; ++j)
-      for (i64 v = 0; v < P; v += W) {
+      for (i64 v = 0; v < P; v += W)
         store(ys + j * P + v, load_some(y + (j0 + j) * A.y.row + v, most(0, depth - v)));
-        if (kBoth) store(sy + j * P + v, Vec<T>{});
-      }
     i64 i = 0, ahead = j0 + kSumCols;
     const auto tile = [&](auto kRows) {
       for (const i64 end = least(A.M, ahead + share); ahead < end; ++ahead)
@@ -96,14 +107,15 @@ void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G
                                           cols, depth, j0 == 0, dx + i * A.D, sy);
       i += kRows;
     };
-    while (i + kSumRows <= rows) tile(Constant<kSumRows>{});
-    while (i < rows) tile(Constant<1>{});
-    if (kBoth)
-      for (i64 j = 0; j < cols; ++j)
-        for (i64 v = 0; v < depth; v += W) {
-          const Vec<T> s = load(sy + j * P + v);
-          store_some(dy + (j0 + j) * A.D + v, kMetric == kL1 ? s : s + s, depth - v);
-        }
+    while (i < rows) {
+      const bool first = i == 0;
+      const i64 end = kBoth ? least(rows, i + kSumCols) : rows;
+      if (kBoth)
+        for (i64 k = 0; k < cols * P; k += W) store(sy + k, Vec<T>{});
+      while (i + kSumRows <= end) tile(Constant<kSumRows>{});
+      while (i < end) tile(Constant<1>{});
+      if (kBoth) add_rows<T, kMetric>(sy, cols, depth, first, dy + j0 * A.D, A.D);
+    }
   }
 }
 
@@ -189,8 +201,9 @@ void columns(const CostBackwardArgs<T>& A, Patience& patience) {
 // One pass makes both gradients, if there are enough features to share among threads.
 template <class T, int kMetric>
 void cost_gradients(const CostBackwardArgs<T>& A, Patience& patience) {
-  if (A.D < kSumDepth<T>) return columns<T, kMetric>(A, patience);
-  if (A.dx && A.dy && A.B * A.D >= 16 * kSumDepth<T>) return sums<T, kMetric, true>(A, patience);
+  if (A.D <= kWidth<T>) return columns<T, kMetric>(A, patience);
+  const bool enough = A.B * ((A.D + kSumDepth<T> - 1) / kSumDepth<T>) >= A.threads;
+  if (A.dx && A.dy && enough) return sums<T, kMetric, true>(A, patience);
   if (A.dx) sums<T, kMetric, false>(A, patience);
   if (A.dy) {
     const CostBackwardArgs<T> swapped{A.B, A.M, A.N, A.D, A.y, A.x, A.metric, A.G, A.G_batch,

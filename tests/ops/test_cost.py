@@ -172,6 +172,18 @@ def test_threads_do_not_change_a_bit(metric, sizes):
         assert all(torch.equal(t, first) for t, first in zip(run, seen[0], strict=True))
 
 
+@pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
+@pytest.mark.parametrize("sizes", [*LARGE, (600, 80, 3)])
+def test_a_gradient_is_the_same_alone(metric, sizes):
+    x, y = (t.requires_grad_() for t in clouds((), *sizes, torch.float32))
+    G = torch.randn(sizes[:2])
+    both = torch.autograd.grad(cost_matrix(x, y, metric, backend="cpu"), (x, y), G)
+    (dx,) = torch.autograd.grad(cost_matrix(x, y.detach(), metric, backend="cpu"), x, G)
+    (dy,) = torch.autograd.grad(cost_matrix(x.detach(), y, metric, backend="cpu"), y, G)
+    assert torch.equal(dx, both[0])
+    assert torch.equal(dy, both[1])
+
+
 @given(
     st.integers(1, 9),
     st.integers(1, 20),

@@ -28,7 +28,11 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
     - ``cosine``: ``1 - <x, y> / (|x| |y|)``; a zero vector has cost 1 to everything, gradient 0
 
     Differentiable in `x` and `y`; twice for all metrics but ``l1``. Neither direction makes an
-    ``(N, M, D)`` buffer.
+    ``(N, M, D)`` buffer. ``l2`` is right also where squares would over- or underflow.
+
+    When one point of many moves, its row alone has to be made, and gets the gradient::
+
+        C = torch.cat([known_rows, cost_matrix(x_new[None], y)])
 
     Args:
         x: Sources, ``(..., N, D)``; float16 and bfloat16 are computed, and returned, in float32.
@@ -113,7 +117,7 @@ def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
     metric = ctx.metric
     if metric == "l2":
         C = ctx.saved_tensors[2]
-        grad = torch.where(C > 0, grad / (2 * torch.where(C > 0, C, 1)), 0)
+        grad = grad / (2 * C).masked_fill_(C == 0, torch.inf)  # of a distance 0: 0
         metric = "sqeuclidean"
     run = _cost_gradients if torch.is_grad_enabled() else _gradients_op
     dx, dy = run(grad, x, y, metric, need_x, need_y, ctx.backend)
