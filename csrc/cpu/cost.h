@@ -160,9 +160,9 @@ T scaled_distance(const T* x, const T* y, i64 D) {
   double top = 0, s = 0;
   for (i64 d = 0; d < D; ++d) {
     const double t = ::fabs(double(x[d]) - double(y[d]));
-    top = t > top ? t : top;
+    if (!(t <= top)) top = t;
   }
-  if (top == 0) return 0;
+  if (!(top > 0 && top < HUGE_VAL)) return T(top);  // no distance, one beyond all numbers, NaN
   for (i64 d = 0; d < D; ++d) {
     const double t = (double(x[d]) - double(y[d])) / top;
     s += t * t;

@@ -333,6 +333,20 @@ def test_bad_input(kwargs, error, says):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("D", [1, 3, 70])
+def test_no_bad_number_is_missed(backend, metric, bad, D):
+    x, y = clouds((), 9, 70, D, torch.float32)
+    for t, name in ((x, "x"), (y, "y")):
+        broken = t.clone()
+        broken[-1, -1] = bad
+        pair = (broken, y) if name == "x" else (x, broken)
+        with pytest.raises(ValueError, match=f"{name}: got {bad}"):
+            cost_matrix(*pair, metric, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_cosine_of_very_long_and_very_short_vectors(backend, scale):
     x, y = clouds((), 5, 6, 7, torch.float32)
