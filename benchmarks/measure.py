@@ -20,6 +20,7 @@ from contender import DISAGREES, Contender, Run, Unsupported
 from peers import CONTENDERS
 
 TOLERANCE = {"float32": (1e-2, 1e-2), "float64": (1e-4, 1e-3)}
+HUGE = 2**25  # elements, from which one iteration says enough
 CONVERGED = 600  # iterations, where a contender with other iterates is compared
 
 
@@ -82,7 +83,7 @@ def prepare(
             return row | {"reason": DISAGREES}, None, 0.0
         seconds, few, projected = foreseen(contender, case, data, direction, budget)
         if projected and seconds > budget.call:
-            reason = f"too slow: projected from {2 * few} of {case.iterations} iterations"
+            reason = f"too slow: projected from {few} of {case.iterations} iterations"
             times = {"median_ms": 1e3 * seconds, "min_ms": 1e3 * seconds, "rounds": 0}
             return row | times | {"reason": reason}, None, 0.0
         return row, run, seconds or min(clock(run), clock(run))
@@ -96,19 +97,21 @@ def prepare(
 def foreseen(
     contender: Contender, case: cases.Case, data: cases.Data, direction: str, budget: Budget
 ) -> tuple[float, int, bool]:
-    """About how long a slow call takes, or 0; the few iterations that say so; if it is projected.
+    """About how long a slow call takes, or 0; the iterations that say so; if it is projected.
 
-    From `few` iterations follows what a call takes at most, as costs are made once; if that is far
-    too long, twice as many tell the part that grows.
+    From a few iterations follows what a call takes at most, as costs are made once; if that is far
+    too long, some more tell the part that grows.
     """
-    few = max(case.iterations // 10, 1)
+    tenth = max(case.iterations // 10, 1)
+    few = 1 if case.B * case.N * case.M >= HUGE else tenth
     if few == case.iterations:
         return 0.0, few, False
     once = clock(contender.build(case, data, direction, few), contender.compiles)
     at_most = once * case.iterations / few
     if at_most > 3 * budget.call:
-        twice = clock(contender.build(case, data, direction, 2 * few), contender.compiles)
-        return once + max(twice - once, 0.0) / few * (case.iterations - few), few, True
+        more = clock(contender.build(case, data, direction, few + tenth), contender.compiles)
+        growth = max(more - once, 0.0) / tenth
+        return once + growth * (case.iterations - few), few + tenth, True
     slow = at_most > 2 * budget.seconds and not contender.compiles
     return at_most if slow else 0.0, few, False
 
