@@ -1,6 +1,7 @@
 // The only file that sees Python. Tensors arrive as raw addresses with sizes and strides.
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -91,25 +92,37 @@ otdd::cpu::Vectors<T> vectors(const Strided& t) {
   return {in<T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
 }
 
+// The same, and one number for all where there is nothing.
 template <class T>
-int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, Strided eps, Strided rho_a,
-             Strided rho_b, Strided g0, i64 max_iter, double tol, double schedule, bool accelerate,
-             Address f, Address g, Address value, Address cost, Address marginal_error,
-             Address n_iter, Address history, int threads) {
+otdd::cpu::Vectors<T> vectors_or(const Strided& t, const T& all) {
+  return std::get<0>(t) ? vectors<T>(t) : otdd::cpu::Vectors<T>{&all, 0, 0};
+}
+
+const double kHard = HUGE_VAL;  // the penalty of a marginal that is met
+
+// a and b may be missing (`each` is then a weight, 0 for 1 over their number), rho_a, rho_b and g0 too.
+template <class T>
+int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, double each, Strided eps,
+             Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, double tol, double schedule,
+             bool accelerate, Address f, Address g, Address value, Address cost,
+             Address marginal_error, Address n_iter, Address history, int threads) {
+  const T each_a = T(each ? each : 1.0 / N), each_b = T(each ? each : 1.0 / M), zero = 0;
   const otdd::cpu::SinkhornArgs<T> args{
-      B, N, M, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps),
-      vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter, tol, schedule,
-      accelerate, out<T>(f), out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error),
-      out<i64>(n_iter), out<double>(history), threads};
+      B, N, M, matrices<T>(C), vectors_or<T>(a, each_a), vectors_or<T>(b, each_b),
+      vectors<double>(eps), vectors_or<double>(rho_a, kHard), vectors_or<double>(rho_b, kHard),
+      vectors_or<T>(g0, zero), max_iter, tol, schedule, accelerate, out<T>(f), out<T>(g),
+      out<T>(value), out<T>(cost), out<T>(marginal_error), out<i64>(n_iter), out<double>(history),
+      threads};
   return released([&] { return otdd::cpu::kernels<T>().sinkhorn(args); });
 }
 
 template <class T>
-int plan(i64 B, i64 N, i64 M, Strided C, Strided f, Strided g, Strided a, Strided b, Strided eps,
-         Strided scale, Address P, int threads) {
+int plan(i64 B, i64 N, i64 M, Strided C, Strided f, Strided g, Strided a, Strided b, double each,
+         Strided eps, Strided scale, Address P, int threads) {
+  const T each_a = T(each ? each : 1.0 / N), each_b = T(each ? each : 1.0 / M), one = 1;
   const otdd::cpu::PlanArgs<T> args{
-      B, N, M, matrices<T>(C), vectors<T>(f), vectors<T>(g), vectors<T>(a), vectors<T>(b),
-      vectors<double>(eps), vectors<T>(scale), out<T>(P), threads};
+      B, N, M, matrices<T>(C), vectors<T>(f), vectors<T>(g), vectors_or<T>(a, each_a),
+      vectors_or<T>(b, each_b), vectors<double>(eps), vectors_or<T>(scale, one), out<T>(P), threads};
   return released([&] { return otdd::cpu::kernels<T>().plan(args); });
 }
 

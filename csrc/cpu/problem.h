@@ -5,7 +5,7 @@ namespace otdd::cpu {
 
 using i64 = long long;
 
-enum Status : int { kOk = 0, kOutOfMemory = 1, kNotFinite = 2, kInterrupted = 3 };
+enum Status : int { kOk = 0, kOutOfMemory = 1, kNotFinite = 2, kInterrupted = 3, kBadValue = 4 };
 
 // Asked now and then by long calls, on the thread that made them, whether to give up; null: never.
 extern bool (*interrupted)();

@@ -41,6 +41,7 @@ struct Traits<float> {
   static constexpr int kBits = 23;
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2Hi = 0.693145751953125f, kLn2Lo = 1.42860677e-6f;
+  static constexpr double kTiny = 1.1754943508222875e-38, kHuge = 3.4028234663852886e38;
   static constexpr float kLowest = -87.0f, kHighest = 88.0f;
   static constexpr double kFlush = 87.0;  // exp(-kFlush) is where entries become 0
   static constexpr double kDigits = 18.0;  // -log of the accuracy that lost entries must not touch
@@ -52,6 +53,7 @@ struct Traits<double> {
   static constexpr int kBits = 52;
   static constexpr double kMagic = 6755399441055744.0;
   static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr double kTiny = 2.2250738585072014e-308, kHuge = 1.7976931348623157e308;
   static constexpr double kLowest = -708.0, kHighest = 709.0;
   static constexpr double kFlush = 708.0;
   static constexpr double kDigits = 39.0;

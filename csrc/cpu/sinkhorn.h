@@ -47,6 +47,7 @@ class Sinkhorn {
     C_ = m.data + problem * m.batch, ldc_ = m.row;
     for (i64 i = 0; i < N; ++i)
       if (!all_finite(C_ + i * ldc_, M)) return kNotFinite;
+    if (!valid(problem)) return kBadValue;
     start(problem);
     const double eps = eps_;
     i64 done = 0;
@@ -83,6 +84,27 @@ class Sinkhorn {
     Mask outside;  // rows whose product left its bounds
     double error;
   } seen_[kMaxParts];
+
+  // Whether all but C is what the op accepts; it says itself what is wrong.
+  bool valid(i64 problem) const {
+    const auto& A = args_;
+    const auto positive = [&](const Vectors<double>& v, double highest) {
+      const double x = v.data[problem * v.batch];
+      return x >= Traits<T>::kTiny && x <= highest;
+    };
+    const auto weights = [&](const Vectors<T>& w, i64 count) {
+      double least = 0, sum = 0;
+      for (i64 k = 0; k < count; ++k) {
+        const double x = w.data[problem * w.batch + k * w.item];
+        least = x < least ? x : least, sum += x;
+      }
+      return least >= 0 && sum > 0 && sum - sum == 0;
+    };
+    T nothing = 0;
+    for (i64 j = 0; j < M; ++j) nothing += A.g0.data[problem * A.g0.batch + j * A.g0.item] * T(0);
+    return nothing == 0 && positive(A.eps, Traits<T>::kHuge) && positive(A.rho_a, INFINITY) &&
+           positive(A.rho_b, INFINITY) && weights(A.a, N) && weights(A.b, M);
+  }
 
   void start(i64 problem) {
     const auto& A = args_;

@@ -151,7 +151,7 @@ def _chunks(
     for i in range(0, N, step):
         rows = slice(i, i + step)
         part = C[..., rows, :], f[..., rows], g, mask[..., rows], b
-        yield rows, plan_op(*part, eps, None, backend)
+        yield rows, plan_op(*part, eps, None, False, backend)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001

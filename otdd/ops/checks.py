@@ -73,9 +73,31 @@ def finite(t: Tensor, name: str) -> None:
         )
 
 
-def weights(w: Tensor, name: str, binary: bool = False) -> None:
-    """Raises unless every row of ``w`` ``(B, N)`` is finite, non-negative and not all zero."""
-    if w.numel() == 0:
+def problem(
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    g: Tensor | None,
+    sinkd: bool,
+) -> None:
+    """Raises for the first value of a solve's arguments that is not accepted."""
+    finite(C, "C")
+    weights(a, "a", binary=sinkd)
+    weights(b, "b", binary=sinkd)
+    positive(eps, "eps", C.dtype)
+    for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b")):
+        if rho is not None:
+            positive(rho, name, C.dtype, or_inf=True)
+    if g is not None:
+        finite(g, "init")
+
+
+def weights(w: Tensor | None, name: str, binary: bool = False) -> None:
+    """Raises unless every row of ``w`` ``(..., N)`` is finite, non-negative and not all zero."""
+    if w is None or w.numel() == 0:
         return
     low, high = (bound.item() for bound in torch.aminmax(_one(w)))  # NaN survives
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -129,7 +151,7 @@ def outside_autocast(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def run(ctx, *grads):  # noqa: ANN001, ANN002, ANN202
-        device = ctx.saved_tensors[0].device.type
+        device = next((t.device.type for t in grads if t is not None), "cpu")
         if not torch.is_autocast_enabled(device):
             return backward(ctx, *grads)
         with torch.autocast(device, enabled=False):

@@ -77,7 +77,9 @@ def _vmap_rule(call: Callable) -> Callable:
             _batch_first(t, dim, info.batch_size) for t, dim in zip(args, in_dims, strict=True)
         ]
         out = call(*moved)
-        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
+        if isinstance(out, Tensor):
+            return out, 0
+        return out, tuple(0 if isinstance(t, Tensor) else None for t in out)
 
     return rule
 

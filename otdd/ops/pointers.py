@@ -1,5 +1,6 @@
 """What the `cpu` backend of every op shares: tensors as raw addresses, statuses as errors."""
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -16,18 +17,19 @@ def refusal(t: Tensor) -> str | None:
     return None if t.device.type == "cpu" else f"the inputs are on {t.device}, not on the CPU"
 
 
+@functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
     return getattr(backends.native(), f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
 
 
-def flat(batch_dims: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+def flat(batch_dims: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors with one batch dimension, or none as before: what native code takes.
 
     They may be copies, to be kept until the native call is over.
     """
     if batch_dims <= 1:
         return tensors
-    return tuple(t.flatten(0, batch_dims - 1) for t in tensors)
+    return tuple(None if t is None else t.flatten(0, batch_dims - 1) for t in tensors)
 
 
 def with_rows(t: Tensor) -> Tensor:
@@ -40,13 +42,17 @@ def matrices(t: Tensor) -> Strided:
     return t.data_ptr(), t.stride(0) if t.dim() == 3 else 0, t.stride(-2)
 
 
-def per_point(t: Tensor) -> Strided:
-    """``(N,)`` or ``(B, N)`` with any strides."""
+def per_point(t: Tensor | None) -> Strided:
+    """``(N,)`` or ``(B, N)`` with any strides, or nothing."""
+    if t is None:
+        return 0, 0, 0
     return t.data_ptr(), t.stride(0) if t.dim() == 2 else 0, t.stride(-1)
 
 
-def per_problem(t: Tensor) -> Strided:
-    """``()`` or ``(B,)``."""
+def per_problem(t: Tensor | None) -> Strided:
+    """``()`` or ``(B,)``, or nothing."""
+    if t is None:
+        return 0, 0, 0
     return t.data_ptr(), t.stride(0) if t.dim() == 1 else 0, 0
 
 

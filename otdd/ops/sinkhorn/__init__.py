@@ -79,7 +79,7 @@ class SinkhornResult:
         """
         tensors = self.C, self.f, self.g, self.a, self.b
         if self.grad == "envelope":
-            return plan_op(*(t.detach() for t in tensors), self.eps, None, self.backend)
+            return plan_op(*(t.detach() for t in tensors), self.eps, None, False, self.backend)
         return plan_from_potentials(*tensors, self.eps)
 
 
@@ -150,8 +150,8 @@ def sinkhorn(
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, no rows or columns,
-            eps or rho <= 0, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) NaN or inf, negative weights
-            or a problem with only zero weights.
+            eps or rho <= 0, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) NaN or inf, negative
+            weights or a problem with only zero weights.
         TypeError: Not floating point, or different dtypes.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
@@ -258,7 +258,7 @@ def _per_problem(value: float | Tensor, name: str, C: Tensor, *, or_inf: bool = 
     batch = C.shape[:-2]
     if not isinstance(value, Tensor):
         checks.positive(value, name, C.dtype, or_inf=or_inf)
-        return torch.full((), value, dtype=torch.float64, device=C.device).expand(batch)
+        return torch.full(batch, value, dtype=torch.float64, device=C.device)
     real = not value.is_complex() and value.dtype != torch.bool
     checks.require(real, name, f"dtype {value.dtype}", "real numbers")
     checks.require(not value.requires_grad, name, "a tensor that requires grad", "a constant")

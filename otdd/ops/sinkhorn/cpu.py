@@ -12,30 +12,31 @@ from otdd.ops.sinkhorn.reference import Solution, implicit_tolerance
 
 def sinkhorn_cpu(
     C: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
     eps: Tensor,
-    rho_a: Tensor,
-    rho_b: Tensor,
-    g: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    g: Tensor | None,
     max_iter: int,
     tol: float,
     keep_history: bool,
-    schedule: float = 0.0,
-    accelerate: str = "",
+    schedule: float,
+    accelerate: str,
+    sinkd: bool,
 ) -> Solution:
-    """See `sinkhorn_reference`; the same iterates, by absorption."""
+    """See `sinkhorn_reference`; the same iterates, by absorption. Looks at all values itself."""
     *batch, N, M = C.shape
+    steps = max_iter + 1 if keep_history else 0
+    history = C.new_zeros if keep_history else C.new_empty  # an early stop leaves some unwritten
     out = Solution(
-        f=C.new_empty(*batch, N),
-        g=C.new_empty(*batch, M),
-        value=C.new_empty(batch),
-        cost=C.new_empty(batch),
-        marginal_error=C.new_empty(batch),
-        n_iter=C.new_empty(batch, dtype=torch.int64),
-        history=C.new_zeros(
-            *batch, max_iter + 1 if keep_history else 0, N + M, dtype=torch.float64
-        ),
+        C.new_empty(*batch, N),
+        C.new_empty(*batch, M),
+        C.new_empty(batch),
+        C.new_empty(batch),
+        C.new_empty(batch),
+        C.new_empty(batch, dtype=torch.int64),
+        history(*batch, steps, N + M, dtype=torch.float64),
     )
     tensors = pointers.flat(len(batch), pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
@@ -46,6 +47,7 @@ def sinkhorn_cpu(
         matrices(C),
         per_point(a),
         per_point(b),
+        1.0 if sinkd else 0.0,
         per_problem(eps),
         per_problem(rho_a),
         per_problem(rho_b),
@@ -63,18 +65,25 @@ def sinkhorn_cpu(
         out.history.data_ptr() if keep_history else 0,
         pointers.threads(),
     )
-    if status == 2:
-        checks.finite(C, "C")
+    if status in (2, 4):
+        checks.problem(*tensors, sinkd)
     pointers.check(status, "sinkhorn")
     return out
 
 
 def plan_cpu(
-    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, scale: Tensor
+    C: Tensor,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    scale: Tensor | None,
+    sinkd: bool,
 ) -> Tensor:
     """``scale * P`` from the potentials."""
     *batch, N, M = C.shape
-    P = C.new_empty(*batch, N, M)
+    P = C.new_empty(C.shape)
     tensors = pointers.flat(len(batch), pointers.with_rows(C), f, g, a, b, eps, scale)
     C, f, g, a, b, eps, scale = tensors
     pointers.kernel("plan", C.dtype)(
@@ -86,6 +95,7 @@ def plan_cpu(
         per_point(g),
         per_point(a),
         per_point(b),
+        1.0 if sinkd else 0.0,
         per_problem(eps),
         per_problem(scale),
         P.data_ptr(),

@@ -12,7 +12,8 @@ from otdd.ops.sinkhorn.reference import conjugate, kept, over, weighted
 def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
     problem, (ctx.grad, ctx.sinkd, ctx.backend) = inputs[:6], inputs[-3:]
     f, g, _, _, marginal_error, n_iter, history = output
-    ctx.save_for_backward(*problem, f, g, history, n_iter)
+    iterations = (None, None) if ctx.grad == "envelope" else (history, n_iter)
+    ctx.save_for_backward(*problem, f, g, *iterations)
     constants = (f, g) if ctx.grad == "envelope" else ()
     ctx.mark_non_differentiable(*constants, marginal_error, n_iter, history)
     ctx.set_materialize_grads(False)
@@ -82,11 +83,7 @@ def _envelope_gradients(
     dC = da = db = None
     if need_C:
         scale = dvalue if dcost is None else dcost if dvalue is None else dvalue + dcost
-        if a is None or b is None:
-            _, a_all, b_all, *_ = filled(C, a, b, eps, rho_a, rho_b, sinkd)
-        else:
-            a_all, b_all = a, b
-        dC = plan_op(C, f, g, a_all, b_all, eps, scale, backend)
+        dC = plan_op(C, f, g, a, b, eps, scale, sinkd, backend)
     if dvalue is not None and (a is not None or b is not None):
         problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
         _, _, by_a, by_b = _value_slopes(problem, f, g, True)
@@ -116,7 +113,7 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
     df, dg, ddvalue = torch.zeros_like(f), torch.zeros_like(g), torch.zeros_like(dvalue)
     dC = da = db = 0
     if w_C is not None:
-        P = plan_op(C, f, g, a_all, b_all, eps, None, ctx.backend)
+        P = plan_op(C, f, g, a, b, eps, None, ctx.sinkd, ctx.backend)
         flow = P * w_C
         ddvalue = flow.sum((-1, -2))
         flow = flow * dvalue[..., None, None]

@@ -66,23 +66,19 @@ def _solve(
     backend: str,
 ) -> Outputs:
     """One whole batch of solves -> f, g, value, cost, marginal_error, n_iter, history."""
+    keep_history = grad == "unrolled"
+    if backend == "cpu":
+        if sinkd:
+            checks.weights(a, "a", binary=True)
+            checks.weights(b, "b", binary=True)
+        options = max_iter, tol, keep_history, schedule, accelerate, sinkd
+        return cpu.sinkhorn_cpu(C, a, b, eps, rho_a, rho_b, g, *options)
     if checks.values_are_checked(C):
-        if backend != "cpu":  # the native solver looks at C itself, while it reads it
-            checks.finite(C, "C")
-        for w, name in ((a, "a"), (b, "b")):
-            if w is not None:
-                checks.weights(w, name, binary=sinkd)
-        if g is not None:
-            checks.finite(g, "init")
-        checks.positive(eps, "eps", C.dtype)
-        for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b")):
-            if rho is not None:
-                checks.positive(rho, name, C.dtype, or_inf=True)
+        checks.problem(C, a, b, eps, rho_a, rho_b, g, sinkd)
     problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
-    if g is None:
-        g = C.new_zeros(()).expand_as(problem[2])
-    run = cpu.sinkhorn_cpu if backend == "cpu" else sinkhorn_reference
-    return tuple(run(*problem, g, max_iter, tol, grad == "unrolled", schedule, accelerate))
+    g = torch.zeros_like(problem[2]) if g is None else g
+    options = max_iter, tol, keep_history, schedule, accelerate
+    return sinkhorn_reference(*problem, g, *options)
 
 
 def _fake_solve(C: Tensor, *options: object) -> Outputs:
@@ -103,21 +99,22 @@ def _plan(
     C: Tensor,
     f: Tensor,
     g: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
     eps: Tensor,
     scale: Tensor | None,
+    sinkd: bool,
     backend: str,
 ) -> Tensor:
     """``scale * P`` with ``scale (...)``, for all rows of a problem or some of them."""
     if backend == "cpu":
-        one = C.new_ones(()).expand(C.shape[:-2])
-        return cpu.plan_cpu(C, f, g, a, b, eps, one if scale is None else scale)
+        return cpu.plan_cpu(C, f, g, a, b, eps, scale, sinkd)
+    C, a, b, *_ = filled(C, a, b, eps, eps, eps, sinkd)
     P = plan_from_potentials(C, f, g, a, b, eps)
     return P if scale is None else P * scale[..., None, None]
 
 
-def _fake_plan(C, f, g, a, b, eps, scale, backend):  # noqa: ANN001, ANN202
+def _fake_plan(C, f, g, a, b, eps, scale, sinkd, backend):  # noqa: ANN001, ANN202
     return torch.empty_like(C, memory_format=torch.contiguous_format)
 
 
@@ -151,7 +148,7 @@ def _backward(
     if dcost is not None:
         # The columns of P sum to b exp(-g / rho_b), so what a constant k in C adds is known.
         e = eps.to(C.dtype).unsqueeze(-1)
-        P = plan_op(C, f, g, a, b, eps, None, backend)
+        P = plan_op(C, f, g, a, b, eps, None, sinkd, backend)
         k = ((P * C).sum((-1, -2)) / P.sum((-1, -2))).unsqueeze(-1)
         flow = P * dcost[..., None, None]
         weighted = flow * (C - k.unsqueeze(-1))
@@ -168,24 +165,7 @@ def _backward(
     return dC, da, db
 
 
-def _fake_backward(  # noqa: ANN202
-    C,
-    a,
-    b,
-    eps,
-    rho_a,
-    rho_b,
-    f,
-    g,
-    history,
-    n_iter,
-    df,
-    dg,
-    dcost,
-    mode,
-    sinkd,
-    backend,  # noqa: ANN001
-):
+def _fake_backward(C, a, b, eps, rho_a, rho_b, f, g, *_):  # noqa: ANN001, ANN002, ANN202
     return (
         torch.empty_like(C, memory_format=torch.contiguous_format),
         torch.empty_like(f),
