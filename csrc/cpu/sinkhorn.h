@@ -157,15 +157,17 @@ class Sinkhorn {
   }
 
   // Of the costs between points that take part.
-  double range() const {
-    double low = INFINITY, high = -INFINITY;
+  double range() {
+    for (i64 j = 0; j < M; ++j) work_[j] = b_[j] > 0 ? T(0) : T(-INFINITY);
+    T highest = -INFINITY, minus_lowest = -INFINITY;
     for (i64 i = 0; i < N; ++i) {
       if (!(a_[i] > 0)) continue;
       const T* c = C_ + i * ldc_;
-      for (i64 j = 0; j < M; ++j)
-        if (b_[j] > 0) low = c[j] < low ? c[j] : low, high = c[j] > high ? c[j] : high;
+      const T high = row_max<T>(c, work_, T(-1), M), minus_low = row_max<T>(c, work_, T(1), M);
+      highest = high > highest ? high : highest;
+      minus_lowest = minus_low > minus_lowest ? minus_low : minus_lowest;
     }
-    return high - low;
+    return double(highest) + minus_lowest;
   }
 
   // At most `max_iter` iterations from gamma; returns how many were done.
