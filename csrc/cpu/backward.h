@@ -18,8 +18,8 @@ class Unrolled {
  public:
   static i64 bytes(i64 N, i64 M, i64 steps) {
     const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = round_up(M, kWidth<T>) + kWidth<T>;
-    return Resident<T>::bytes(N, M) + (8 + 2 * steps) * (n + m) * i64(sizeof(T)) +
-           8 * (n + m) * i64(sizeof(double)) + 64 * 64;
+    return Resident<T>::bytes(N, M) + (9 + 2 * steps) * (n + m) * i64(sizeof(T)) +
+           9 * (n + m) * i64(sizeof(double)) + 64 * 64;
   }
 
   Unrolled(const BackwardArgs<T>& args, int team, Scratch& s, Patience& patience)
@@ -27,8 +27,10 @@ class Unrolled {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
     a_ = s.take<T>(n_), df_ = s.take<T>(n_), da_ = s.take<T>(n_), alpha_ = s.take<T>(n_);
     alpha_rows_ = s.take<T>(n_);
+    over_b_ = s.take<T>(m_);
     b_ = s.take<T>(m_), dg_ = s.take<T>(m_), db_ = s.take<T>(m_), beta_ = s.take<T>(m_);
     beta_before_ = s.take<T>(m_), w_ = s.take<T>(m_), col_ = s.take<T>(m_);
+    log_b_ = s.take<double>(m_);
     base_f_ = s.take<double>(n_), base_g_ = s.take<double>(m_), column_ = s.take<double>(m_);
     F_ = s.take<double>(n_), F_rows_ = s.take<double>(n_);
     G_ = s.take<double>(m_), G_before_ = s.take<double>(m_);
@@ -67,8 +69,9 @@ class Unrolled {
   i64 ldc_, terms_;
   double eps_, inv_eps_, lambda_a_, lambda_b_;
   T* dC_;
-  T *a_, *df_, *da_, *alpha_, *alpha_rows_, *b_, *dg_, *db_, *beta_, *beta_before_, *w_, *col_, *p_, *q_;
-  double *base_f_, *base_g_, *column_, *F_, *F_rows_, *G_, *G_before_;
+  T *a_, *df_, *da_, *alpha_, *alpha_rows_, *b_, *over_b_, *dg_, *db_, *beta_, *beta_before_;
+  T *w_, *col_, *p_, *q_;
+  double *log_b_, *base_f_, *base_g_, *column_, *F_, *F_rows_, *G_, *G_before_;
 
   void start(i64 problem) {
     const auto& A = args_;
@@ -86,37 +89,48 @@ class Unrolled {
     for (i64 j = 0; j < m_; ++j) {
       b_[j] = j < M ? A.b.data[problem * A.b.batch + j * A.b.item] : T(0);
       dg_[j] = j < M && b_[j] > 0 ? A.dg.data[problem * A.dg.batch + j * A.dg.item] : T(0);
-      db_[j] = 0, base_g_[j] = INFINITY;
+      over_b_[j] = b_[j] > 0 ? 1 / b_[j] : T(0), db_[j] = 0, base_g_[j] = INFINITY;
     }
+    logs(b_, m_, log_b_);
     terms_ = 0;
   }
 
   // What makes the columns sum to 1 (F, G) and what makes the rows (F_rows, G_before).
   void potentials(const double* now, const double* before) {
-    for (i64 i = 0; i < N; ++i) F_[i] = now[i] * inv_eps_, F_rows_[i] = F_[i] / lambda_a_;
-    for (i64 j = 0; j < M; ++j) {
-      G_[j] = now[N + j] * inv_eps_ / lambda_b_;
-      G_before_[j] = before[N + j] * inv_eps_;
+    const double over_a = 1 / lambda_a_, over_b = 1 / lambda_b_;
+    for (i64 i = 0; i < N; i += kWidth<double>) {
+      const VecD F = load_some(now + i, N - i) * inv_eps_;
+      store(F_ + i, F), store(F_rows_ + i, F * over_a);
+    }
+    for (i64 j = 0; j < M; j += kWidth<double>) {
+      store(G_ + j, load_some(now + N + j, M - j) * (inv_eps_ * over_b));
+      store(G_before_ + j, load_some(before + N + j, M - j) * inv_eps_);
     }
   }
 
   // Whether K, made at other potentials, still holds every digit needed at (F, G).
   bool near(const double* F, const double* G) const {
+    return within_reach(F, base_f_, a_, N) && within_reach(G, base_g_, b_, M);
+  }
+
+  static bool within_reach(const double* x, const double* base, const T* weight, i64 n) {
     const double reach = (Traits<T>::kFlush - Traits<T>::kDigits) / 6;
-    for (i64 i = 0; i < N; ++i)
-      if (a_[i] > 0 && !(::fabs(F[i] - base_f_[i]) <= reach)) return false;
-    for (i64 j = 0; j < M; ++j)
-      if (b_[j] > 0 && !(::fabs(G[j] - base_g_[j]) <= reach)) return false;
-    return true;
+    const VecD zero{};
+    VecI64 outside{};
+    for (i64 k = 0; k < n; k += kWidth<double>) {
+      const VecD drift = vabs<double>(load(x + k) - load(base + k));
+      outside |= (widen(weight + k) > zero) & ~(drift <= zero + reach);
+    }
+    return !any(outside);
   }
 
   // K_ij = b_j exp(F_i + G_j - C_ij / eps); rows and columns of weight 0 are 0.
   void make(const double* F, const double* G) {
     flush();
     for (i64 i = 0; i < N; ++i) base_f_[i] = F[i];
-    for (i64 j = 0; j < M; ++j) {
+    for (i64 j = 0; j < m_; ++j) {
       base_g_[j] = G[j];
-      column_[j] = b_[j] > 0 ? G[j] + ::log(double(b_[j])) : -INFINITY;
+      column_[j] = b_[j] > 0 ? G[j] + log_b_[j] : -INFINITY;
     }
     R.for_parts([&](i64, i64 begin, i64 end) {
       for (i64 i = begin; i < end; ++i) {
@@ -131,10 +145,18 @@ class Unrolled {
 
   // alpha = exp(F - base f), beta = exp(G - base g), over b if asked; 0 at weight 0.
   void scale(const double* F, T* alpha, const double* G, T* beta, bool over_b) {
-    exponential(F, base_f_, alpha, N, n_);
-    exponential(G, base_g_, beta, M, m_);
-    for (i64 i = 0; i < n_; ++i) alpha[i] = a_[i] > 0 ? alpha[i] : T(0);
-    for (i64 j = 0; j < m_; ++j) beta[j] = b_[j] > 0 ? (over_b ? beta[j] / b_[j] : beta[j]) : T(0);
+    const Vec<T> zero{}, one = broadcast<T>(1);
+    for (i64 i = 0; i < N; i += kWidth<T>)
+      store(alpha + i, load(a_ + i) > zero ? exp<T>(difference(F + i, base_f_ + i)) : zero);
+    for (i64 j = 0; j < M; j += kWidth<T>) {
+      const Vec<T> factor = over_b ? load(over_b_ + j) : one;
+      const Vec<T> e = exp<T>(difference(G + j, base_g_ + j)) * factor;
+      store(beta + j, load(b_ + j) > zero ? e : zero);
+    }
+  }
+
+  static Vec<T> difference(const double* x, const double* base) {
+    return narrowed<T>([&](i64 h) { return load(x + h) - load(base + h); });
   }
 
   void scale_rows() { scale(F_rows_, alpha_rows_, G_before_, beta_before_, false); }
@@ -152,9 +174,10 @@ class Unrolled {
     T* p_rows = p_ + terms_ * n_;
     T* q_rows = q_ + terms_ * m_;
     terms_ += rows;
+    const T eps = T(eps_), lambda_a = T(lambda_a_), lambda_b = T(lambda_b_);
     if (columns)
-      for (i64 j = 0; j < m_; ++j) q_columns[j] = beta_[j] * (T(lambda_b_) * dg_[j]);
-    const T eps = T(eps_), lambda_a = T(lambda_a_);
+      for (i64 j = 0; j < m_; j += kWidth<T>)
+        store(q_columns + j, load(beta_ + j) * (lambda_b * load(dg_ + j)));
     const auto produce = [&](i64 i, i64 count, T* dots) {
       if (columns) R.products(i, count, q_columns, dots);
     };
@@ -172,11 +195,10 @@ class Unrolled {
     };
     R.sweep(produce, weigh, col_);
     if (!rows) return;
-    for (i64 j = 0; j < m_; ++j) {
-      const T flow = beta_before_[j] * col_[j];
-      q_rows[j] = beta_before_[j];
-      dg_[j] = -flow;
-      if (b_[j] > 0) db_[j] -= eps * flow / b_[j];
+    for (i64 j = 0; j < m_; j += kWidth<T>) {
+      const Vec<T> beta = load(beta_before_ + j), flow = beta * load(col_ + j);
+      store(q_rows + j, beta), store(dg_ + j, -flow);
+      store(db_ + j, load(db_ + j) - eps * flow * load(over_b_ + j));
     }
   }
 

@@ -1,40 +1,53 @@
 // All CPU kernels; compiled once per instruction set, named by OTDD_ISA.
 #include "backward.h"
 #include "cost_backward.h"
-#include "sinkhorn.h"
+#include "lanes.h"
 
 namespace otdd::cpu::OTDD_ISA {
 
+// out_k = x_k / eps + log w_k for one problem, -inf where the weight is 0 and up to a whole vector.
+template <class T>
+void logits(Vectors<T> x, Vectors<T> w, double inv_eps, i64 p, i64 count, double* out) {
+  const i64 padded = round_up(count, kWidth<T>);
+  for (i64 k = 0; k < padded; ++k) out[k] = k < count ? w.data[p * w.batch + k * w.item] : T(0);
+  for (i64 k = 0; k < padded; k += kWidth<double>) {
+    const VecD weight = load(out + k);
+    store(out + k, weight > VecD{} ? log(weight) : VecD{} - INFINITY);
+  }
+  for (i64 k = 0; k < count; ++k) out[k] += x.data[p * x.batch + k * x.item] * inv_eps;
+}
+
 template <class T>
 int plan(const PlanArgs<T>& A) {
+  const i64 n = round_up(A.N, kWidth<T>), m = round_up(A.M, kWidth<T>);
   const i64 between_looks = Patience::kWork / A.M + 1;
-  Patience patience;
-#pragma omp parallel for num_threads(A.threads) schedule(static) \
-    if (A.threads > 1 && A.B * A.N * A.M > 16384)
-  for (i64 k = 0; k < A.B * A.N; ++k) {
-    if (k % between_looks == 0 ? patience.look() : patience.over()) continue;
-    FlushDenormals guard;
-    const i64 p = k / A.N, i = k % A.N;
-    const double inv_eps = 1 / A.eps.data[p * A.eps.batch];
-    const double f = A.f.data[p * A.f.batch + i * A.f.item];
-    const T weight = A.a.data[p * A.a.batch + i * A.a.item] * A.scale.data[p * A.scale.batch];
-    const bool used = A.a.data[p * A.a.batch + i * A.a.item] > 0;
-    const T *c = A.C.data + p * A.C.batch + i * A.C.row, *g = A.g.data + p * A.g.batch;
-    const T* b = A.b.data + p * A.b.batch;
-    T* out = A.P + k * A.M;
-    for (i64 j = 0; j < A.M; j += kWidth<T>) {
-      const i64 count = least(kWidth<T>, A.M - j);
-      alignas(kBytes) T x[kWidth<T>] = {}, w[kWidth<T>] = {};
-      for (i64 l = 0; l < count; ++l) {
-        x[l] = T((f + double(g[(j + l) * A.g.item]) - double(c[j + l])) * inv_eps);
-        w[l] = b[(j + l) * A.b.item];
-      }
-      const Vec<T> zero{}, b_j = load(w);
-      const Vec<T> P = exp<T>(load(x)) * b_j * weight;
-      store_some(out + j, used ? (b_j > zero ? P : zero) : zero, count);
-    }
-  }
-  return patience.over() ? kInterrupted : kOk;
+  return each_problem(
+      A, Scratch::padded((n + m) * i64(sizeof(double))),
+      [&](Scratch& scratch, int team, i64 p, Patience& patience) {
+        double *f = scratch.take<double>(n), *g = scratch.take<double>(m);
+        const double inv_eps = 1 / A.eps.data[p * A.eps.batch];
+        logits(A.f, A.a, inv_eps, p, A.N, f), logits(A.g, A.b, inv_eps, p, A.M, g);
+        const T scale = A.scale.data[p * A.scale.batch];
+        const auto row = [&](i64 i) {
+          if (i % between_looks == between_looks - 1 ? patience.look() : patience.over()) return;
+          const T* c = A.C.data + p * A.C.batch + i * A.C.row;
+          T* out = A.P + (p * A.N + i) * A.M;
+          for (i64 j = 0; j < A.M; j += kWidth<T>) {
+            const Vec<T> P = entries(c + j, A.M - j, g + j, inv_eps, -f[i]);
+            store_some(out + j, f[i] > -INFINITY ? P * scale : Vec<T>{}, A.M - j);
+          }
+        };
+        if (team == 1) {
+          for (i64 i = 0; i < A.N; ++i) row(i);
+          return int(kOk);
+        }
+#pragma omp parallel for num_threads(team) schedule(static)
+        for (i64 i = 0; i < A.N; ++i) {
+          FlushDenormals guard;
+          row(i);
+        }
+        return int(kOk);
+      });
 }
 
 template <class T>

@@ -13,14 +13,26 @@ namespace otdd::cpu::OTDD_ISA {
 constexpr i64 kMaxParts = 8;
 inline i64 parts_of(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(kMaxParts, (N + 63) / 64); }
 
+// exp(column_j - c_j / eps - shift). The exponent is formed in double: it is a small difference of
+// large numbers.
+template <class T>
+inline Vec<T> entries(const T* c, i64 count, const double* column, double inv_eps, double shift) {
+  alignas(kBytes) T lane[kWidth<T>];
+  if (count < kWidth<T>) store(lane, load_some(c, count)), c = lane;
+  return exp<T>(narrowed<T>(
+      [&](i64 h) { return load(column + h) - widen(c + h) * inv_eps - shift; }));
+}
+
 template <class T>
 struct Resident {
-  i64 N, M, ld, parts, per_part;
+  i64 N, M, ld, parts, per_part, block;
   int team;  // threads that share this matrix
   Patience& patience;
   i64 work = 0;  // since patience was asked last
   T* K;      // (N, ld), columns from M on are 0
   T* partial;  // (parts, ld)
+
+  static constexpr i64 kMaxBlock = 64;  // a multiple of every kWidth
 
   static i64 bytes(i64 N, i64 M) {
     const i64 ld = round_up(M, kWidth<T>), size = sizeof(T);
@@ -28,8 +40,11 @@ struct Resident {
   }
 
   Resident(i64 N, i64 M, int team, Scratch& scratch, Patience& patience)
-      : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), team(team), patience(patience) {
+      : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), team(team),
+        patience(patience) {
     per_part = round_up((N + parts - 1) / parts, kWidth<T>);
+    block = 16384 / (ld * i64(sizeof(T))) / kWidth<T> * kWidth<T>;  // half of a common L1
+    block = least(kMaxBlock, most(kWidth<T>, block));
     K = scratch.take<T>(N * ld);
     partial = scratch.take<T>(parts * ld);
   }
@@ -60,19 +75,22 @@ struct Resident {
 
   // col = K' coefficients, where, kWidth rows at a time, produce(i, rows, dots) gives the rows'
   // products (entries from `rows` on stay 1) and weigh(part, i, rows, dots, coefficients) what to
-  // weigh the rows with.
+  // weigh the rows with. A block of rows is still in cache when it is weighed.
   template <class Produce, class Weigh>
   void sweep(Produce produce, Weigh weigh, T* col) {
     constexpr i64 W = kWidth<T>;
     for_parts([&](i64 part, i64 begin, i64 end) {
       T* acc = parts == 1 ? col : partial + part * ld;
       for (i64 j = 0; j < ld; ++j) acc[j] = 0;
-      for (i64 i = begin; i < end; i += W) {
-        const i64 rows = least(W, end - i);
-        alignas(kBytes) T dots[W], coefficients[W];
-        store(dots, broadcast<T>(1));
-        produce(i, rows, dots);
-        weigh(part, i, rows, dots, coefficients);
+      for (i64 i = begin; i < end; i += block) {
+        const i64 rows = least(block, end - i);
+        alignas(kBytes) T dots[kMaxBlock], coefficients[kMaxBlock];
+        for (i64 k = 0; k < rows; k += W) {
+          store(dots + k, broadcast<T>(1));
+          produce(i + k, least(W, rows - k), dots + k);
+        }
+        for (i64 k = 0; k < rows; k += W)
+          weigh(part, i + k, least(W, rows - k), dots + k, coefficients + k);
         add_rows(i, rows, coefficients, acc);
       }
     });
@@ -108,24 +126,30 @@ struct Resident {
 
  private:
   template <int kVecs>
+  __attribute__((always_inline)) Vec<T> product(const T* r, const T* w) const {
+    Vec<T> s[2] = {};
+    i64 j = 0;
+    for (; j + kWidth<T> < (kVecs ? kVecs * kWidth<T> : ld); j += 2 * kWidth<T>) {
+      s[0] += load(r + j) * load(w + j);
+      s[1] += load(r + j + kWidth<T>) * load(w + j + kWidth<T>);
+    }
+    if (j < (kVecs ? kVecs * kWidth<T> : ld)) s[0] += load(r + j) * load(w + j);
+    return s[0] + s[1];
+  }
+
+  template <int kVecs>
   void products_of(i64 i, i64 rows, const T* w, T* dots) const {
     constexpr i64 W = kWidth<T>;
     const i64 width = kVecs ? kVecs * W : ld;
     const T* r = K + i * width;
-    i64 k = 0;
-    for (; k + 4 <= rows; k += 4, r += 4 * width) {
-      Vec<T> s[4] = {};
-      for (i64 j = 0; j < width; j += W) {
-        const Vec<T> x = load(w + j);
-        for (int l = 0; l < 4; ++l) s[l] += load(r + l * width + j) * x;
-      }
-      sum4<T>(s, dots + k);
+    if (rows == W) {
+      const auto dot = [&](int k) __attribute__((always_inline)) {
+        return product<kVecs>(r + k * width, w);
+      };
+      store(dots, sums<T, int(W)>(0, dot));
+      return;
     }
-    for (; k < rows; ++k, r += width) {
-      Vec<T> s{};
-      for (i64 j = 0; j < width; j += W) s += load(r + j) * load(w + j);
-      dots[k] = sum<T>(s);
-    }
+    for (i64 k = 0; k < rows; ++k) dots[k] = sum<T>(product<kVecs>(r + k * width, w));
   }
 
   template <int kVecs>
@@ -133,11 +157,19 @@ struct Resident {
     constexpr i64 W = kWidth<T>;
     const T* r = K + i * (kVecs ? kVecs * W : ld);
     if constexpr (kVecs > 0) {
-      Vec<T> s[kVecs];
-      for (int v = 0; v < kVecs; ++v) s[v] = load(acc + v * W);
-      for (i64 k = 0; k < rows; ++k, r += kVecs * W)
-        for (int v = 0; v < kVecs; ++v) s[v] += load(r + v * W) * c[k];
-      for (int v = 0; v < kVecs; ++v) store(acc + v * W, s[v]);
+      constexpr int kSums = kVecs < 3 ? 4 : 2;  // enough of them to hide the latency of an addition
+      Vec<T> s[kSums][kVecs] = {};
+      for (int v = 0; v < kVecs; ++v) s[0][v] = load(acc + v * W);
+      i64 k = 0;
+      for (; k + kSums <= rows; k += kSums)
+        for (int l = 0; l < kSums; ++l, r += kVecs * W)
+          for (int v = 0; v < kVecs; ++v) s[l][v] += load(r + v * W) * c[k + l];
+      for (; k < rows; ++k, r += kVecs * W)
+        for (int v = 0; v < kVecs; ++v) s[0][v] += load(r + v * W) * c[k];
+      for (int v = 0; v < kVecs; ++v) {
+        for (int l = 1; l < kSums; ++l) s[0][v] += s[l][v];
+        store(acc + v * W, s[0][v]);
+      }
     } else {
       i64 k = 0;
       for (; k + 4 <= rows; k += 4, r += 4 * ld)
@@ -152,16 +184,12 @@ struct Resident {
   }
 
  public:
-  // K_i = exp(column_j - c_j / eps - shift) for one row, and its sum. The exponent is formed in
-  // double: it is a small difference of large numbers.
+  // K_i = exp(column_j - c_j / eps - shift) for one row, and its sum; column_j is -inf from M on.
   T fill_row(i64 i, const T* c, const double* column, double inv_eps, double shift) {
-    constexpr i64 W = kWidth<T>;
-    T* __restrict out = row(i);
-    for (i64 j = 0; j < M; ++j) out[j] = T(column[j] - double(c[j]) * inv_eps - shift);
-    for (i64 j = M; j < ld; ++j) out[j] = T(-INFINITY);
+    T* out = row(i);
     Vec<T> s{};
-    for (i64 j = 0; j < ld; j += W) {
-      const Vec<T> e = exp<T>(load(out + j));
+    for (i64 j = 0; j < ld; j += kWidth<T>) {
+      const Vec<T> e = entries(c + j, M - j, column + j, inv_eps, shift);
       store(out + j, e);
       s += e;
     }
@@ -208,8 +236,8 @@ inline bool all_finite(const T* c, i64 n) {
   return t == T(0);
 }
 
-// run(scratch, team, problem, patience) -> status for every problem of a batch: one thread a problem when there
-// are enough of them, else all threads on each. `bytes` is what one problem needs.
+// run(scratch, team, problem, patience) -> status for every problem of a batch: one thread a problem
+// when there are enough of them, else all threads on each. `bytes` is what one problem needs.
 template <class Args, class Run>
 int each_problem(const Args& args, i64 bytes, Run run) {
   const bool share =

@@ -148,21 +148,52 @@ inline T max(Vec<T> v) {
   return s;
 }
 
-// out[k] = sum of s[k]: four at once share their shuffles.
+// 0, 1, ... as a pack, without the standard library.
+template <int... l>
+struct Numbers {};
+template <int n, int... l>
+struct NumbersTo : NumbersTo<n - 1, n - 1, l...> {};
+template <int... l>
+struct NumbersTo<0, l...> {
+  using type = Numbers<l...>;
+};
+
+// Where lane l of a fold comes from: lanes of x, then lanes of y. Within 16 bytes rows take turns,
+// and then whole blocks of 16 bytes do: the shuffles that processors have.
 template <class T>
-inline void sum4(const Vec<T>* s, T* out) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const __m512 s0 = (__m512)s[0], s1 = (__m512)s[1], s2 = (__m512)s[2], s3 = (__m512)s[3];
-    const __m512 t01 = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
-    const __m512 t23 = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
-    const __m512 t = _mm512_add_ps(_mm512_shuffle_ps(t01, t23, 0x44), _mm512_shuffle_ps(t01, t23, 0xee));
-    const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
-    return;
+constexpr int fold_source(int rows, int l) {
+  constexpr int W = kWidth<T>, q = 16 / sizeof(T);
+  if (rows < q) {
+    const int i = l % q;
+    return (i / rows % 2) * W + l - i + i / (2 * rows) * rows + i % rows;
   }
+  const int block = l / q, half = W / q / 2;
+  return (block / half) * W + (block % half) * 2 * q + l % q;
+}
+
+// x and y each hold partial sums of `rows` rows: those of both, with half as many parts.
+template <class T, int rows, int... l>
+inline Vec<T> fold(Vec<T> x, Vec<T> y, Numbers<l...>) {
+  constexpr int other = rows < int(16 / sizeof(T)) ? 8 / sizeof(T) : 16 / sizeof(T);
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, fold_source<T>(rows, l)...) +
+         __builtin_shufflevector(x, y, (fold_source<T>(rows, l) + other)...);
+#else
+  using Int = typename Traits<T>::Int;
+  const Int low = {fold_source<T>(rows, l)...}, high = {(fold_source<T>(rows, l) + other)...};
+  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, high);
 #endif
-  for (int k = 0; k < 4; ++k) out[k] = sum<T>(s[k]);
+}
+
+// Lane k is the sum over the lanes of vector(k), for `count` = kWidth vectors.
+template <class T, int count, class Vector>
+__attribute__((always_inline)) inline Vec<T> sums(int k, Vector vector) {
+  if constexpr (count == 1) {
+    return vector(k);
+  } else {
+    const Vec<T> x = sums<T, count / 2>(k, vector), y = sums<T, count / 2>(k + count / 2, vector);
+    return fold<T, count / 2>(x, y, typename NumbersTo<int(kWidth<T>)>::type());
+  }
 }
 
 template <class Mask>
@@ -229,6 +260,24 @@ inline void narrow(VecD x, float* p) {
   __builtin_memcpy(p, &h, kBytes / 2);
 }
 
+// kWidth<T> numbers of T from as many doubles: part(h) gives those from lane h on.
+template <class T, class Part>
+__attribute__((always_inline)) inline Vec<T> narrowed(Part part) {
+  if constexpr (sizeof(T) == 8) {
+    return part(0);
+  } else {
+    const VecD low = part(0), high = part(kWidth<double>);
+#if defined(__AVX512F__)
+    const __m512 half = _mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)low));
+    return (VecF)_mm512_insertf32x8(half, _mm512_cvtpd_ps((__m512d)high), 1);
+#else
+    alignas(kBytes) T lane[kWidth<T>];
+    narrow(low, lane), narrow(high, lane + kWidth<double>);
+    return load(lane);
+#endif
+  }
+}
+
 // log(x) for normal x > 0, within 2 ulp: x = 2^n m, m about 1, log m = 2 atanh((m - 1) / (m + 1)).
 inline VecD log(VecD x) {
   const VecI64 bits = (VecI64)x - (VecI64{} + 0x3fe6a09e667f3bcdLL);  // so that m is in [.7, 1.4]
@@ -240,6 +289,26 @@ inline VecD log(VecD x) {
   const VecD whole = __builtin_convertvector(n, VecD);
   return whole * 6.93147180369123816490e-01 +
          (2 * (s + s * (z * p)) + whole * 1.90821492927058770002e-10);
+}
+
+// out = log(x) of `count` numbers, rounded up to whole vectors. For a float the logarithm of the
+// mantissa is one too; that of the exponent keeps its digits.
+inline void logs(const double* x, i64 count, double* out) {
+  for (i64 k = 0; k < count; k += kWidth<double>) store(out + k, log(load(x + k)));
+}
+inline void logs(const float* x, i64 count, double* out) {
+  for (i64 k = 0; k < count; k += kWidth<float>) {
+    const VecI32 bits = (VecI32)load(x + k) - (VecI32{} + 0x3f3504f3);  // mantissa in [.7, 1.4]
+    const VecI32 n = bits >> 23;
+    const VecF m = (VecF)((VecI32)load(x + k) - (n << 23));
+    const VecF s = (m - 1.0f) / (m + 1.0f), z = s * s;
+    VecF p = VecF{} + 1.0f / 9;
+    for (int d = 7; d >= 3; d -= 2) p = p * z + 1.0f / d;
+    alignas(kBytes) float whole[kWidth<float>], part[kWidth<float>];
+    store(whole, __builtin_convertvector(n, VecF)), store(part, 2 * (s + s * (z * p)));
+    for (i64 h = 0; h < kWidth<float>; h += kWidth<double>)
+      store(out + k + h, widen(whole + h) * 0.693147180559945309 + widen(part + h));
+  }
 }
 
 // Products of tiny numbers count as 0: they are far below any sum they enter, and slow otherwise.

@@ -20,6 +20,30 @@ namespace otdd::cpu::OTDD_ISA {
 constexpr double kLevelError = 1e-2;  // of the mass
 constexpr i64 kLevelIterations = 100;
 
+// How far v and r may drift while a K is kept. Lost entries weigh at most exp(tau - flush) against a
+// row's exp(-tau) and a column's b exp(-tau).
+template <class T>
+struct Bounds {
+  double tau, low_mass;  // low_mass: the least sum of a column of a fresh K
+  bool can_stay;
+
+  Bounds(i64 M, double mass, double least_b) {
+    const double reach = Traits<T>::kFlush - Traits<T>::kDigits - ::log(double(M));
+    const double spread = ::log(least_b / mass), ceiling = sizeof(T) == 4 ? 28.0 : 300.0;
+    tau = (reach + (spread < 0 ? spread : 0)) / 2;
+    tau = tau < ceiling ? tau : ceiling;
+    can_stay = tau > 3;
+    low_mass = ::exp(2 * (can_stay ? tau : 3) + Traits<T>::kDigits - Traits<T>::kFlush) * mass;
+  }
+};
+
+// The error to stop at, so that the result's, which is measured anew, meets tol.
+template <class T>
+inline double within(double tol, double mass) {
+  const double rounding = (sizeof(T) == 4 ? 3e-7 : 1e-15) * mass;
+  return tol > 4 * rounding ? tol - rounding : tol;
+}
+
 template <class T, bool kMet>  // whether both marginals are to be met
 class Sinkhorn {
  public:
@@ -115,15 +139,16 @@ class Sinkhorn {
     for (i64 i = 0; i < N; ++i) mass += A.a.data[problem * A.a.batch + i * A.a.item];
     const int exponent = ::ilogb(mass);
     scale_ = ::ldexp(1.0, exponent), log_scale_ = exponent * 0.693147180559945309;
+    const double unscale = 1 / scale_;
     for (i64 i = 0; i < n; ++i) {
-      a_[i] = i < N ? T(A.a.data[problem * A.a.batch + i * A.a.item] / scale_) : T(0);
+      a_[i] = i < N ? T(A.a.data[problem * A.a.batch + i * A.a.item] * unscale) : T(0);
       r_[i] = u_[i] = 1, phi_[i] = phi_new_[i] = shift_[i] = 0;
     }
     logs_of_weights(a_, n, log_a_);
     double least_b = INFINITY;
     masked_columns_ = false;
     for (i64 j = 0; j < R.ld; ++j) {
-      const T w = j < M ? T(A.b.data[problem * A.b.batch + j * A.b.item] / scale_) : T(0);
+      const T w = j < M ? T(A.b.data[problem * A.b.batch + j * A.b.item] * unscale) : T(0);
       b_[j] = w, v_[j] = 1;
       if (w > 0) least_b = w < least_b ? w : least_b;
       else masked_columns_ |= j < M;
@@ -172,8 +197,7 @@ class Sinkhorn {
 
   // At most `max_iter` iterations from gamma; returns how many were done.
   i64 iterate(i64 max_iter, double tol) {
-    const double rounding = (sizeof(T) == 4 ? 3e-7 : 1e-15) * scale_ * mass_;
-    tol_ = tol > 4 * rounding ? tol - rounding : tol;  // the result, measured anew, is to meet tol
+    tol_ = within<T>(tol, scale_ * mass_);
     jumped_ = false;
     if (args_.accelerate) mixer_.start(b_, gamma_, range_ * inv_eps_, kMet);
     i64 done = 0;
@@ -227,18 +251,14 @@ class Sinkhorn {
     }
   }
 
-  // How far v and r may drift. Lost entries weigh at most exp(tau - flush) against a row's exp(-tau)
-  // and against a column's b exp(-tau), or, if that is not met, the least that is let pass.
+  // A marginal with a penalty bounds no column's mass: the least that is let pass is set here.
   void set_bounds(double mass, double least_b) {
-    const double reach = Traits<T>::kFlush - Traits<T>::kDigits - ::log(double(M));
     if constexpr (kMet) {
-      const double spread = ::log(least_b / mass), ceiling = sizeof(T) == 4 ? 28.0 : 300.0;
-      tau_ = (reach + (spread < 0 ? spread : 0)) / 2;
-      tau_ = tau_ < ceiling ? tau_ : ceiling;
-      can_stay_ = tau_ > 3;
-      low_mass_ = ::exp(2 * (can_stay_ ? tau_ : 3) + Traits<T>::kDigits - Traits<T>::kFlush) * mass;
+      const Bounds<T> bounds(M, mass, least_b);
+      can_stay_ = bounds.can_stay, low_mass_ = bounds.low_mass, tau_ = bounds.tau;
     } else {
-      tau_ = reach / 4, can_stay_ = true;
+      const double reach = Traits<T>::kFlush - Traits<T>::kDigits - ::log(double(M));
+      can_stay_ = true, tau_ = reach / 4;
       low_mass_ = ::exp(tau_ + Traits<T>::kDigits - Traits<T>::kFlush) * 2 * N;
     }
     v_low_ = T(::exp(-tau_)), v_high_ = T(::exp(tau_));
@@ -430,11 +450,7 @@ class Sinkhorn {
   void settle_rows() {
     if constexpr (!kMet) return;
     logs(r_, N, phi_);
-    for (i64 i = 0; i < N; ++i) phi_[i] = -shift_[i] - phi_[i];
-  }
-
-  static void logs(const T* x, i64 n, double* out) {
-    for (i64 k = 0; k < n; k += kWidth<double>) store(out + k, log(widen(x + k)));
+    for (i64 i = 0; i < N; i += kWidth<double>) store(phi_ + i, -load(shift_ + i) - load(phi_ + i));
   }
 
   static void logs_of_weights(const T* x, i64 n, double* out) {
@@ -445,7 +461,8 @@ class Sinkhorn {
   void settle_columns() {
     if constexpr (!kMet) return;
     logs(v_, M, lse_);
-    for (i64 j = 0; j < M; ++j) gamma_now_[j] = gamma_[j] + lse_[j];  // v is 1 where b is 0
+    for (i64 j = 0; j < M; j += kWidth<double>)  // v is 1 where b is 0
+      store(gamma_now_ + j, load(gamma_ + j) + load(lse_ + j));
   }
 
   // All of the state into the potentials; K is to be made anew.
@@ -462,19 +479,29 @@ class Sinkhorn {
     if (resident_) settle_rows();
     for (i64 i = 0; i < N; ++i) h[i] = eps_ * phi_[i];
     settle_columns();
-    for (i64 j = 0; j < M; ++j) h[N + j] = b_[j] > 0 ? eps_ * (gamma_now_[j] - log_b_[j]) : 0.0;
+    for (i64 j = 0; j < M; j += kWidth<double>) {
+      const VecD log_b = load(log_b_ + j), g = eps_ * (load(gamma_now_ + j) - log_b);
+      store_some(h + N + j, log_b == VecD{} - INFINITY ? VecD{} : g, M - j);
+    }
   }
 
   // Outputs; the plan's row sums and its cost need one more pass.
   void finish(i64 problem, i64 done) {
-    if (resident_) absorb();  // K still has the column weights of before: v_ is applied through gamma
-    for (i64 j = 0; j < R.ld; ++j) gamma_t_[j] = T(gamma_[j]);
+    const bool holds = kMet && resident_;
+    if (resident_) settle_rows(), settle_columns();
     double errors[kMaxParts] = {0}, costs[kMaxParts] = {0};
     R.for_parts([&](i64 part, i64 begin, i64 end) {
       for (i64 i = begin; i < end; ++i) {
         if (!(a_[i] > 0)) continue;
         const T* c = C_ + i * ldc_;
-        const T r = R.fill_row(i, c, gamma_, inv_eps_, -(log_a_[i] + phi_[i]));
+        if (holds) {
+          T mass, cost;
+          row_sums(R.row(i), c, &mass, &cost);
+          errors[part] += ::fabs(double(u_[i]) * mass - double(a_[i]));
+          costs[part] += double(u_[i]) * cost;
+          continue;
+        }
+        const T r = R.fill_row(i, c, gamma_now_, inv_eps_, -(log_a_[i] + phi_[i]));
         const double target = kMet ? double(a_[i]) : a_[i] * ::exp(-phi_[i] * eps_ / rows_.rho);
         errors[part] += ::fabs(double(r) - target);
         costs[part] += row_cost(R.row(i), c);
@@ -486,7 +513,7 @@ class Sinkhorn {
     T *f = args_.f + problem * N, *g = args_.g + problem * M;
     for (i64 i = 0; i < N; ++i) f[i] = T(eps_ * phi_[i]);
     for (i64 j = 0; j < M; ++j)
-      g[j] = T(eps_ * (b_[j] > 0 ? gamma_[j] - log_b_[j] : -columns_.lambda * lse_[j]));
+      g[j] = T(eps_ * (b_[j] > 0 ? gamma_now_[j] - log_b_[j] : -columns_.lambda * lse_[j]));
     args_.value[problem] = T(scale_ * value()), args_.cost[problem] = T(scale_ * cost);
     args_.marginal_error[problem] = T(scale_ * error), args_.n_iter[problem] = done;
   }
@@ -512,6 +539,16 @@ class Sinkhorn {
     return penalty.rho < INFINITY ? -penalty.rho * ::expm1(-f / penalty.rho) : f;
   }
 
+  // Of a row of the plan but for its u: its sum and its cost.
+  void row_sums(const T* k, const T* c, T* mass, T* cost) const {
+    Vec<T> s{}, t{};
+    for (i64 j = 0; j < R.ld; j += kWidth<T>) {
+      const Vec<T> p = load(k + j) * load(v_ + j);
+      s += p, t += p * load_some(c + j, M - j);
+    }
+    *mass = sum<T>(s), *cost = sum<T>(t);
+  }
+
   double row_cost(const T* p, const T* c) const {
     constexpr i64 W = kWidth<T>;
     Vec<T> s{};
@@ -522,17 +559,5 @@ class Sinkhorn {
     return total;
   }
 };
-
-template <class T>
-int sinkhorn(const SinkhornArgs<T>& args) {
-  return each_problem(
-      args, Sinkhorn<T, false>::bytes(args.N, args.M),
-      [&](Scratch& scratch, int team, i64 problem, Patience& patience) {
-        const bool met = args.rho_a.data[problem * args.rho_a.batch] == INFINITY &&
-                         args.rho_b.data[problem * args.rho_b.batch] == INFINITY;
-        return met ? Sinkhorn<T, true>(args, team, scratch, patience).solve(problem)
-                   : Sinkhorn<T, false>(args, team, scratch, patience).solve(problem);
-      });
-}
 
 }  // namespace otdd::cpu::OTDD_ISA
