@@ -4,7 +4,7 @@
 
 Costs are given, in float32, on one core; eps is a fraction of their standard deviation. Warm starts
 are the potentials (error 1e-5) of the same problem with its points, or random costs, moved by 2 %.
-A time is the least of several calls, divided by the problems of the batch. OTT and POT, with their
+A time is the least of calls made in turn, divided by the problems of the batch. OTT and POT, with their
 own options and stopping rules, get the first problem of the batch, and no more iterations than some
 seconds allow. Errors are measured anew in float64.
 """
@@ -71,16 +71,22 @@ def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
         yield name, cost_matrix(x, y, metric), cost_matrix(before, y, metric)
 
 
-def least(run: Callable[[], object], seconds: float = 0.5, calls: int = 20) -> tuple[float, object]:
-    """Least seconds of several calls, two or more unless one is slow, and what the last returned."""
-    start, times = time.perf_counter(), []
-    while len(times) < 2 or (time.perf_counter() - start < seconds and len(times) < calls):
-        before = time.perf_counter()
-        result = run()
-        times.append(time.perf_counter() - before)
-        if times[-1] > 3:
+def least(runs: dict[str, Callable], seconds: float) -> dict[str, tuple[float, object]]:
+    """For each, the least seconds of calls made in turn, and what the last one returned.
+
+    Two rounds or more, unless a call is slow, and more while `seconds` last.
+    """
+    start, seen = time.perf_counter(), {name: (float("inf"), None) for name in runs}
+    for rounds in range(30):
+        if rounds >= 2 and time.perf_counter() - start > seconds:
             break
-    return min(times), result
+        for name, run in runs.items():
+            if rounds == 1 and seen[name][0] > 3:
+                continue
+            before = time.perf_counter()
+            result = run()
+            seen[name] = min(seen[name][0], time.perf_counter() - before), result
+    return seen
 
 
 def row(seconds: float, problems: int, iterations: float, met: bool, error: float) -> dict:
@@ -93,15 +99,14 @@ def row(seconds: float, problems: int, iterations: float, met: bool, error: floa
 
 
 def otdd_rows(C: Tensor, eps: float, init: Potentials) -> dict[str, dict]:
+    shared = {"eps": eps, "max_iter": MAX_ITER, "tol": TOL, "init": init, "backend": "cpu"}
+    runs = {
+        name: functools.partial(sinkhorn, C, **shared, **options)
+        for name, options in OTDD.items()
+        if not (init and "schedule" in options)  # which forgets where it starts
+    }
     rows = {}
-    for name, options in OTDD.items():
-        if init and "schedule" in options:
-            continue  # forgets where it starts
-        seconds, result = least(
-            lambda o=options: sinkhorn(
-                C, eps=eps, max_iter=MAX_ITER, tol=TOL, init=init, backend="cpu", **o
-            )
-        )
+    for name, (seconds, result) in least(runs, 1.0).items():
         errors = error_of(C, result.f, result.g, eps)
         met, iterations = bool(result.converged.all()), result.n_iter.double().mean().item()
         rows[name] = row(seconds, len(C), iterations, met, errors.max().item())
@@ -191,15 +196,14 @@ def ott(
 
 
 def peer_rows(C: Tensor, eps: float, init: Potentials) -> dict[str, dict]:
-    rows = {}
+    rows, runs, reads = {}, {}, {}
     for name, peer in PEERS.items():
         try:
-            run, read = peer(C[0], eps, init and tuple(t[0] for t in init))
+            runs[name], reads[name] = peer(C[0], eps, init and tuple(t[0] for t in init))
         except ImportError as error:
             rows[name] = {"missing": str(error)}
-            continue
-        seconds, result = least(run, seconds=0.2, calls=5)
-        iterations, *potentials = read(result)
+    for name, (seconds, result) in least(runs, 0.5).items():
+        iterations, *potentials = reads[name](result)
         met = iterations < peer_iterations(C[0]) - 1
         rows[name] = row(seconds, 1, iterations, met, error_of(C[0], *potentials, eps).item())
     return rows
