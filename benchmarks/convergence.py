@@ -4,9 +4,9 @@
 
 Costs are given, in float32, on one core; eps is a fraction of their standard deviation. Warm starts
 are the potentials (error 1e-5) of the same problem with its points, or random costs, moved by 2 %.
-A time is the least of calls made in turn, divided by the problems of the batch. OTT and POT, with their
-own options and stopping rules, get the first problem of the batch, and no more iterations than some
-seconds allow. Errors are measured anew in float64.
+A time is the least of calls made in turn, divided by the problems of the batch. OTT and POT, with
+their own options and stopping rules, get the first problem of the batch, and no more iterations
+than some seconds allow. Errors are measured anew in float64.
 """
 
 import argparse
