@@ -74,10 +74,12 @@ class Anderson {
 
   void remember(const double* now) {
     const i64 slot = stored_ % kMemory;
-    for (i64 j = 0; j < M; ++j) {
-      const double here = weight_[j] > 0 ? now[j] : 0, residual = here - x[j];
-      moves_[slot][j] = here - last_[j], changes_[slot][j] = residual - residual_[j];
-      x[j] = last_[j] = here, residual_[j] = residual;
+    for (i64 j = 0; j < M; j += kWidth<double>) {
+      const VecD here = load(weight_ + j) > VecD{} ? load(now + j) : VecD{};
+      const VecD residual = here - load(x + j);
+      store(moves_[slot] + j, here - load(last_ + j));
+      store(changes_[slot] + j, residual - load(residual_ + j));
+      store(x + j, here), store(last_ + j, here), store(residual_ + j, residual);
     }
     stored_ += started_;
     started_ = true;
