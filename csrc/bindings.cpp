@@ -156,6 +156,30 @@ int cost_backward(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, 
   return released([&] { return otdd::cpu::kernels<T>().cost_backward(args); });
 }
 
+template <class T>
+int points(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Strided a, Strided b,
+           Strided eps, Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, double tol, Address f,
+           Address g, Address value, Address cost, Address marginal_error, Address n_iter,
+           int threads) {
+  const otdd::cpu::PointsArgs<T> args{
+      B, N, M, D, matrices<T>(x), matrices<T>(y), metric, vectors<T>(a), vectors<T>(b),
+      vectors<double>(eps), vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter,
+      tol, out<T>(f), out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error),
+      out<i64>(n_iter), threads};
+  return released([&] { return otdd::cpu::kernels<T>().points(args); });
+}
+
+template <class T>
+int plan_product(i64 B, i64 N, i64 M, i64 D, i64 K, Strided x, Strided y, int metric, Strided f,
+                 Strided g, Strided a, Strided b, Strided eps, Strided u, Strided v, Strided kappa,
+                 Strided z, int mode, bool over_cost, Address product, int threads) {
+  const otdd::cpu::PlanProductArgs<T> args{
+      B, N, M, D, K, matrices<T>(x), matrices<T>(y), metric, vectors<T>(f), vectors<T>(g),
+      vectors<T>(a), vectors<T>(b), vectors<double>(eps), vectors<T>(u), vectors<T>(v),
+      vectors<double>(kappa), matrices<T>(z), mode, over_cost, out<T>(product), threads};
+  return released([&] { return otdd::cpu::kernels<T>().plan_product(args); });
+}
+
 // Kernels of one number type, with a suffix; each returns a status (0: done).
 template <class T>
 void bind_kernels(py::module_& m, const std::string& suffix) {
@@ -164,6 +188,8 @@ void bind_kernels(py::module_& m, const std::string& suffix) {
   m.def(("backward_" + suffix).c_str(), &backward<T>);
   m.def(("cost_" + suffix).c_str(), &cost<T>);
   m.def(("cost_backward_" + suffix).c_str(), &cost_backward<T>);
+  m.def(("points_" + suffix).c_str(), &points<T>);
+  m.def(("plan_product_" + suffix).c_str(), &plan_product<T>);
 }
 
 }  // namespace

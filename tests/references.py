@@ -20,6 +20,19 @@ def problem(
     return C, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
 
 
+def clouds(B: int, N: int, M: int, D: int, dtype: torch.dtype, decades: float = 1) -> tuple:
+    """Points x, y and weights a, b of mass 1 over `decades` orders of magnitude."""
+    generator = torch.Generator().manual_seed(N + 7 * M + D)
+
+    def weights(n: int) -> Tensor:
+        w = 10 ** (-decades * torch.rand(B, n, dtype=dtype, generator=generator))
+        return w / w.sum(-1, keepdim=True)
+
+    x = torch.randn(B, N, D, dtype=dtype, generator=generator)
+    y = torch.randn(B, M, D, dtype=dtype, generator=generator) + 0.3
+    return x, y, weights(N), weights(M)
+
+
 def cost_oracle(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Cost ``(..., N, M)`` through the full ``(..., N, M, D)`` difference."""
     difference = x.unsqueeze(-2) - y.unsqueeze(-3)

@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "cost_backward.h"
 #include "lanes.h"
+#include "points.h"
 
 namespace otdd::cpu::OTDD_ISA {
 
@@ -62,7 +63,8 @@ int implicit(const BackwardArgs<T>& args) {
 
 template <class T>
 Kernels<T> table() {
-  return {&sinkhorn<T>, &plan<T>, &unrolled<T>, &implicit<T>, &cost<T>, &cost_backward<T>};
+  return {&sinkhorn<T>, &plan<T>,          &unrolled<T>, &implicit<T>,
+          &cost<T>,     &cost_backward<T>, &points<T>,   &plan_product<T>};
 }
 
 Kernels<float> kernels_f32() { return table<float>(); }

@@ -93,6 +93,41 @@ struct CostBackwardArgs {
   int threads;
 };
 
+// Sinkhorn between point clouds; rho is inf where a marginal is met exactly.
+template <class T>
+struct PointsArgs {
+  i64 B, N, M, D;
+  Matrices<T> x, y;
+  int metric;
+  Vectors<T> a, b;
+  Vectors<double> eps, rho_a, rho_b;
+  Vectors<T> g0;
+  i64 max_iter;
+  double tol;
+  T *f, *g, *value, *cost, *marginal_error;  // contiguous
+  i64* n_iter;
+  int threads;
+};
+
+enum ProductMode : int { kValue = 0, kDifference = 1, kSign = 2 };
+
+// out_i = sum_j P_ij (u_i + v_j + kappa C_ij) h(x_i, z_j), over C_ij if over_cost (0 where that is 0).
+template <class T>
+struct PlanProductArgs {
+  i64 B, N, M, D, K;
+  Matrices<T> x, y;
+  int metric;
+  Vectors<T> f, g, a, b;
+  Vectors<double> eps;
+  Vectors<T> u, v;
+  Vectors<double> kappa;
+  Matrices<T> z;
+  int mode;
+  bool over_cost;
+  T* out;  // contiguous
+  int threads;
+};
+
 // The kernels of one instruction set and one number type.
 template <class T>
 struct Kernels {
@@ -102,6 +137,8 @@ struct Kernels {
   int (*implicit)(const BackwardArgs<T>&);
   int (*cost)(const CostArgs<T>&);
   int (*cost_backward)(const CostBackwardArgs<T>&);
+  int (*points)(const PointsArgs<T>&);
+  int (*plan_product)(const PlanProductArgs<T>&);
 };
 
 }  // namespace otdd::cpu

@@ -3,14 +3,17 @@
 from otdd.ops.barycentric import barycentric
 from otdd.ops.cost import METRICS, cost_matrix
 from otdd.ops.partial import PartialResult, partial
+from otdd.ops.points import PointsResult, sinkhorn_points
 from otdd.ops.sinkhorn import SinkhornResult, sinkhorn
 
 __all__ = [
     "METRICS",
     "PartialResult",
+    "PointsResult",
     "SinkhornResult",
     "barycentric",
     "cost_matrix",
     "partial",
     "sinkhorn",
+    "sinkhorn_points",
 ]

@@ -1,0 +1,740 @@
+// Sinkhorn's iteration between point clouds: costs are made tile by tile and never stored.
+//
+// Potentials are kept in double and base 2: phi = f / (eps ln 2) and gamma = g / (eps ln 2) + log2 b.
+// For a block of rows e_ij = 2^(gamma_j - C_ij / (eps ln 2) - m_i) is made once, in a buffer that
+// stays in cache; its row sums s give phi_i = -m_i - log2 s_i, and then the same e, weighted with
+// a_i / s_i, is added to the column sums, which are relative to the gamma that went in. So one
+// iteration, rows then columns, costs one cost and one exp an element.
+//
+// The shift m_i is the row's last potential as long as no gamma has grown by more than kRise since;
+// otherwise, and for rows whose sum fell below kLeast, it is the row's exact maximum. Entries below
+// 2^kLowest are lost: against a row that is at most M 2^kLowest / kLeast, and a column whose sum is
+// not far above what could be missing is done by itself, from its exact maximum.
+//
+// Costs come from differences of coordinates, so nothing cancels however far the clouds are from the
+// origin; gamma and m are split so that their difference, too, is exact to the digits of the result.
+#pragma once
+
+#include "resident.h"
+
+namespace otdd::cpu::OTDD_ISA {
+
+// A tile's costs stay in registers, and its exps, a row at a time, don't wait for each other.
+constexpr int kPointRows = 2, kPointVecs = 4, kBlockRows = 32;
+template <class T>
+constexpr i64 kPointPanel = kPointVecs * kWidth<T>;
+
+template <class T>
+struct Powers;
+template <>
+struct Powers<float> {
+  static constexpr int kMantissa = 23, kDegree = 6;
+  static constexpr float kLowest = -125.0f;
+  static constexpr float kMinimax[] = {
+      1.0f, 0.69314721496788f, 0.24022652782876f, 0.055503105512070f, 0.0096176929761432f,
+      0.0013406643847480f, 0.00015594677015105f};
+};
+template <>
+struct Powers<double> {
+  static constexpr int kMantissa = 52, kDegree = 11;
+  static constexpr double kLowest = -1021.0;
+  static constexpr double kMinimax[] = {
+      1.0, 0.69314718055994569675, 0.24022650695910098006, 0.055504108664790394528,
+      0.0096181291076070026171, 0.001333355815343996974, 0.00015403530441571850099,
+      0.00001525272738518977478, 1.3215442675455852182e-6, 1.0180647660573069343e-7,
+      7.0725703945407994337e-9, 4.0780717860928704165e-10};
+};
+
+template <class T>
+inline Vec<T> larger(Vec<T> x, Vec<T> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)x, (__m512)y);
+  else return (Vec<T>)_mm512_max_pd((__m512d)x, (__m512d)y);
+#else
+  return vmax<T>(x, y);
+#endif
+}
+
+// t becomes 2^t for t < 127 (1023), about 1 ulp; below kLowest it is 2^kLowest. t = n + r with
+// |r| <= 1/2, and a minimax polynomial for 2^r whose relative error is 3e-9 (2e-17). Several vectors
+// take each step together: one alone would wait for every result.
+template <class T, int kCount>
+inline void exp2(Vec<T> (&t)[kCount]) {
+  using R = Traits<T>;
+  using P = Powers<T>;
+  using Int = typename R::Int;
+  Vec<T> p[kCount];
+  Int n[kCount];
+  for (int v = 0; v < kCount; ++v) t[v] = larger<T>(t[v], P::kLowest - Vec<T>{});
+  for (int v = 0; v < kCount; ++v) p[v] = t[v] + R::kMagic;
+  for (int v = 0; v < kCount; ++v) n[v] = (Int)p[v] << R::kBits, t[v] -= p[v] - R::kMagic;
+  for (int v = 0; v < kCount; ++v) p[v] = t[v] * P::kMinimax[P::kDegree] + P::kMinimax[P::kDegree - 1];
+#pragma GCC unroll 16
+  for (int k = P::kDegree - 2; k >= 0; --k)
+    for (int v = 0; v < kCount; ++v) p[v] = p[v] * t[v] + P::kMinimax[k];
+  for (int v = 0; v < kCount; ++v) t[v] = (Vec<T>)((Int)p[v] + n[v]);
+}
+
+template <class T>
+inline Vec<T> square_root(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)x);
+  else return (Vec<T>)_mm512_sqrt_pd((__m512d)x);
+#else
+  for (int l = 0; l < kWidth<T>; ++l) x[l] = T(::sqrt(double(x[l])));
+  return x;
+#endif
+}
+
+// Vectors of D numbers, transposed in panels of kPointPanel: lanes run along the points.
+template <class T>
+struct Panels {
+  i64 n, D, count;
+  T* data;  // (count, D, kPointPanel), points from n on are 0
+
+  static i64 bytes(i64 n, i64 D) {
+    return Scratch::padded(round_up(n, kPointPanel<T>) * D * i64(sizeof(T)));
+  }
+  Panels(i64 n, i64 D, Scratch& s) : n(n), D(D), count((n + kPointPanel<T> - 1) / kPointPanel<T>) {
+    data = s.take<T>(count * kPointPanel<T> * D);
+  }
+  void pack(const T* rows, i64 stride) {
+    for (i64 j = 0; j < count * kPointPanel<T>; ++j) {
+      T* to = data + j / kPointPanel<T> * kPointPanel<T> * D + j % kPointPanel<T>;
+      for (i64 d = 0; d < D; ++d) to[d * kPointPanel<T>] = j < n ? rows[j * stride + d] : T(0);
+    }
+  }
+  i64 padded() const { return count * kPointPanel<T>; }
+};
+
+// A cloud in both roles: rows whose coordinates are broadcast, and panels with a potential.
+template <class T>
+struct Cloud {
+  const T* rows;
+  i64 stride;
+  Panels<T> panels;
+  T *high, *low;  // potential, on the grid and what remains; -inf where there is no weight
+
+  static i64 bytes(i64 n, i64 D) {
+    return Panels<T>::bytes(n, D) + 2 * Scratch::padded(round_up(n, kPointPanel<T>) * i64(sizeof(T)));
+  }
+  Cloud(i64 n, i64 D, Scratch& s) : panels(n, D, s) {
+    high = s.take<T>(panels.padded()), low = s.take<T>(panels.padded());
+  }
+  void place(const Matrices<T>& points, i64 problem) {
+    rows = points.data + problem * points.batch, stride = points.row;
+    panels.pack(rows, stride);
+  }
+  const T* row(i64 i) const { return rows + i * stride; }
+};
+
+// Up to kBlockRows rows and what a pass over all columns gives for each.
+template <class T>
+struct RowBlock {
+  int count = 0;
+  const T* x[kBlockRows];
+  T shift[kBlockRows];
+  double sum[kBlockRows], cost[kBlockRows];
+
+  void add(const T* row, T m) { x[count] = row, shift[count++] = m; }
+  // Whole tiles: the last row is repeated.
+  void fill_up() {
+    for (; count % 4; ++count) x[count] = x[count - 1], shift[count] = shift[count - 1];
+  }
+};
+
+// The grid of potentials: multiples of a power of two with all of them below 2^kMantissa of it.
+struct Grid {
+  double unit = 1;
+  void cover(double bound, int mantissa) { unit = ::ldexp(1.0, ::ilogb(bound + 1) + 1 - mantissa); }
+  double nearest(double x) const { return ::nearbyint(x / unit) * unit; }
+};
+
+template <class T, int kMetric>
+struct Tiles {
+  i64 D;
+  T scale;  // 1 / (eps ln 2)
+  double exact_scale;
+  double reach;  // no cost is above
+  Grid grid;
+
+  // q = costs of a tile
+  void costs(const T* const* x, const T* panel, Vec<T> (&q)[kPointRows][kPointVecs]) const {
+    for (int k = 0; k < kPointRows; ++k)
+      for (int v = 0; v < kPointVecs; ++v) q[k][v] = Vec<T>{};
+    for (i64 d = 0; d < D; ++d, panel += kPointPanel<T>) {
+      Vec<T> y[kPointVecs];
+      for (int v = 0; v < kPointVecs; ++v) y[v] = load(panel + v * kWidth<T>);
+      for (int k = 0; k < kPointRows; ++k) {
+        const T x_kd = x[k][d];
+        for (int v = 0; v < kPointVecs; ++v) {
+          const Vec<T> t = y[v] - x_kd;
+          q[k][v] = kMetric == kL1 ? q[k][v] + vabs<T>(t) : q[k][v] + t * t;
+        }
+      }
+    }
+    if constexpr (kMetric == kL2)
+      for (int k = 0; k < kPointRows; ++k)
+        for (int v = 0; v < kPointVecs; ++v) q[k][v] = square_root<T>(q[k][v]);
+  }
+
+  // Runs visit(row, first column, exponents, costs) for a panel's width of every row of a block, and
+  // between() now and then and at the end.
+  template <class Visit, class Between>
+  void sweep(const RowBlock<T>& block, const Cloud<T>& cloud, Visit visit, Between between) const {
+    const T scale = this->scale;  // a copy that stores cannot change
+    for (i64 p = 0; p < cloud.panels.count; ++p) {
+      const T* panel = cloud.panels.data + p * kPointPanel<T> * D;
+      const T *high = cloud.high + p * kPointPanel<T>, *low = cloud.low + p * kPointPanel<T>;
+      for (int k0 = 0; k0 < block.count; k0 += kPointRows) {
+        Vec<T> q[kPointRows][kPointVecs];
+        costs(block.x + k0, panel, q);
+#pragma GCC unroll 2
+        for (int k = 0; k < kPointRows; ++k) {  // unrolled: costs then need not leave their registers
+          Vec<T> t[kPointVecs];
+          for (int v = 0; v < kPointVecs; ++v) {
+            t[v] = load(high + v * kWidth<T>) - block.shift[k0 + k];
+            t[v] += load(low + v * kWidth<T>);
+            t[v] -= q[k][v] * scale;
+          }
+          visit(k0 + k, p * kPointPanel<T>, t, q[k]);
+        }
+      }
+      if (p % 16 == 15 || p + 1 == cloud.panels.count) between();
+    }
+  }
+
+  // Shifts at the rows' maxima, rounded to the grid.
+  void tops(RowBlock<T>& block, const Cloud<T>& cloud) const {
+    Vec<T> best[kBlockRows];
+    for (int k = 0; k < block.count; ++k) best[k] = Vec<T>{} - T(INFINITY), block.shift[k] = 0;
+    const auto visit = [&](int k, i64, Vec<T>(&t)[kPointVecs], const Vec<T>*) {
+      for (int v = 0; v < kPointVecs; ++v) best[k] = larger<T>(best[k], t[v]);
+    };
+    sweep(block, cloud, visit, [] {});
+    for (int k = 0; k < block.count; ++k) block.shift[k] = T(grid.nearest(max<T>(best[k])));
+  }
+
+  // e = 2^exponent and its row sums; kept in `out` if that is given (rows of ld).
+  template <bool kKeep, bool kCost>
+  void fill(RowBlock<T>& block, const Cloud<T>& cloud, T* out, i64 ld) const {
+    Vec<T> s[kBlockRows], c[kBlockRows];
+    for (int k = 0; k < block.count; ++k)
+      s[k] = c[k] = Vec<T>{}, block.sum[k] = block.cost[k] = 0;
+    const auto visit = [&](int k, i64 j, Vec<T>(&t)[kPointVecs], const Vec<T>* q) {
+      decltype(t[0] > t[0]) kept[kPointVecs];
+      for (int v = 0; v < kPointVecs; ++v) kept[v] = t[v] > Powers<T>::kLowest - Vec<T>{};
+      exp2<T>(t);
+      for (int v = 0; v < kPointVecs; ++v) {
+        if constexpr (kCost) t[v] = kept[v] ? t[v] : Vec<T>{};  // also against a mass of next to 0
+        if constexpr (kKeep) store(out + k * ld + j + v * kWidth<T>, t[v]);
+        if constexpr (kCost) c[k] += t[v] * q[v];
+        s[k] += t[v];
+      }
+    };
+    sweep(block, cloud, visit, [&] {  // sums of many columns go on in double
+      for (int k = 0; k < block.count; ++k) {
+        block.sum[k] += double(sum<T>(s[k])), s[k] = Vec<T>{};
+        if constexpr (kCost) block.cost[k] += double(sum<T>(c[k])), c[k] = Vec<T>{};
+      }
+    });
+  }
+
+  // Potential of a cloud from one in double (-inf where there is no weight).
+  void split(const double* potential, Cloud<T>& cloud) {
+    double most = 0;
+    for (i64 j = 0; j < cloud.panels.n; ++j) {
+      const double p = ::fabs(potential[j]);
+      if (p > most && p < INFINITY) most = p;
+    }
+    grid.cover(most + reach * exact_scale, Powers<T>::kMantissa);
+    for (i64 j = 0; j < cloud.panels.padded(); ++j) {
+      const double p = j < cloud.panels.n ? potential[j] : -INFINITY;
+      cloud.high[j] = p == -INFINITY ? T(p) : T(grid.nearest(p));
+      cloud.low[j] = p == -INFINITY ? T(0) : T(p - double(cloud.high[j]));
+    }
+  }
+};
+
+// A bound on every cost, from the box that holds both clouds.
+template <class T, int kMetric>
+double reach_of(const Matrices<T>& x, const Matrices<T>& y, i64 N, i64 M, i64 D, i64 problem) {
+  double total = 0;
+  for (i64 d = 0; d < D; ++d) {
+    double low = INFINITY, high = -INFINITY;
+    const auto cover = [&](const Matrices<T>& points, i64 n) {
+      const T* p = points.data + problem * points.batch + d;
+      for (i64 i = 0; i < n; ++i) {
+        const double t = p[i * points.row];
+        low = t < low ? t : low, high = t > high ? t : high;
+      }
+    };
+    cover(x, N), cover(y, M);
+    total += kMetric == kL1 ? high - low : (high - low) * (high - low);
+  }
+  return kMetric == kL2 ? ::sqrt(total) : total;
+}
+
+// Rows worked together: their e fill a part of a core's own cache.
+template <class T>
+i64 block_rows(i64 ld) {
+  const i64 rows = (i64(384) << 10) / (ld * i64(sizeof(T))) / 4 * 4;
+  return least(kBlockRows, most(4, rows));
+}
+template <class T>
+i64 buffer_width(i64 M) {
+  return round_up(M, kPointPanel<T>) + kWidth<T>;  // no power of two: rows would share cache sets
+}
+
+// fn(part, thread) for parts 0 .. parts - 1, on `team` threads, as long as patience lasts.
+template <class Fn>
+void for_team(i64 parts, int team, Patience& patience, Fn fn) {
+  if (team == 1) {
+    for (i64 p = 0; p < parts && !patience.look(); ++p) fn(p, 0);
+    return;
+  }
+#pragma omp parallel num_threads(team)
+  {
+    FlushDenormals guard;
+    int thread = 0;
+#ifdef _OPENMP
+    thread = omp_get_thread_num();
+#endif
+#pragma omp for schedule(dynamic, 1) nowait
+    for (i64 p = 0; p < parts; ++p)
+      if (!patience.look()) fn(p, thread);
+    patience.wait(team);
+  }
+}
+
+// acc += sum_k weight_k e_k over rows of ld, whose end is padding
+template <class T>
+inline void add_weighted(const T* e, const T* weight, int count, i64 ld, T* acc) {
+  for (int k = 0; k < count; k += 4, e += 4 * ld, weight += 4)
+    for (i64 j = 0; j < ld - kWidth<T>; j += kWidth<T>) {
+      Vec<T> s = load(acc + j) + load(e + j) * weight[0] + load(e + ld + j) * weight[1];
+      s += load(e + 2 * ld + j) * weight[2] + load(e + 3 * ld + j) * weight[3];
+      store(acc + j, s);
+    }
+}
+
+template <class T, int kMetric>
+class PointSinkhorn {
+ public:
+  static i64 parts_for(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(16, (N + 63) / 64); }
+
+  static i64 bytes(const PointsArgs<T>& A) {
+    const i64 ld = buffer_width<T>(A.M), parts = parts_for(A.N, A.M), d = sizeof(double);
+    return Cloud<T>::bytes(A.N, A.D) + Cloud<T>::bytes(A.M, A.D) +
+           A.threads * Scratch::padded(block_rows<T>(ld) * ld * i64(sizeof(T))) +
+           parts * (Scratch::padded(ld * i64(sizeof(T))) + Scratch::padded(ld * d)) +
+           5 * Scratch::padded(A.N * d) + 6 * Scratch::padded(ld * d);
+  }
+
+  PointSinkhorn(const PointsArgs<T>& args, int team, Scratch& s, Patience& patience)
+      : A(args), N(args.N), M(args.M), team_(team), patience_(patience), parts_(parts_for(N, M)),
+        X_(N, args.D, s), Y_(M, args.D, s), ld_(buffer_width<T>(M)), block_(block_rows<T>(ld_)) {
+    buffer_ = s.take<T>(0);
+    for (int t = 0; t < A.threads; ++t) s.take<T>(block_ * ld_);
+    acc_ = s.take<T>(0);
+    for (i64 p = 0; p < parts_; ++p) s.take<T>(ld_);
+    total_ = s.take<double>(0);
+    for (i64 p = 0; p < parts_; ++p) s.take<double>(ld_);
+    a_ = s.take<double>(N), log_a_ = s.take<double>(N), phi_ = s.take<double>(N);
+    lse_ = s.take<double>(N), lse_new_ = s.take<double>(N);
+    b_ = s.take<double>(ld_), log_b_ = s.take<double>(ld_), gamma_ = s.take<double>(ld_);
+    col_ = s.take<double>(ld_), lse_col_ = s.take<double>(ld_), lost_ = s.take<i64>(ld_);
+  }
+
+  int solve(i64 problem) {
+    start(problem);
+    i64 done = 0;
+    for (; done < A.max_iter; ++done) {
+      const double error = rows(done > 0);
+      if (patience_.over()) return kInterrupted;
+      if (done > 0 && A.tol > 0 && error <= A.tol) break;
+      double* t = lse_;
+      lse_ = lse_new_, lse_new_ = t;
+      for (i64 i = 0; i < N; ++i) phi_[i] = -lse_[i] / (1 + pull_a_);
+      columns();
+    }
+    finish(problem, done);
+    return kOk;
+  }
+
+ private:
+  static constexpr double kLeast = sizeof(T) == 4 ? 1e-6 : 1e-30;
+  static constexpr double kRise = sizeof(T) == 4 ? 60 : 500;
+  const PointsArgs<T>& A;
+  i64 N, M;
+  int team_;
+  Patience& patience_;
+  i64 parts_;
+  Cloud<T> X_, Y_;
+  i64 ld_, block_;
+  Tiles<T, kMetric> tiles_;
+  double unit_, mass_a_, pull_a_, pull_b_, rise_;  // unit: eps ln 2; pull: eps / rho
+  double offset_, weights_;  // rows weigh 2^-offset of what they do, which sums to weights, near 1
+  T *buffer_, *acc_;
+  double *total_, *a_, *log_a_, *phi_, *lse_, *lse_new_, *b_, *log_b_, *gamma_, *col_, *lse_col_;
+  i64* lost_;
+  double error_[16], cost_[16], weight_[16];
+
+  void start(i64 problem) {
+    X_.place(A.x, problem), Y_.place(A.y, problem);
+    const double eps = A.eps.data[problem * A.eps.batch];
+    unit_ = eps * 0.693147180559945309417;
+    tiles_.D = A.D, tiles_.exact_scale = 1 / unit_, tiles_.scale = T(1 / unit_);
+    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, N, M, A.D, problem);
+    pull_a_ = eps / A.rho_a.data[problem * A.rho_a.batch];
+    pull_b_ = eps / A.rho_b.data[problem * A.rho_b.batch];
+    mass_a_ = 0;
+    for (i64 i = 0; i < N; ++i) {
+      a_[i] = A.a.data[problem * A.a.batch + i * A.a.item];
+      log_a_[i] = ::log2(a_[i]), mass_a_ += a_[i];
+    }
+    for (i64 j = 0; j < M; ++j) {
+      b_[j] = A.b.data[problem * A.b.batch + j * A.b.item];
+      log_b_[j] = ::log2(b_[j]);
+      gamma_[j] = log_b_[j] + A.g0.data[problem * A.g0.batch + j * A.g0.item] / unit_;
+    }
+    rise_ = INFINITY, offset_ = ::log2(mass_a_);
+  }
+
+  i64 first_row(i64 part) const { return N * part / parts_; }
+
+  // log-sum-exp of every row at gamma, and the column sums of what it leaves; the marginal error of
+  // the potentials before.
+  double rows(bool started) {
+    tiles_.split(gamma_, Y_);
+    for_team(parts_, team_, patience_, [&](i64 part, int thread) {
+      T *acc = acc_ + part * stride<T>(), *buffer = buffer_ + thread * (block_ * ld_);
+      double* total = total_ + part * stride<double>();
+      for (i64 j = 0; j < ld_; ++j) acc[j] = 0, total[j] = 0;
+      error_[part] = weight_[part] = 0;
+      const i64 end = first_row(part + 1);
+      i64 unsaved = 0;
+      for (i64 i = first_row(part); i < end && !patience_.look(); i += block_) {
+        const i64 count = least(block_, end - i);
+        block(part, i, count, started, buffer, acc);
+        unsaved += count;
+        if (unsaved < 512 && i + block_ < end) continue;
+        for (i64 j = 0; j < ld_; ++j) total[j] += acc[j], acc[j] = 0;
+        unsaved = 0;
+      }
+    });
+    double error = 0;
+    weights_ = 0;
+    for (i64 p = 0; p < parts_; ++p) error += error_[p], weights_ += weight_[p];
+    for (i64 j = 0; j < M; ++j) {
+      double s = 0;
+      for (i64 p = 0; p < parts_; ++p) s += total_[p * stride<double>() + j];
+      col_[j] = s;
+    }
+    return error;
+  }
+
+  template <class S>
+  i64 stride() const {
+    return Scratch::padded(ld_ * i64(sizeof(S))) / i64(sizeof(S));
+  }
+
+  void block(i64 part, i64 i, i64 count, bool started, T* buffer, T* acc) {
+    const bool known = started && rise_ <= kRise;
+    RowBlock<T> block;
+    for (i64 k = 0; k < count; ++k)
+      block.add(X_.row(i + k), known ? T(tiles_.grid.nearest(lse_[i + k])) : T(0));
+    block.fill_up();
+    if (!known) tiles_.tops(block, Y_);
+    tiles_.template fill<true, false>(block, Y_, buffer, ld_);
+    bool low = false;
+    for (i64 k = 0; k < count; ++k) low |= !(block.sum[k] >= kLeast);
+    if (known && low) {
+      tiles_.tops(block, Y_);
+      tiles_.template fill<true, false>(block, Y_, buffer, ld_);
+    }
+    T weight[kBlockRows] = {};
+    for (i64 k = 0; k < count; ++k) {
+      const double lse = block.shift[k] + ::log2(block.sum[k]), phi = -lse / (1 + pull_a_);
+      lse_new_[i + k] = lse;
+      if (!(a_[i + k] > 0)) continue;
+      weight[k] = T(a_[i + k] * ::exp2(phi + block.shift[k] - offset_));
+      weight_[part] += weight[k];
+      if (started && A.tol > 0)
+        error_[part] += a_[i + k] * ::fabs(::exp2(lse + phi_[i + k]) - ::exp2(-pull_a_ * phi_[i + k]));
+    }
+    add_weighted(buffer, weight, block.count, ld_, acc);
+  }
+
+  // gamma from the column sums.
+  void columns() {
+    const double drift = ::log2(weights_);
+    const double low = (weights_ > 1 ? weights_ : 1) * ::exp2(Powers<T>::kLowest + Powers<T>::kMantissa + 4);
+    i64 lost = 0;
+    for (i64 j = 0; j < M; ++j) {
+      if (!(b_[j] > 0)) continue;
+      if (col_[j] >= low && col_[j] < INFINITY) lse_col_[j] = ::log2(col_[j]) + offset_ - gamma_[j];
+      else lost_[lost++] = j;
+    }
+    if (lost) columns_alone(lost);
+    offset_ = ::fabs(drift) < kRise ? offset_ + drift : row_offset();
+    rise_ = -INFINITY;
+    for (i64 j = 0; j < M; ++j) {
+      if (!(b_[j] > 0)) continue;
+      const double gamma = log_b_[j] - lse_col_[j] / (1 + pull_b_);
+      rise_ = gamma - gamma_[j] > rise_ ? gamma - gamma_[j] : rise_;
+      gamma_[j] = gamma;
+    }
+  }
+
+  // The largest of the rows' weights, where their sum left the range of T.
+  double row_offset() const {
+    double top = -INFINITY;
+    for (i64 i = 0; i < N; ++i) {
+      const double w = log_a_[i] + lse_[i] + phi_[i];
+      top = w > top ? w : top;
+    }
+    return top;
+  }
+
+  // lse_col of the columns listed in lost_, from phi alone.
+  void columns_alone(i64 count) {
+    for (i64 i = 0; i < N; ++i) lse_new_[i] = phi_[i] + log_a_[i];
+    tiles_.split(lse_new_, X_);
+    for_team((count + kBlockRows - 1) / kBlockRows, team_, patience_, [&](i64 part, int) {
+      RowBlock<T> block;
+      const i64 begin = part * kBlockRows, end = least(count, begin + kBlockRows);
+      for (i64 k = begin; k < end; ++k) block.add(Y_.row(lost_[k]), T(0));
+      block.fill_up();
+      tiles_.tops(block, X_);
+      tiles_.template fill<false, false>(block, X_, nullptr, 0);
+      for (i64 k = begin; k < end; ++k)
+        lse_col_[lost_[k]] = block.shift[k - begin] + ::log2(block.sum[k - begin]);
+    });
+  }
+
+  // Outputs. The plan's row sums and its cost need one more pass, with e the plan itself.
+  void finish(i64 problem, i64 done) {
+    tiles_.split(gamma_, Y_);
+    for_team(parts_, team_, patience_, [&](i64 part, int) {
+      error_[part] = cost_[part] = 0;
+      for (i64 i = first_row(part); i < first_row(part + 1);) {
+        RowBlock<T> block;
+        i64 index[kBlockRows];
+        for (; i < first_row(part + 1) && block.count < kBlockRows; ++i) {
+          if (!(a_[i] > 0)) continue;
+          index[block.count] = i;
+          block.add(X_.row(i), T(-tiles_.grid.nearest(phi_[i] + log_a_[i])));
+        }
+        const int count = block.count;
+        block.fill_up();
+        tiles_.template fill<false, true>(block, Y_, nullptr, 0);
+        for (int k = 0; k < count; ++k) {
+          const double phi = phi_[index[k]], a = a_[index[k]];
+          const double rest = ::exp2(phi + log_a_[index[k]] + double(block.shift[k]));
+          error_[part] += ::fabs(block.sum[k] * rest - a * ::exp2(-pull_a_ * phi));
+          cost_[part] += block.cost[k] * rest;
+        }
+      }
+    });
+    double error = 0, cost = 0;
+    for (i64 p = 0; p < parts_; ++p) error += error_[p], cost += cost_[p];
+    i64 masked = 0;
+    for (i64 j = 0; j < M; ++j)
+      if (!(b_[j] > 0)) lost_[masked++] = j;
+    if (masked) columns_alone(masked);
+    T *f = A.f + problem * N, *g = A.g + problem * M;
+    for (i64 i = 0; i < N; ++i) phi_[i] *= unit_, f[i] = T(phi_[i]);
+    for (i64 j = 0; j < M; ++j) {
+      gamma_[j] = unit_ * (b_[j] > 0 ? gamma_[j] - log_b_[j] : -lse_col_[j] / (1 + pull_b_));
+      g[j] = T(gamma_[j]);
+    }
+    A.value[problem] = T(value(problem)), A.cost[problem] = T(cost);
+    A.marginal_error[problem] = T(error), A.n_iter[problem] = done;
+  }
+
+  // Dual objective at f and g, which phi_ and gamma_ now hold.
+  double value(i64 problem) const {
+    const double rho_a = A.rho_a.data[problem * A.rho_a.batch];
+    const double rho_b = A.rho_b.data[problem * A.rho_b.batch];
+    const auto side = [](const double* w, const double* h, i64 n, double rho, double* mass) {
+      double s = 0;
+      for (i64 k = 0; k < n; ++k) {
+        if (!(w[k] > 0)) continue;
+        s += rho < INFINITY ? -rho * w[k] * ::expm1(-h[k] / rho) : w[k] * h[k];
+        *mass += rho < INFINITY ? w[k] * ::exp(-h[k] / rho) : w[k];
+      }
+      return s;
+    };
+    double mass_a = 0, mass_b = 0, plan = 0;
+    double s = side(a_, phi_, N, rho_a, &mass_a) + side(b_, gamma_, M, rho_b, &plan);
+    if (!(rho_a < INFINITY || rho_b < INFINITY)) return s;
+    for (i64 j = 0; j < M; ++j) mass_b += b_[j];
+    return s - A.eps.data[problem * A.eps.batch] * (plan - mass_a_ * mass_b);
+  }
+};
+
+template <int kMetric>
+struct MetricTag {
+  static constexpr int value = kMetric;
+};
+template <class Run>
+int with_metric(int metric, Run run) {
+  if (metric == kL1) return run(MetricTag<kL1>{});
+  if (metric == kL2) return run(MetricTag<kL2>{});
+  return run(MetricTag<kSqEuclidean>{});
+}
+
+template <class T>
+int points(const PointsArgs<T>& args) {
+  const auto run = [&](auto metric) {
+    constexpr int kMetric = decltype(metric)::value;
+    using Solver = PointSinkhorn<T, kMetric>;
+    return each_problem(args, Solver::bytes(args), [&](Scratch& scratch, int team, i64 problem,
+                                                     Patience& patience) {
+      return Solver(args, team, scratch, patience).solve(problem);
+    });
+  };
+  return with_metric(args.metric, run);
+}
+
+// out_i = sum_j w_ij h(x_i, z_j) with w_ij = P_ij (u_i + v_j + kappa C_ij), by mode also over C_ij, and
+// h the value z_j, the difference x_i - z_j or its sign: products with the plan, with its transpose
+// (the clouds in the other order) and gradients with respect to points.
+template <class T, int kMetric>
+class PlanProduct {
+ public:
+  static i64 bytes(const PlanProductArgs<T>& A) {
+    const i64 ld = buffer_width<T>(A.M), d = sizeof(double), team = A.threads;
+    return Cloud<T>::bytes(A.M, A.D) + Panels<T>::bytes(A.M, A.K) +
+           team * Scratch::padded(block_rows<T>(ld) * ld * i64(sizeof(T))) +
+           2 * Scratch::padded(ld * d);
+  }
+
+  PlanProduct(const PlanProductArgs<T>& args, int team, Scratch& s, Patience& patience)
+      : A(args), team_(team), patience_(patience), Y_(A.M, A.D, s), Z_(A.M, A.K, s), ld_(buffer_width<T>(A.M)),
+        block_(block_rows<T>(ld_)) {
+    buffer_ = s.take<T>(0);
+    for (int t = 0; t < A.threads; ++t) s.take<T>(block_ * ld_);
+    v_ = s.take<T>(ld_), gamma_ = s.take<double>(ld_);
+  }
+
+  int run(i64 problem) {
+    Y_.place(A.y, problem);
+    Z_.pack(A.z.data + problem * A.z.batch, A.z.row);
+    const double unit = A.eps.data[problem * A.eps.batch] * 0.693147180559945309417;
+    tiles_.D = A.D, tiles_.exact_scale = 1 / unit, tiles_.scale = T(1 / unit);
+    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, A.N, A.M, A.D, problem);
+    for (i64 j = 0; j < ld_; ++j) {
+      v_[j] = j < A.M ? at(A.v, problem, j) : T(0);
+      if (j < A.M)
+        gamma_[j] = ::log2(double(at(A.b, problem, j))) + double(at(A.g, problem, j)) / unit;
+    }
+    tiles_.split(gamma_, Y_);
+    for_team((A.N + block_ - 1) / block_, team_, patience_, [&](i64 part, int thread) {
+      block(problem, part * block_, unit, buffer_ + thread * (block_ * ld_));
+    });
+    return kOk;
+  }
+
+ private:
+  const PlanProductArgs<T>& A;
+  int team_;
+  Patience& patience_;
+  Cloud<T> Y_;
+  Panels<T> Z_;
+  i64 ld_, block_;
+  Tiles<T, kMetric> tiles_;
+  T *buffer_, *v_;
+  double* gamma_;
+
+  template <class S>
+  static S at(const Vectors<S>& w, i64 problem, i64 i) {
+    return w.data[problem * w.batch + i * w.item];
+  }
+
+  void block(i64 problem, i64 i0, double unit, T* buffer) const {
+    const i64 rows = least(block_, A.N - i0);
+    const T* x = A.x.data + problem * A.x.batch;
+    const Vec<T> zero{}, kappa = T(A.kappa.data[problem * A.kappa.batch]) - zero;
+    RowBlock<T> block;
+    T rest[kBlockRows] = {}, u[kBlockRows] = {};
+    for (i64 k = 0; k < rows; ++k) {
+      const double a = at(A.a, problem, i0 + k);
+      const double phi = ::log2(a) + double(at(A.f, problem, i0 + k)) / unit;
+      block.add(x + (i0 + k) * A.x.row, T(a > 0 ? -tiles_.grid.nearest(phi) : INFINITY));
+      rest[k] = T(a > 0 ? ::exp2(phi + double(block.shift[k])) : 0), u[k] = at(A.u, problem, i0 + k);
+    }
+    block.fill_up();
+    tiles_.sweep(
+        block, Y_,
+        [&](int k, i64 j, Vec<T>(&t)[kPointVecs], const Vec<T>* q) {
+          const Vec<T> low = Powers<T>::kLowest - zero, high = T(120) - zero;
+          decltype(low > low) kept[kPointVecs];
+          for (int v = 0; v < kPointVecs; ++v)
+            kept[v] = t[v] > low, t[v] = t[v] > high ? high : t[v];
+          exp2<T>(t);
+          for (int v = 0; v < kPointVecs; ++v, j += kWidth<T>) {
+            Vec<T> w = t[v] * rest[k] * (load(v_ + j) + u[k] + kappa * q[v]);
+            if (A.over_cost) w = q[v] > zero ? w / q[v] : zero;
+            store(buffer + k * ld_ + j, kept[v] ? w : zero);
+          }
+        },
+        [] {});
+    for (i64 k = 0; k < block.count; k += kPointRows)
+      for (i64 d = 0; d < A.K; d += kPointVecs) {
+        T* out = A.out + (problem * A.N + i0 + k) * A.K + d;
+        const i64 height = least(kPointRows, rows - k), width = least(kPointVecs, A.K - d);
+        if (A.mode == kValue) tile<kValue>(block.x + k, buffer + k * ld_, d, height, width, out);
+        else if (A.mode == kSign) tile<kSign>(block.x + k, buffer + k * ld_, d, height, width, out);
+        else tile<kDifference>(block.x + k, buffer + k * ld_, d, height, width, out);
+      }
+  }
+
+  // Entries d .. d + width - 1 of `height` rows; dimensions from K on repeat the last.
+  template <int kMode>
+  void tile(const T* const* x, const T* w, i64 d, i64 height, i64 width, T* out) const {
+    using Int = typename Traits<T>::Int;
+    const Int sign_bit = ~magnitude_bits<T>();
+    const Vec<T> zero{};
+    double total[kPointRows][kPointVecs] = {};
+    Vec<T> s[kPointRows][kPointVecs] = {};
+    for (i64 p = 0; p < Z_.count; ++p) {
+      for (i64 l = 0; l < kPointPanel<T>; l += kWidth<T>) {
+        Vec<T> ws[kPointRows];
+        for (int k = 0; k < kPointRows; ++k) ws[k] = load(w + k * ld_ + p * kPointPanel<T> + l);
+        for (int c = 0; c < kPointVecs; ++c) {
+          const i64 e = least(d + c, A.K - 1);
+          const Vec<T> z = load(Z_.data + (p * A.K + e) * kPointPanel<T> + l);
+          for (int k = 0; k < kPointRows; ++k) {
+            if constexpr (kMode == kValue) s[k][c] += ws[k] * z;
+            else {
+              const Vec<T> t = broadcast<T>(x[k][e]) - z;
+              if constexpr (kMode == kDifference) s[k][c] += ws[k] * t;
+              else s[k][c] += t != zero ? (Vec<T>)((Int)ws[k] ^ ((Int)t & sign_bit)) : zero;
+            }
+          }
+        }
+      }
+      if (p % 16 != 15 && p + 1 != Z_.count) continue;
+      for (int k = 0; k < kPointRows; ++k)
+        for (int c = 0; c < kPointVecs; ++c) total[k][c] += double(sum<T>(s[k][c])), s[k][c] = zero;
+    }
+    for (i64 k = 0; k < height; ++k)
+      for (i64 c = 0; c < width; ++c) out[k * A.K + c] = T(total[k][c]);
+  }
+};
+
+template <class T>
+int plan_product(const PlanProductArgs<T>& args) {
+  const auto run = [&](auto metric) {
+    using Product = PlanProduct<T, decltype(metric)::value>;
+    return each_problem(args, Product::bytes(args), [&](Scratch& scratch, int team, i64 problem,
+                                                      Patience& patience) {
+      return Product(args, team, scratch, patience).run(problem);
+    });
+  };
+  return with_metric(args.metric, run);
+}
+
+}  // namespace otdd::cpu::OTDD_ISA

@@ -1,0 +1,129 @@
+"""Gradients of `sinkhorn_points` against autograd through the oracle, and its place in PyTorch."""
+
+import pytest
+import torch
+from references import clouds, cost_oracle, sinkhorn_oracle
+
+from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_points
+from otdd.ops.points import cpu
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+SIZES = [(1, 1, 1), (1, 9, 3), (9, 1, 2), (33, 70, 5)]
+
+
+@pytest.fixture(params=["reference", "stored", "streamed"])
+def backend(request, monkeypatch) -> str:
+    """Backends, the native one both with a cost that is kept and without."""
+    monkeypatch.setattr(cpu, "STORED", 0 if request.param == "streamed" else 1 << 20)
+    return "reference" if request.param == "reference" else "cpu"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rho", [None, 0.7])
+def test_envelope(backend, metric, size, rho):
+    """Of the value at convergence, and of the cost with the plan held fixed."""
+    leaves = tuple(t.requires_grad_() for t in clouds(2, *size, torch.float64))
+    options = {"eps": 0.8, "max_iter": 600, "rho_a": rho, "rho_b": rho}
+    x, y, a, b = leaves
+    result = sinkhorn_points(*leaves, metric=metric, **options, backend=backend)
+    C = cost_oracle(x, y, metric)
+    if rho is None:
+        options |= {"rho_a": torch.inf, "rho_b": torch.inf}
+    expected = sinkhorn_oracle(C, a, b, **options)
+    got = torch.autograd.grad(result.value.sum(), leaves, retain_graph=True)
+    want = torch.autograd.grad(expected["value"].sum(), leaves, retain_graph=True)
+    for k, (s, t) in enumerate(zip(got, want, strict=True)):
+        if k >= 2 and rho is None:  # up to a constant
+            s, t = (w - w.mean(-1, keepdim=True) for w in (s, t))
+        torch.testing.assert_close(s, t, rtol=1e-7, atol=1e-7)
+    got = torch.autograd.grad(result.cost.sum(), (x, y))
+    fixed = (expected["plan"].detach() * C).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(fixed, (x, y)), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("mode", ["unrolled", "implicit"])
+def test_modes_with_a_cost_matrix(backend, metric, mode):
+    x, y, *_ = (t.requires_grad_() for t in clouds(2, 6, 8, 3, torch.float64))
+    options = {"eps": 0.9, "max_iter": 40, "grad": mode, "backend": backend}
+    r = sinkhorn_points(x, y, metric=metric, **options)
+    s = sinkhorn(cost_matrix(x, y, metric, backend=backend), **options)
+    z = torch.randn(8, 2, dtype=torch.float64)
+    ours = (r.cost + r.f.square().sum(-1) + r.apply(z).square().sum((-1, -2))).sum()
+    theirs = (s.cost + s.f.square().sum(-1) + (s.plan @ z).square().sum((-1, -2))).sum()
+    got = torch.autograd.grad(ours, (x, y))
+    torch.testing.assert_close(got, torch.autograd.grad(theirs, (x, y)), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "implicit"])
+def test_modes_are_refused_above_the_size_of_a_cost_matrix(mode):
+    x = torch.rand(6000, 2)
+    with pytest.raises(ValueError, match=f"grad: got '{mode}' for 36000000; accepted: grad='env"):
+        sinkhorn_points(x, x, eps=0.1, grad=mode)
+
+
+def test_float32_gradients_far_from_the_origin(backend):
+    x, y, a, b = clouds(1, 40, 50, 3, torch.float32)
+    x, y = (x + 1e4).requires_grad_(), y + 1e4
+    wide = x.detach().double().requires_grad_()
+    value = sinkhorn_points(x, y, a, b, eps=0.5, max_iter=50, backend=backend).value
+    C = cost_oracle(wide, y.double(), "sqeuclidean")
+    P = sinkhorn_oracle(C, a.double(), b.double(), eps=0.5, max_iter=50)["plan"].detach()
+    (want,) = torch.autograd.grad((P * C).sum(), wide)
+    (got,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
+def test_coinciding_points_have_finite_gradients(backend, metric):
+    x = torch.rand(12, 3, dtype=torch.float64).requires_grad_()
+    result = sinkhorn_points(x, x.detach(), metric=metric, eps=0.01, backend=backend)
+    (dx,) = torch.autograd.grad(result.value.sum(), x)
+    assert torch.isfinite(dx).all()
+
+
+def test_there_is_no_second_derivative(backend):
+    x, y, *_ = clouds(1, 5, 6, 2, torch.float64)
+    x.requires_grad_()
+    value = sinkhorn_points(x, y, eps=0.5, backend=backend).value
+    (dx,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="sinkhorn_points: no second derivatives"):
+        dx.sum().backward()
+
+
+def test_opcheck(backend):
+    x, y, a, b = clouds(2, 4, 5, 3, torch.float32)
+    eps, g = torch.full((2,), 0.5, dtype=torch.float64), torch.zeros(2, 5)
+    args = x, y, a, b, eps, 2 * eps, 3 * eps, g, "l1", 5, 0.0, backend
+    torch.library.opcheck(torch.ops.otdd.sinkhorn_points.default, args)
+    rest = None, None, None, y, "l1", "sign", False, backend
+    args = x, y, torch.zeros(2, 4), g, a, b, eps, *rest
+    torch.library.opcheck(torch.ops.otdd.sinkhorn_points_product.default, args)
+
+
+def test_compile_fullgraph(backend):
+    torch._dynamo.reset()
+    x, y, *_ = (t.requires_grad_() for t in clouds(2, 6, 5, 3, torch.float32))
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        result = sinkhorn_points(x, y, metric="l2", eps=0.5, max_iter=7, backend=backend)
+        return result.value.sum() + result.cost.sum() + result.barycentric(y).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    want, got = step(x, y), compiled(x, y)
+    torch.testing.assert_close(got, want)
+    expected = torch.autograd.grad(want, (x, y))
+    torch.testing.assert_close(torch.autograd.grad(got, (x, y)), expected)
+
+
+def test_vmap_is_a_batch(backend):
+    x, y, a, b = clouds(4, 6, 5, 3, torch.float64)
+
+    def value(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return sinkhorn_points(x, y[0], a, b[0], eps=0.5, max_iter=9, backend=backend).value
+
+    torch.testing.assert_close(torch.func.vmap(value)(x, a), value(x, a))
+    got = torch.func.vmap(torch.func.grad(value))(x, a)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(value(leaf, a).sum(), leaf)[0])
