@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from otdd.backends import NAMES
-from otdd.ops import METRICS, cost_matrix, sinkhorn
+from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence
 from otdd.ops.checks import as_float, positive, require, same_kind, solver_options
 from otdd.ops.sinkhorn import GRADS, MARGINALS
 
@@ -12,9 +12,8 @@ from otdd.ops.sinkhorn import GRADS, MARGINALS
 class SinkhornLoss(nn.Module):
     """Entropic OT between point clouds, or the Sinkhorn divergence.
 
-    With `debias`, ``S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2`` (Feydy et al., AISTATS 2019,
-    eq. 3), which is zero at x = y; without, ``OT(x, y)``; ``OT`` is the dual value of
-    `otdd.ops.sinkhorn` with the KL regulariser.
+    With `debias`, `otdd.ops.sinkhorn_divergence`, which is zero at x = y and never negative;
+    without, the dual value ``OT(x, y)`` of `otdd.ops.sinkhorn` with the KL regulariser.
 
     Args:
         metric: Ground cost, as in `otdd.ops.cost_matrix`; ``sqeuclidean`` is ``|x - y|^2``, without
@@ -23,6 +22,8 @@ class SinkhornLoss(nn.Module):
         debias: Subtract the self-transport terms.
         max_iter: Iterations of each solve.
         tol: L1 marginal error at which a problem stops by itself; 0 never.
+        rho_a: KL penalty > 0 on the marginal of x, as in `otdd.ops.sinkhorn`; None: met.
+        rho_b: KL penalty on the marginal of y.
         grad: ``envelope``, ``unrolled`` or ``implicit``, as in `otdd.ops.sinkhorn`.
         backend: As in `otdd.ops.sinkhorn`.
 
@@ -38,6 +39,8 @@ class SinkhornLoss(nn.Module):
         *,
         max_iter: int = 100,
         tol: float = 0.0,
+        rho_a: float | None = None,
+        rho_b: float | None = None,
         grad: str = "envelope",
         backend: str | None = None,
     ) -> None:
@@ -47,23 +50,20 @@ class SinkhornLoss(nn.Module):
             max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS), backend=(backend, backends)
         )
         positive(eps, "eps", torch.float32)
+        for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b")):
+            if rho is not None:
+                positive(rho, name, torch.float32, or_inf=True)
         self.metric, self.eps, self.debias = metric, eps, debias
-        self.options = {"max_iter": max_iter, "tol": tol, "grad": grad, "backend": backend}
+        self.options = {"eps": eps, "max_iter": max_iter, "tol": tol, "rho_a": rho_a}
+        self.options |= {"rho_b": rho_b, "grad": grad, "backend": backend}
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
-        if self.debias and x.dim() >= 2 and y.dim() >= 2:  # each term then has the whole batch
-            batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-            x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-        loss = self._transport(x, y, a, b)
         if self.debias:
-            loss = loss - (self._transport(x, x, a, a) + self._transport(y, y, b, b)) / 2
-        return loss
-
-    def _transport(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+            return sinkhorn_divergence(x, y, a, b, metric=self.metric, **self.options).value
         C = cost_matrix(x, y, self.metric, backend=self.options["backend"])
-        return sinkhorn(C, a, b, eps=self.eps, **self.options).value
+        return sinkhorn(C, a, b, **self.options).value
 
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, eps={self.eps}, debias={self.debias}"

@@ -2,12 +2,14 @@
 
 from otdd.ops.barycentric import barycentric
 from otdd.ops.cost import METRICS, cost_matrix
+from otdd.ops.divergence import Divergence, sinkhorn_divergence
 from otdd.ops.partial import PartialResult, partial
 from otdd.ops.points import PointsResult, sinkhorn_points
 from otdd.ops.sinkhorn import SinkhornResult, sinkhorn
 
 __all__ = [
     "METRICS",
+    "Divergence",
     "PartialResult",
     "PointsResult",
     "SinkhornResult",
@@ -15,5 +17,6 @@ __all__ = [
     "cost_matrix",
     "partial",
     "sinkhorn",
+    "sinkhorn_divergence",
     "sinkhorn_points",
 ]
