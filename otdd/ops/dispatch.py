@@ -44,7 +44,9 @@ def differentiable(call: Callable, setup_context: Callable, backward: Callable) 
     ordinary = super(torch.autograd.Function, Op).apply
 
     def run(*args: object) -> Any:
-        return ordinary(*args) if _is_ordinary(args[0]) else Op.apply(*args)
+        if not _is_ordinary(args[0]):
+            return Op.apply(*args)
+        return ordinary(*args) if _wants_gradient(args) else call(*args)
 
     return run
 
@@ -59,6 +61,14 @@ def no_derivative(message: str) -> tuple[Callable, Callable]:
         raise NotImplementedError(message)
 
     return setup_context, backward
+
+
+def _wants_gradient(args: tuple) -> bool:
+    if torch.is_grad_enabled():
+        for t in args:
+            if isinstance(t, Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 def _is_ordinary(t: Tensor) -> bool:
