@@ -139,19 +139,80 @@ void cost_block(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols
   }
 }
 
-// With few points on one side a panel costs more than it saves: here lanes run along the features.
-template <class T, int kMetric>
-inline T cost_entry(const T* x, const T* y, i64 D) {
-  constexpr i64 W = kWidth<T>, kChains = 4;
+// Many features, or few points on one side, need no panels: here lanes run along the features, and
+// a tile of kSide x kSide points keeps its sums in registers for kStep bytes of each. Sums of whole
+// vectors wait in `parts`, one for every entry of the block.
+constexpr int kSide = kBytes == 64 ? 5 : 3;
+constexpr i64 kStep = 2048, kSideRows = 240, kSideCols = 60;
+
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
+// Points whose features are fetched while others are worked on.
+template <class T>
+struct Ahead {
+  const T* y;
+  i64 row, begin, end;
+};
+
+template <class T, int kMetric, int kRows, int kCols>
+inline void feature_tile(const T* x, i64 x_row, const T* y, i64 y_row, i64 depth, bool first,
+                         const Ahead<T>& ahead, Vec<T>* parts) {
+  constexpr i64 W = kWidth<T>;
   const Vec<T> one = hidden_one<T>();
-  Vec<T> s[kChains] = {};
+  Vec<T> s[kRows][kCols] = {};
+  if (!first)
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kCols; ++j) s[i][j] = parts[i * kSide + j];
+  const auto step = [&](auto take) __attribute__((always_inline)) {
+    Vec<T> ys[kCols];
+    for (int j = 0; j < kCols; ++j) ys[j] = take(y + j * y_row);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> xi = take(x + i * x_row);
+      for (int j = 0; j < kCols; ++j)
+        s[i][j] = add_difference<T, kMetric>(s[i][j], xi, ys[j], one);
+    }
+  };
   i64 d = 0;
-  for (; d + kChains * W <= D; d += kChains * W)
-    for (i64 k = 0; k < kChains; ++k)
-      s[k] = add_difference<T, kMetric>(s[k], load(x + d + k * W), load(y + d + k * W), one);
-  for (; d < D; d += W)
-    s[0] = add_difference<T, kMetric>(s[0], load_some(x + d, D - d), load_some(y + d, D - d), one);
-  return sum<T>((s[0] + s[1]) + (s[2] + s[3]));
+  for (; d + W <= depth; d += W) {
+    for (i64 j = ahead.begin; j < ahead.end; ++j)
+      __builtin_prefetch(ahead.y + j * ahead.row + d, 0, 2);
+    step([&](const T* p) __attribute__((always_inline)) { return load(p + d); });
+  }
+  if (d < depth)
+    step([&](const T* p) __attribute__((always_inline)) { return load_some(p + d, depth - d); });
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kCols; ++j) parts[i * kSide + j] = s[i][j];
+}
+
+// Costs of kCols points of y; `next` more follow, of which the first features are fetched meanwhile.
+template <class T, int kMetric, int kCols>
+void feature_columns(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 next, T* C) {
+  constexpr i64 W = kWidth<T>, step = kStep / i64(sizeof(T));
+  Vec<T> parts[kSideRows * kSide + W];
+  const i64 tiles = rows / kSide + rows % kSide;
+  for (i64 d = 0; d < A.D; d += step) {
+    const bool last = d + step >= A.D;
+    const i64 depth = least(step, A.D - d), points = last ? next : kCols;
+    Ahead<T> ahead{last ? y + kCols * A.y.row : y + d + step, A.y.row, 0, 0};
+    i64 i = 0, done = 0;
+    const auto tile = [&](auto kRows) __attribute__((always_inline)) {
+      ahead.begin = points * done / tiles, ahead.end = points * ++done / tiles;
+      feature_tile<T, kMetric, kRows, kCols>(x + i * A.x.row + d, A.x.row, y + d, A.y.row, depth,
+                                             d == 0, ahead, parts + i * kSide);
+      i += kRows;
+    };
+    while (i + kSide <= rows) tile(Constant<kSide>{});
+    while (i < rows) tile(Constant<1>{});
+  }
+  for (i64 k = 0; k < rows * kSide; k += W) {
+    alignas(kBytes) T total[W];
+    store(total, sums<T, int(W)>(0, [&](int l) { return parts[k + l]; }));
+    for (i64 l = k; l < k + W && l < rows * kSide; ++l)
+      if (l % kSide < kCols) C[l / kSide * A.M + l % kSide] = total[l - k];
+  }
 }
 
 // |x - y| where its square over- or underflows: differences are divided by the largest.
@@ -186,12 +247,20 @@ void take_roots(const T* x, const T* y, i64 y_row, i64 D, i64 cols, T* c) {
       c[j] = c[j] >= kTiny && c[j] <= kHuge ? root(c[j]) : scaled_distance(x, y + j * y_row, D);
 }
 
+template <class T>
+bool along_features(const CostArgs<T>& A) {
+  return A.D >= 32 * kWidth<T> || (least(A.N, A.M) < kFewPoints && A.D >= kWidth<T>);
+}
+
 template <class T, int kMetric>
 void cost_part(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols, T* C) {
-  if (least(A.N, A.M) < kFewPoints && A.D >= kWidth<T>) {
-    for (i64 j = 0; j < cols; ++j)
-      for (i64 i = 0; i < rows; ++i)
-        C[i * A.M + j] = cost_entry<T, kMetric>(x + i * A.x.row, y + j * A.y.row, A.D);
+  if (along_features(A)) {
+    i64 j = 0;
+    for (; j + kSide <= cols; j += kSide)
+      feature_columns<T, kMetric, kSide>(A, x, y + j * A.y.row, rows, least(kSide, cols - j - kSide),
+                                         C + j);
+    for (; j < cols; ++j)
+      feature_columns<T, kMetric, 1>(A, x, y + j * A.y.row, rows, least(1, cols - j - 1), C + j);
   } else {
     cost_block<T, kMetric>(A, x, y, rows, cols, C);
   }
@@ -202,19 +271,20 @@ void cost_part(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols,
 
 template <class T>
 int cost(const CostArgs<T>& A) {
-  const i64 cols = (A.M + kPanel<T> - 1) / kPanel<T>;
-  i64 height = kRowBlock;  // an entry is the same sum whatever the block it is in
+  const bool features = along_features(A);
+  const i64 width = features ? kSideCols : kPanel<T>, cols = (A.M + width - 1) / width;
+  i64 height = features ? kSideRows : kRowBlock;  // an entry's sum is the same in any block
   while (height > 30 && A.B * cols * ((A.N + height - 1) / height) < 4 * A.threads) height /= 2;
   const i64 rows = (A.N + height - 1) / height, parts = A.B * rows * cols;
   Patience patience;
 #pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && parts > 1)
   for (i64 k = 0; k < parts; ++k) {
     if (patience.look()) continue;
-    const i64 problem = k / cols / rows, i = k / cols % rows * height, j = k % cols * kPanel<T>;
+    const i64 problem = k / cols / rows, i = k / cols % rows * height, j = k % cols * width;
     const T* x = A.x.data + problem * A.x.batch + i * A.x.row;
     const T* y = A.y.data + problem * A.y.batch + j * A.y.row;
     T* C = A.C + (problem * A.N + i) * A.M + j;
-    const i64 n = least(height, A.N - i), m = least(kPanel<T>, A.M - j);
+    const i64 n = least(height, A.N - i), m = least(width, A.M - j);
     if (A.metric == kL1) cost_part<T, kL1>(A, x, y, n, m, C);
     else cost_part<T, kSqEuclidean>(A, x, y, n, m, C);
   }

@@ -9,17 +9,11 @@
 
 namespace otdd::cpu::OTDD_ISA {
 
-// A tile is kSumRows points of x, kSumVecs vectors of features and up to kSumCols points of y, of
-// which the gradient stays in the first level of the cache while that of x is in registers.
-constexpr int kSumRows = kBytes == 64 ? 4 : 2, kSumVecs = 2;
-constexpr i64 kSumCols = 128, kColumn = 1024;
-template <class T>
-constexpr i64 kSumDepth = kSumVecs * kWidth<T>;
-
-template <int kValue>
-struct Constant {
-  constexpr operator int() const { return kValue; }
-};
+// A tile is kSumRows points of x, one vector of features and up to kSumCols points of y, of which the
+// gradient stays in the first level of the cache while that of x is in registers. Points of y are
+// copied kSumWidth vectors wide: rows of memory are then read in runs.
+constexpr int kSumRows = kBytes == 64 ? 10 : 5;
+constexpr i64 kSumCols = 192, kSumWidth = 16, kColumn = 1024;
 
 // The derivative of a difference's cost: its sign, 0 for 0, or half of that of its square.
 template <class T, int kMetric>
@@ -39,105 +33,119 @@ inline Vec<T> derivative(Vec<T> t) {
 #endif
 }
 
-// dx[0..kRows) = or += and, with kBoth, dy[0..cols) -= over `depth` features, at most kSumDepth; y
-// and dy are packed.
+// dx[0..kRows) = or += and, with kBoth, dy[0..cols) -= at `depth` features, at most a vector; y and
+// dy are packed.
 template <class T, int kMetric, int kRows, bool kBoth>
 inline void sums_tile(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 cols,
                       i64 depth, bool first, T* dx, [[maybe_unused]] T* dy) {
   constexpr i64 W = kWidth<T>;
-  Vec<T> s[kRows][kSumVecs] = {}, xs[kRows][kSumVecs];
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kSumVecs; ++v)
-      xs[i][v] = load_some(x + i * A.x.row + v * W, most(0, depth - v * W));
+  Vec<T> s[kRows] = {}, xs[kRows];
+  for (int i = 0; i < kRows; ++i) xs[i] = load_some(x + i * A.x.row, depth);
   for (i64 j = 0; j < cols; ++j) {
-    Vec<T> ys[kSumVecs], sy[kSumVecs] = {};
-    for (int v = 0; v < kSumVecs; ++v) {
-      ys[v] = load(y + j * kSumDepth<T> + v * W);
-      if (kBoth) sy[v] = load(dy + j * kSumDepth<T> + v * W);
-    }
+    const Vec<T> yj = load(y + j * W);
+    [[maybe_unused]] Vec<T> sy{};
+    if constexpr (kBoth) sy = load(dy + j * W);
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> g = broadcast<T>(G[i * A.G_row + j * A.G_col]);
-      for (int v = 0; v < kSumVecs; ++v) {
-        const Vec<T> w = derivative<T, kMetric>(xs[i][v] - ys[v]);
-        s[i][v] += g * w;
-        sy[v] -= g * w;
-      }
+      const Vec<T> w = derivative<T, kMetric>(xs[i] - yj);
+      const T g = G[i * A.G_row + j * A.G_col];
+      s[i] += g * w;
+      if constexpr (kBoth) sy -= g * w;
     }
-    if (kBoth)
-      for (int v = 0; v < kSumVecs; ++v) store(dy + j * kSumDepth<T> + v * W, sy[v]);
+    if constexpr (kBoth) store(dy + j * W, sy);
   }
-  for (int i = 0; i < kRows; ++i)
-    for (i64 v = 0; v < kSumVecs && v * W < depth; ++v) {
-      T* out = dx + i * A.D + v * W;
-      const Vec<T> sum = kMetric == kL1 ? s[i][v] : s[i][v] + s[i][v];
-      store_some(out, first ? sum : sum + load_some(out, depth - v * W), depth - v * W);
-    }
+  for (int i = 0; i < kRows; ++i) {
+    T* out = dx + i * A.D;
+    const Vec<T> sum = kMetric == kL1 ? s[i] : s[i] + s[i];
+    store_some(out, first ? sum : sum + load_some(out, depth), depth);
+  }
 }
 
 // to[0..rows) = or += from[0..rows), packed sums, doubled for the squared cost.
 template <class T, int kMetric>
 inline void add_rows(const T* from, i64 rows, i64 depth, bool first, T* to, i64 row) {
-  for (i64 j = 0; j < rows; ++j)
-    for (i64 v = 0; v < depth; v += kWidth<T>) {
-      const Vec<T> s = load(from + j * kSumDepth<T> + v), sum = kMetric == kL1 ? s : s + s;
-      T* out = to + j * row + v;
-      store_some(out, first ? sum : sum + load_some(out, depth - v), depth - v);
-    }
+  for (i64 j = 0; j < rows; ++j) {
+    const Vec<T> s = load(from + j * kWidth<T>), sum = kMetric == kL1 ? s : s + s;
+    T* out = to + j * row;
+    store_some(out, first ? sum : sum + load_some(out, depth), depth);
+  }
 }
+
+// Copied points, by vectors of features. Their number is odd lest those share the sets of a cache.
+template <class T>
+constexpr i64 kSumPanel = (kSumCols + 1) * kWidth<T>;
 
 // The gradient at `depth` features of `rows` points of x and, with kBoth, of all points of y. Sums
 // are made of those over blocks of kSumCols points, on either side, so that a gradient is the same
 // whether it is made with the other or alone.
 template <class T, int kMetric, bool kBoth>
 void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows,
-                i64 depth, T* dx, T* dy) {
-  constexpr i64 W = kWidth<T>, P = kSumDepth<T>;
-  alignas(64) T ys[kSumCols * P], sy[kSumCols * P];
-  const i64 share = (kSumCols * kSumRows + rows - 1) / rows;  // points to prefetch during a tile
+                i64 depth, T* dx, T* dy, T* ys, T* sy) {
+  constexpr i64 W = kWidth<T>;
+  const i64 tiles = (rows / kSumRows + 1) * ((depth + W - 1) / W);
+  const i64 share = (kSumCols + tiles - 1) / tiles;  // points to prefetch during a tile
   for (i64 j0 = 0; j0 < A.M; j0 += kSumCols) {
     const i64 cols = least(kSumCols, A.M - j0);
     for (i64 j = 0; j < cols; ++j)
-      for (i64 v = 0; v < P; v += W)
-        store(ys + j * P + v, load_some(y + (j0 + j) * A.y.row + v, most(0, depth - v)));
-    i64 i = 0, ahead = j0 + kSumCols;
-    const auto tile = [&](auto kRows) {
-      for (const i64 end = least(A.M, ahead + share); ahead < end; ++ahead)
-        for (i64 v = 0; v < depth; v += W) __builtin_prefetch(y + ahead * A.y.row + v, 0, 2);
-      sums_tile<T, kMetric, kRows, kBoth>(A, x + i * A.x.row, ys, G + i * A.G_row + j0 * A.G_col,
-                                          cols, depth, j0 == 0, dx + i * A.D, sy);
-      i += kRows;
-    };
-    while (i < rows) {
-      const bool first = i == 0;
-      const i64 end = kBoth ? least(rows, i + kSumCols) : rows;
-      if (kBoth)
-        for (i64 k = 0; k < cols * P; k += W) store(sy + k, Vec<T>{});
-      while (i + kSumRows <= end) tile(Constant<kSumRows>{});
-      while (i < end) tile(Constant<1>{});
-      if (kBoth) add_rows<T, kMetric>(sy, cols, depth, first, dy + j0 * A.D, A.D);
+      for (i64 d = 0; d < depth; d += W)
+        store(ys + d / W * kSumPanel<T> + j * W, load_some(y + (j0 + j) * A.y.row + d, depth - d));
+    i64 ahead = j0 + kSumCols;
+    for (i64 d = 0; d < depth; d += W) {
+      i64 i = 0;
+      const auto tile = [&](auto kRows) {
+        for (const i64 end = least(A.M, ahead + share); ahead < end; ++ahead)
+          for (i64 v = 0; v < depth; v += W) __builtin_prefetch(y + ahead * A.y.row + v, 0, 2);
+        sums_tile<T, kMetric, kRows, kBoth>(
+            A, x + i * A.x.row + d, ys + d / W * kSumPanel<T>, G + i * A.G_row + j0 * A.G_col, cols,
+            least(W, depth - d), j0 == 0, dx + i * A.D + d, sy);
+        i += kRows;
+      };
+      while (i < rows) {
+        const bool first = i == 0;
+        const i64 end = kBoth ? least(rows, i + kSumCols) : rows;
+        if (kBoth)
+          for (i64 k = 0; k < cols * W; k += W) store(sy + k, Vec<T>{});
+        while (i + kSumRows <= end) tile(Constant<kSumRows>{});
+        while (i + 4 <= end) tile(Constant<4>{});
+        while (i < end) tile(Constant<1>{});
+        if (kBoth)
+          add_rows<T, kMetric>(sy, cols, least(W, depth - d), first, dy + j0 * A.D + d, A.D);
+      }
     }
   }
 }
 
+// Features are shared among threads in runs of up to kSumWidth vectors, shorter if there are few.
 template <class T, int kMetric, bool kBoth>
-void sums(const CostBackwardArgs<T>& A, Patience& patience) {
-  const i64 chunks = (A.D + kSumDepth<T> - 1) / kSumDepth<T>;
+int sums(const CostBackwardArgs<T>& A, Patience& patience) {
   i64 height = kBoth ? A.N : least(A.N, kRowBlock);  // dx is the same whatever the block
-  while (!kBoth && height > 16 && A.B * chunks * ((A.N + height - 1) / height) < 4 * A.threads)
-    height /= 2;
-  const i64 blocks = (A.N + height - 1) / height, parts = A.B * chunks * blocks;
-#pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && parts > 1)
-  for (i64 k = 0; k < parts; ++k) {
-    if (patience.look()) continue;
-    const i64 p = k / chunks / blocks, i = k / chunks % blocks * height;
-    const i64 d = k % chunks * kSumDepth<T>;
-    const T* x = A.x.data + p * A.x.batch + i * A.x.row + d;
-    const T* y = A.y.data + p * A.y.batch + d;
-    const T* G = A.G + p * A.G_batch + i * A.G_row;
-    T* dy = kBoth ? A.dy + p * A.M * A.D + d : nullptr;
-    sums_block<T, kMetric, kBoth>(A, x, y, G, least(height, A.N - i), least(kSumDepth<T>, A.D - d),
-                                  A.dx + (p * A.N + i) * A.D + d, dy);
+  i64 width = kSumWidth * kWidth<T>;
+  const auto count = [&] { return A.B * ((A.D + width - 1) / width) * ((A.N + height - 1) / height); };
+  while (width > kWidth<T> && count() < 4 * A.threads) width /= 2;
+  while (!kBoth && height > 16 && count() < 4 * A.threads) height /= 2;
+  const i64 chunks = (A.D + width - 1) / width, blocks = (A.N + height - 1) / height;
+  const i64 parts = count();
+  int status = kOk;
+#pragma omp parallel num_threads(A.threads) if (A.threads > 1 && parts > 1)
+  {
+    Scratch scratch((kSumWidth + 1) * (kSumCols + 1) * kBytes);
+    if (!scratch.ok()) {
+#pragma omp atomic write
+      status = kOutOfMemory;
+    }
+    T *ys = scratch.take<T>(kSumWidth * kSumPanel<T>), *sy = scratch.take<T>(kSumPanel<T>);
+#pragma omp for schedule(dynamic) nowait
+    for (i64 k = 0; k < parts; ++k) {
+      if (!scratch.ok() || patience.look()) continue;
+      const i64 p = k / chunks / blocks, i = k / chunks % blocks * height, d = k % chunks * width;
+      const T* x = A.x.data + p * A.x.batch + i * A.x.row + d;
+      const T* y = A.y.data + p * A.y.batch + d;
+      const T* G = A.G + p * A.G_batch + i * A.G_row;
+      T* dy = kBoth ? A.dy + p * A.M * A.D + d : nullptr;
+      sums_block<T, kMetric, kBoth>(A, x, y, G, least(height, A.N - i), least(width, A.D - d),
+                                    A.dx + (p * A.N + i) * A.D + d, dy, ys, sy);
+    }
   }
+  return status;
 }
 
 // kRows entries of dx, and part of dy, at one feature; lanes run along `cols` points of y.
@@ -200,24 +208,28 @@ void columns(const CostBackwardArgs<T>& A, Patience& patience) {
 
 // One pass makes both gradients, if there are enough features to share among threads.
 template <class T, int kMetric>
-void cost_gradients(const CostBackwardArgs<T>& A, Patience& patience) {
-  if (A.D <= kWidth<T>) return columns<T, kMetric>(A, patience);
-  const bool enough = A.B * ((A.D + kSumDepth<T> - 1) / kSumDepth<T>) >= A.threads;
+int cost_gradients(const CostBackwardArgs<T>& A, Patience& patience) {
+  if (A.D <= kWidth<T>) {
+    columns<T, kMetric>(A, patience);
+    return kOk;
+  }
+  const bool enough = A.B * ((A.D + kWidth<T> - 1) / kWidth<T>) >= A.threads;
   if (A.dx && A.dy && enough) return sums<T, kMetric, true>(A, patience);
-  if (A.dx) sums<T, kMetric, false>(A, patience);
-  if (A.dy) {
+  int status = A.dx ? sums<T, kMetric, false>(A, patience) : kOk;
+  if (status == kOk && A.dy) {
     const CostBackwardArgs<T> swapped{A.B, A.M, A.N, A.D, A.y, A.x, A.metric, A.G, A.G_batch,
                                       A.G_col, A.G_row, A.dy, nullptr, A.threads};
-    sums<T, kMetric, false>(swapped, patience);
+    status = sums<T, kMetric, false>(swapped, patience);
   }
+  return status;
 }
 
 template <class T>
 int cost_backward(const CostBackwardArgs<T>& A) {
   Patience patience;
-  if (A.metric == kL1) cost_gradients<T, kL1>(A, patience);
-  else cost_gradients<T, kSqEuclidean>(A, patience);
-  return patience.over() ? kInterrupted : kOk;
+  const int status = A.metric == kL1 ? cost_gradients<T, kL1>(A, patience)
+                                     : cost_gradients<T, kSqEuclidean>(A, patience);
+  return patience.over() ? kInterrupted : status;
 }
 
 }  // namespace otdd::cpu::OTDD_ISA

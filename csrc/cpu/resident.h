@@ -33,6 +33,7 @@ struct Resident {
   T* partial;  // (parts, ld)
 
   static constexpr i64 kMaxBlock = 64;  // a multiple of every kWidth
+  static constexpr i64 kTogether = kWidth<T> < 4 ? kWidth<T> : 4;
 
   static i64 bytes(i64 N, i64 M) {
     const i64 ld = round_up(M, kWidth<T>), size = sizeof(T);
@@ -137,11 +138,27 @@ struct Resident {
     return s[0] + s[1];
   }
 
+  // Of rows that leave w no room in the first level of the cache: each part of it is read once.
+  void products_together(const T* r, const T* w, Vec<T>* part) const {
+    Vec<T> s[kTogether] = {};
+    for (i64 j = 0; j < ld; j += kWidth<T>) {
+      const Vec<T> v = load(w + j);
+      for (int k = 0; k < kTogether; ++k) s[k] += load(r + k * ld + j) * v;
+    }
+    for (int k = 0; k < kTogether; ++k) part[k] = s[k];
+  }
+
   template <int kVecs>
   void products_of(i64 i, i64 rows, const T* w, T* dots) const {
     constexpr i64 W = kWidth<T>;
     const i64 width = kVecs ? kVecs * W : ld;
     const T* r = K + i * width;
+    if (rows == W && kVecs == 0 && ld * i64(sizeof(T)) >= 8192) {
+      Vec<T> part[W];
+      for (i64 k = 0; k < W; k += kTogether) products_together(r + k * ld, w, part + k);
+      store(dots, sums<T, int(W)>(0, [&](int k) { return part[k]; }));
+      return;
+    }
     if (rows == W) {
       const auto dot = [&](int k) __attribute__((always_inline)) {
         return product<kVecs>(r + k * width, w);

@@ -244,6 +244,8 @@ def _per_point(t: Tensor | None, name: str, C: Tensor, shape: tuple[int, ...]) -
         return None
     t = checks.as_float(t, name)
     checks.same_kind(t, name, C, "C")
+    if t.shape == shape:
+        return t
     fits = t.dim() >= 1 and t.shape[-1] == shape[-1]
     try:
         fits = fits and torch.broadcast_shapes(t.shape, shape) == torch.Size(shape)

@@ -27,9 +27,10 @@ def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, AN
         return None, None, None, *none
     again = torch.is_grad_enabled()  # a derivative of this derivative may be asked for
     if ctx.grad == "envelope":
-        need_C = ctx.needs_input_grad[0]
+        need_C, *need_weights = ctx.needs_input_grad[:3]
         run = _envelope if again else _envelope_gradients
-        grads = run(*problem, f, g, dvalue, dcost, need_C, ctx.sinkd, ctx.backend)
+        needed = need_C, any(need_weights)
+        grads = run(*problem, f, g, dvalue, dcost, *needed, ctx.sinkd, ctx.backend)
     else:
         run = _through if again else _through_gradients
         grads = run(
@@ -76,6 +77,7 @@ def _envelope_gradients(
     dvalue: Tensor | None,
     dcost: Tensor | None,
     need_C: bool,
+    need_weights: bool,
     sinkd: bool,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -84,7 +86,7 @@ def _envelope_gradients(
     if need_C:
         scale = dvalue if dcost is None else dcost if dvalue is None else dvalue + dcost
         dC = plan_op(C, f, g, a, b, eps, scale, sinkd, backend)
-    if dvalue is not None and (a is not None or b is not None):
+    if dvalue is not None and need_weights:
         problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
         _, _, by_a, by_b = _value_slopes(problem, f, g, True)
         da, db = dvalue.unsqueeze(-1) * by_a, dvalue.unsqueeze(-1) * by_b
@@ -92,7 +94,7 @@ def _envelope_gradients(
 
 
 def _envelope_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    *tensors, _, ctx.sinkd, ctx.backend = inputs
+    *tensors, _, _, ctx.sinkd, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -141,7 +143,7 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
         None if t is None else direct + implicit
         for t, direct, implicit in zip((C, a, b), (dC, da, db), through, strict=True)
     )
-    return *grads, *(None,) * 5, ddvalue, *(None,) * 4
+    return *grads, *(None,) * 5, ddvalue, *(None,) * 5
 
 
 def _through_gradients(
