@@ -101,20 +101,19 @@ def choose(op: str, candidates: Mapping[str, str | None], backend: str | None = 
         ValueError: `backend` is no backend at all.
         BackendError: `backend`, or every candidate, has a reason to refuse.
     """
-    source = "backend" if backend is not None else "OTDD_BACKEND"
     wanted = backend if backend is not None else os.environ.get("OTDD_BACKEND") or None
-    machine = available()
-    if wanted is not None and wanted not in NAMES:
-        raise ValueError(f"unknown {source}={wanted!r}; choose from {', '.join(NAMES)}")
-    if wanted is not None:
+    if wanted is None:
+        for name, refusal in candidates.items():
+            if refusal is None and _REASONS[name] is None:
+                return name
+    else:
+        source = "backend" if backend is not None else "OTDD_BACKEND"
+        if wanted not in NAMES:
+            raise ValueError(f"unknown {source}={wanted!r}; choose from {', '.join(NAMES)}")
         missing = None if wanted in candidates else "the op has no such backend"
-        reason = machine[wanted] or missing or candidates[wanted]
+        reason = _REASONS[wanted] or missing or candidates[wanted]
         if reason is not None:
             raise BackendError(f"{op}: {source}={wanted!r} cannot be used: {reason}")
         return wanted
-    reasons = {name: machine[name] or refusal for name, refusal in candidates.items()}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    told = "; ".join(f"{name}: {_REASONS[name] or r}" for name, r in candidates.items())
     raise BackendError(f"{op}: no backend can run this ({told})")

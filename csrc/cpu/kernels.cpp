@@ -33,10 +33,9 @@ int plan(const PlanArgs<T>& A) {
           if (i % between_looks == between_looks - 1 ? patience.look() : patience.over()) return;
           const T* c = A.C.data + p * A.C.batch + i * A.C.row;
           T* out = A.P + (p * A.N + i) * A.M;
-          for (i64 j = 0; j < A.M; j += kWidth<T>) {
-            const Vec<T> P = entries(c + j, A.M - j, g + j, inv_eps, -f[i]);
+          for_entries(c, A.M, m, g, inv_eps, -f[i], [&](i64 j, Vec<T> P) {
             store_some(out + j, f[i] > -INFINITY ? P * scale : Vec<T>{}, A.M - j);
-          }
+          });
         };
         if (team == 1) {
           for (i64 i = 0; i < A.N; ++i) row(i);

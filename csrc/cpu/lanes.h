@@ -125,17 +125,25 @@ class Lanes {
       alignas(kBytes) T lane[W];
       store(lane, top);
       for (i64 h = 0; h < W; h += kWidth<double>) store(shift_ + i * W + h, widen(lane + h));
-      for (i64 j = 0; j < M; ++j) {
-        const auto exponent = [&](i64 h) {
-          return load(gamma_ + j * W + h) - widen(c + j * W + h) * load(inv_eps_ + h) -
-                 load(shift_ + i * W + h);
-        };
-        store(K_ + (i * M + j) * W, exp<T>(narrowed<T>(exponent)));
-      }
+      i64 j = 0;
+      for (; j + 4 <= M; j += 4) make_entries<4>(i, j);
+      for (; j < M; ++j) make_entries<1>(i, j);
       const auto log_r = [&](i64 h) { return -load(shift_ + i * W + h) - load(phi_ + i * W + h); };
       const Vec<T> r = absorbed_ ? exp<T>(narrowed<T>(log_r)) : load(r_ + i * W);
       store(r_ + i * W, r), store(u_ + i * W, load(a_ + i * W) / r);
     }
+  }
+
+  template <int kCount>
+  void make_entries(i64 i, i64 j) {
+    Vec<T> e[kCount];
+    for (int k = 0; k < kCount; ++k)
+      e[k] = narrowed<T>([&](i64 h) __attribute__((always_inline)) {
+        const VecD cost = widen(C_ + (i * M + j + k) * W + h) * load(inv_eps_ + h);
+        return (load(gamma_ + (j + k) * W + h) - cost - load(shift_ + i * W + h)) * kLog2e;
+      });
+    powers_or_zero<T>(e);
+    for (int k = 0; k < kCount; ++k) store(K_ + (i * M + j + k) * W, e[k]);
   }
 
   // u and the columns' sums from v, and the marginal error of the state before.

@@ -25,57 +25,6 @@ template <class T>
 constexpr i64 kPointPanel = kPointVecs * kWidth<T>;
 
 template <class T>
-struct Powers;
-template <>
-struct Powers<float> {
-  static constexpr int kMantissa = 23, kDegree = 6;
-  static constexpr float kLowest = -125.0f;
-  static constexpr float kMinimax[] = {
-      1.0f, 0.69314721496788f, 0.24022652782876f, 0.055503105512070f, 0.0096176929761432f,
-      0.0013406643847480f, 0.00015594677015105f};
-};
-template <>
-struct Powers<double> {
-  static constexpr int kMantissa = 52, kDegree = 11;
-  static constexpr double kLowest = -1021.0;
-  static constexpr double kMinimax[] = {
-      1.0, 0.69314718055994569675, 0.24022650695910098006, 0.055504108664790394528,
-      0.0096181291076070026171, 0.001333355815343996974, 0.00015403530441571850099,
-      0.00001525272738518977478, 1.3215442675455852182e-6, 1.0180647660573069343e-7,
-      7.0725703945407994337e-9, 4.0780717860928704165e-10};
-};
-
-template <class T>
-inline Vec<T> larger(Vec<T> x, Vec<T> y) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)x, (__m512)y);
-  else return (Vec<T>)_mm512_max_pd((__m512d)x, (__m512d)y);
-#else
-  return vmax<T>(x, y);
-#endif
-}
-
-// t becomes 2^t for t < 127 (1023), about 1 ulp; below kLowest it is 2^kLowest. t = n + r with
-// |r| <= 1/2, and a minimax polynomial for 2^r whose relative error is 3e-9 (2e-17). Several vectors
-// take each step together: one alone would wait for every result.
-template <class T, int kCount>
-inline void exp2(Vec<T> (&t)[kCount]) {
-  using R = Traits<T>;
-  using P = Powers<T>;
-  using Int = typename R::Int;
-  Vec<T> p[kCount];
-  Int n[kCount];
-  for (int v = 0; v < kCount; ++v) t[v] = larger<T>(t[v], P::kLowest - Vec<T>{});
-  for (int v = 0; v < kCount; ++v) p[v] = t[v] + R::kMagic;
-  for (int v = 0; v < kCount; ++v) n[v] = (Int)p[v] << R::kBits, t[v] -= p[v] - R::kMagic;
-  for (int v = 0; v < kCount; ++v) p[v] = t[v] * P::kMinimax[P::kDegree] + P::kMinimax[P::kDegree - 1];
-#pragma GCC unroll 16
-  for (int k = P::kDegree - 2; k >= 0; --k)
-    for (int v = 0; v < kCount; ++v) p[v] = p[v] * t[v] + P::kMinimax[k];
-  for (int v = 0; v < kCount; ++v) t[v] = (Vec<T>)((Int)p[v] + n[v]);
-}
-
-template <class T>
 inline Vec<T> square_root(Vec<T> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)x);

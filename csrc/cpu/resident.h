@@ -13,14 +13,42 @@ namespace otdd::cpu::OTDD_ISA {
 constexpr i64 kMaxParts = 8;
 inline i64 parts_of(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(kMaxParts, (N + 63) / 64); }
 
-// exp(column_j - c_j / eps - shift). The exponent is formed in double: it is a small difference of
-// large numbers.
-template <class T>
-inline Vec<T> entries(const T* c, i64 count, const double* column, double inv_eps, double shift) {
-  alignas(kBytes) T lane[kWidth<T>];
-  if (count < kWidth<T>) store(lane, load_some(c, count)), c = lane;
-  return exp<T>(narrowed<T>(
-      [&](i64 h) { return load(column + h) - widen(c + h) * inv_eps - shift; }));
+// out = exp(column_j - c_j / eps - shift) for kCount vectors; there are `count` costs. The exponent is
+// formed in double: it is a small difference of large numbers.
+template <class T, int kCount>
+inline void entries(const T* c, i64 count, const double* column, double inv_eps, double shift,
+                    Vec<T> (&out)[kCount]) {
+  constexpr i64 W = kWidth<T>;
+  alignas(kBytes) T lane[kCount * W];
+  if (count < kCount * W) {
+    for (i64 j = 0; j < kCount * W; j += W) store(lane + j, load_some(c + j, most(0, count - j)));
+    c = lane;
+  }
+  for (int v = 0; v < kCount; ++v)
+    out[v] = narrowed<T>([&](i64 h) __attribute__((always_inline)) {
+      return (load(column + v * W + h) - widen(c + v * W + h) * inv_eps - shift) * kLog2e;
+    });
+  powers_or_zero<T>(out);
+}
+
+// visit(j, entries from j on) for all of a row, `padded` of them; some at a time, as one exp alone
+// would wait for its own results.
+template <class T, class Visit>
+inline void for_entries(const T* c, i64 count, i64 padded, const double* column, double inv_eps,
+                        double shift, Visit visit) {
+  constexpr int kTogether = 4;
+  constexpr i64 W = kWidth<T>;
+  i64 j = 0;
+  for (; j + kTogether * W <= padded; j += kTogether * W) {
+    Vec<T> e[kTogether];
+    entries<T>(c + j, count - j, column + j, inv_eps, shift, e);
+    for (int v = 0; v < kTogether; ++v) visit(j + v * W, e[v]);
+  }
+  for (; j < padded; j += W) {
+    Vec<T> e[1];
+    entries<T>(c + j, count - j, column + j, inv_eps, shift, e);
+    visit(j, e[0]);
+  }
 }
 
 template <class T>
@@ -205,11 +233,10 @@ struct Resident {
   T fill_row(i64 i, const T* c, const double* column, double inv_eps, double shift) {
     T* out = row(i);
     Vec<T> s{};
-    for (i64 j = 0; j < ld; j += kWidth<T>) {
-      const Vec<T> e = entries(c + j, M - j, column + j, inv_eps, shift);
+    for_entries(c, M, ld, column, inv_eps, shift, [&](i64 j, Vec<T> e) {
       store(out + j, e);
       s += e;
-    }
+    });
     return sum<T>(s);
   }
 };

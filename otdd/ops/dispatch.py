@@ -4,6 +4,7 @@ The tensors of every op have the batch first, so that `torch.func.vmap` is one m
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,13 +41,19 @@ def differentiable(call: Callable, setup_context: Callable, backward: Callable) 
 
     Op.setup_context = staticmethod(setup_context)
     Op.backward = staticmethod(backward)
+
+    body = inspect.unwrap(call)
+
+    class Ordinary(Op):
+        forward = staticmethod(body)
+
     # What Function.apply does in the end; binding the arguments to a signature takes it as long.
-    ordinary = super(torch.autograd.Function, Op).apply
+    ordinary = super(torch.autograd.Function, Ordinary).apply
 
     def run(*args: object) -> Any:
         if not _is_ordinary(args[0]):
             return Op.apply(*args)
-        return ordinary(*args) if _wants_gradient(args) else call(*args)
+        return ordinary(*args) if _wants_gradient(args) else body(*args)
 
     return run
 
