@@ -178,16 +178,16 @@ def oracle(
 
 @dataclass(frozen=True)
 class Work:
-    """The least that has to be done: bytes moved, flops of matrix products, other flops, exps.
+    """The least that has to be done: bytes moved, flops of matrix products, multiply-adds, exps.
 
-    Other flops are counted in instructions as wide as a multiply-add: the pair of a product and a
-    sum is one, and so is each of the difference and the sum of an absolute difference. The
-    footprint is what the bytes moved are spread over.
+    Other vector instructions count as half a multiply-add where there are more of them than
+    multiply-adds: processors begin two in a cycle, and additions and logic run beside
+    multiplications. The footprint is what the bytes moved are spread over.
     """
 
     bytes: float
     gemm: float
-    ops: float
+    fmas: float
     exps: float
     footprint: float
 
@@ -197,22 +197,27 @@ def work(case: Case, direction: str, itemsize: int, cache: int) -> Work:
 
     A solve needs one exp and, per iteration, two multiply-adds an element. It reads the costs
     once, or in every iteration if one problem's costs exceed the cache; if they are not to be
-    stored, it makes them again in each, product and exp. A gradient is one pass more.
+    stored, it makes them again in each, cost and exp. A gradient is one pass more; that of L1 takes
+    a difference, its sign and a multiply-add for each side, its cost a difference, its magnitude
+    and a sum.
     """
     B, N, M, D, T = case.B, case.N, case.M, case.D, case.iterations
     new, size = (B * M if case.kind == "row" else B * N * M), B * N * M
-    backward = direction != "forward"
-    passes = 1 + (case.kind == "metric" and backward) if backward else 0  # metric: x and y
-    forward = not (case.kind == "metric" and backward)
-    times = (forward + passes) * (1 if case.stored else T)
-    per_product = 2 * new * D * times
-    gemm, ops = (per_product, 0) if case.metric == "sqeuclidean" else (0, per_product)
+    backward, alone = direction != "forward", case.kind == "metric"
+    sides = (2 if alone else 1) if backward else 0
+    times = 1 if case.stored else T
+    costs = 0 if alone and backward else times
+    if case.metric == "sqeuclidean":
+        gemm, fmas = 2 * new * D * (costs + sides), 0
+    else:
+        gemm, fmas = 0, new * D * (1.5 * costs + (1 + sides / 2 if sides else 0))
     points = (B * N + B * M) * D * itemsize if D else 0
-    moved = points * (1 + passes) + (size * itemsize * (1 + passes) if case.stored else 0)
+    passes = 1 + sides
+    moved = points * passes + (size * itemsize * passes if case.stored else 0)
     footprint, exps = moved, 0
-    if case.kind != "metric":
-        exps = size * (1 if case.stored else T)
-        ops += 2 * size * T + 2 * size * passes
+    if not alone:
+        exps = size * times
+        fmas += 2 * size * T + 2 * size * sides
         if case.stored and N * M * itemsize > cache:
             moved += size * itemsize * (T - 1)
-    return Work(moved, gemm, ops, exps, footprint)
+    return Work(moved, gemm, fmas, exps, footprint)

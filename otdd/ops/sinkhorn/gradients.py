@@ -41,15 +41,17 @@ def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, AN
 
 
 def _value_slopes(
-    problem: tuple[Tensor, ...], f: Tensor, g: Tensor, fixed_point: bool
+    problem: tuple[Tensor, ...], f: Tensor, g: Tensor, fixed_point: bool, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Partial derivatives of the dual value: in f, g, and in a, b at given potentials.
 
     At the fixed point the rows of P sum to ``a exp(-f / rho_a)``, which `value` itself does not
     use; there the value is stationary in f and g, and the derivatives in a and b are the total
-    ones.
+    ones. Without a `soft` marginal the value is ``<a, f> + <b, g>``.
     """
     _, a, b, eps, rho_a, rho_b = problem
+    if not soft:
+        return a, b, torch.where(a > 0, f, 0), torch.where(b > 0, g, 0)
     kept_a, kept_b = kept(f, rho_a), kept(g, rho_b)
     soft = (torch.isfinite(rho_a) | torch.isfinite(rho_b)).unsqueeze(-1)
     e = torch.where(soft, eps.unsqueeze(-1), 0).to(a.dtype)
@@ -88,7 +90,8 @@ def _envelope_gradients(
         dC = plan_op(C, f, g, a, b, eps, scale, sinkd, backend)
     if dvalue is not None and need_weights:
         problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
-        _, _, by_a, by_b = _value_slopes(problem, f, g, True)
+        soft = rho_a is not None or rho_b is not None
+        _, _, by_a, by_b = _value_slopes(problem, f, g, True, soft)
         da, db = dvalue.unsqueeze(-1) * by_a, dvalue.unsqueeze(-1) * by_b
     return dC, da, db
 
@@ -111,7 +114,7 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
     problem = filled(C, a, b, eps, rho_a, rho_b, ctx.sinkd)
     _, a_all, b_all, _, rho_a_all, rho_b_all = problem
     e, scale = eps.to(C.dtype).unsqueeze(-1), dvalue.unsqueeze(-1)
-    _, _, by_a, by_b = _value_slopes(problem, f, g, True)
+    _, _, by_a, by_b = _value_slopes(problem, f, g, True, True)
     df, dg, ddvalue = torch.zeros_like(f), torch.zeros_like(g), torch.zeros_like(dvalue)
     dC = da = db = 0
     if w_C is not None:
@@ -170,9 +173,9 @@ def _through_gradients(
     df = torch.zeros_like(f) if df is None else df
     dg = torch.zeros_like(g) if dg is None else dg
     if dvalue is not None:
-        by_f, by_g, by_a, by_b = (
-            slope * dvalue.unsqueeze(-1) for slope in _value_slopes(problem, f, g, False)
-        )
+        soft = rho_a is not None or rho_b is not None
+        slopes = _value_slopes(problem, f, g, False, soft)
+        by_f, by_g, by_a, by_b = (slope * dvalue.unsqueeze(-1) for slope in slopes)
         df, dg = df + by_f, dg + by_g
     dC, da, db = backward_op(*problem, f, g, history, n_iter, df, dg, dcost, mode, sinkd, backend)
     return (dC, da, db) if dvalue is None else (dC, da + by_a, db + by_b)
