@@ -9,9 +9,8 @@ from otdd.ops import checks
 from otdd.ops.sinkhorn import Grad, SinkhornResult, problem_tensors, sinkhorn
 from otdd.ops.sinkhorn.op import equal_weights
 
-_FORBIDDEN = (
-    100  # times eps, beyond every cost: the plan between the slack points is exp(-100) or so
-)
+# Times eps, beyond every cost: the plan between the slack points is exp(-100) or so.
+_FORBIDDEN = 100
 
 
 @dataclass(frozen=True, eq=False)

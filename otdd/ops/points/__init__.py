@@ -21,9 +21,8 @@ from otdd.ops.sinkhorn import (
 )
 from otdd.ops.sinkhorn.reference import over, plan_from_potentials
 
-DENSE = (
-    1 << 25
-)  # entries of the largest batch of costs kept for a derivative through the iterations
+# Entries of the largest batch of costs kept for a derivative through the iterations.
+DENSE = 1 << 25
 
 
 @dataclass(frozen=True, eq=False, slots=True)
