@@ -495,7 +495,7 @@ class PointSinkhorn {
     T *f = A.f + problem * N, *g = A.g + problem * M;
     for (i64 i = 0; i < N; ++i) phi_[i] *= unit_, f[i] = T(phi_[i]);
     for (i64 j = 0; j < M; ++j) {
-      gamma_[j] = unit_ * (b_[j] > 0 ? gamma_[j] - log_b_[j] : -lse_col_[j] / (1 + pull_b_));
+      gamma_[j] = -unit_ * lse_col_[j] / (1 + pull_b_);  // gamma less log b, with all its digits
       g[j] = T(gamma_[j]);
     }
     A.value[problem] = T(value(problem)), A.cost[problem] = T(cost);

@@ -235,6 +235,8 @@ class Sinkhorn {
     bool near = resident_;
     for (i64 j = 0; j < M; ++j)
       if (b_[j] > 0) near = near && ::fabs(x[j] - gamma_[j]) <= tau_, gamma_now_[j] = x[j];
+    if constexpr (!kMet)
+      for (i64 j = 0; j < M; ++j) lse_[j] = (log_b_[j] - gamma_now_[j]) / columns_.lambda;
     resident_ = near;
     for (i64 j = 0; j < R.ld; ++j) {
       if (!near) gamma_[j] = gamma_now_[j];
@@ -406,6 +408,7 @@ class Sinkhorn {
     const VecD gamma = load(gamma_ + j), log_b = load(log_b_ + j);
     const VecD lse = log(widen(col_ + j)) + (top_u_ + log_scale_) - gamma;
     const VecD now = log_b - columns_.lambda * lse;
+    store(lse_ + j, lse);
     store(gamma_now_ + j, log_b == VecD{} - INFINITY ? log_b : now);
     narrow(exp<double>(now - gamma), v_ + j);
   }
@@ -480,7 +483,8 @@ class Sinkhorn {
     for (i64 i = 0; i < N; ++i) h[i] = eps_ * phi_[i];
     settle_columns();
     for (i64 j = 0; j < M; j += kWidth<double>) {
-      const VecD log_b = load(log_b_ + j), g = eps_ * (load(gamma_now_ + j) - log_b);
+      const VecD log_b = load(log_b_ + j);
+      const VecD g = eps_ * (kMet ? load(gamma_now_ + j) - log_b : -columns_.lambda * load(lse_ + j));
       store_some(h + N + j, log_b == VecD{} - INFINITY ? VecD{} : g, M - j);
     }
   }
@@ -513,9 +517,14 @@ class Sinkhorn {
     T *f = args_.f + problem * N, *g = args_.g + problem * M;
     for (i64 i = 0; i < N; ++i) f[i] = T(eps_ * phi_[i]);
     for (i64 j = 0; j < M; ++j)
-      g[j] = T(eps_ * (b_[j] > 0 ? gamma_now_[j] - log_b_[j] : -columns_.lambda * lse_[j]));
+      g[j] = T(b_[j] > 0 ? column_potential(j) : -eps_ * columns_.lambda * lse_[j]);
     args_.value[problem] = T(scale_ * value()), args_.cost[problem] = T(scale_ * cost);
     args_.marginal_error[problem] = T(scale_ * error), args_.n_iter[problem] = done;
+  }
+
+  // g_j where there is weight. Under a light penalty it is too small to be told from gamma.
+  double column_potential(i64 j) const {
+    return eps_ * (kMet ? gamma_now_[j] - log_b_[j] : -columns_.lambda * lse_[j]);
   }
 
   // The dual objective, in units of `scale_`; with a penalty eps (sum P - sum a sum b) counts too.
@@ -527,7 +536,7 @@ class Sinkhorn {
     }
     for (i64 j = 0; j < M; ++j) {
       if (!(b_[j] > 0)) continue;
-      const double g = eps_ * (gamma_now_[j] - log_b_[j]);
+      const double g = column_potential(j);
       columns += b_[j] * worth(g, columns_), mass_b += b_[j];
       if constexpr (!kMet) plan += b_[j] * ::exp(-g / columns_.rho);
     }

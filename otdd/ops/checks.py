@@ -96,16 +96,29 @@ def problem(
 
 
 def weights(w: Tensor | None, name: str, binary: bool = False) -> None:
-    """Raises unless every row of ``w`` ``(..., N)`` is finite, non-negative and not all zero."""
+    """Raises unless every row of ``w`` ``(..., N)`` is non-negative and has a mass.
+
+    That is a finite sum, and a weight that is a normal number: the native code takes others for 0.
+    """
     if w is None or w.numel() == 0:
         return
     low, high = (bound.item() for bound in torch.aminmax(_one(w)))  # NaN survives
     if not (math.isfinite(low) and math.isfinite(high)):
         finite(w, name)
     require(low >= 0, name, f"a negative weight, {low}", "weights >= 0")
-    if low == 0:
-        some = bool((w.amax(-1) > 0).all())
-        require(some, name, "only zero weights in one problem", "one weight > 0")
+    tiny = torch.finfo(w.dtype).tiny
+    if low < tiny and not bool((w.amax(-1) >= tiny).all()):
+        top = w.amax(-1).min().item()
+        seen = (
+            f"weights of at most {top:.3g} in one problem"
+            if top
+            else "only zero weights in one problem"
+        )
+        require(False, name, seen, f"one weight > 0, and at least {tiny:.3g}")
+    if high > torch.finfo(w.dtype).max / w.shape[-1]:
+        mass = w.double().sum(-1)
+        accepted = "weights whose sum is a finite number"
+        require(bool(mass.isfinite().all()), name, f"weights of up to {high:.3g}", accepted)
     if binary and not bool(((w == 0) | (w == 1)).all()):
         accepted = "0 or 1 (a mask) with marginals='sinkd'"
         require(False, name, "weights other than 0 and 1", accepted)

@@ -1,5 +1,6 @@
 """`sinkhorn_divergence`: entropic OT between point clouds without its bias, never negative."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from otdd.ops import checks
 from otdd.ops.cost import METRICS, cost_matrix
-from otdd.ops.sinkhorn import GRADS, Grad, SinkhornResult, sinkhorn
+from otdd.ops.sinkhorn import GRADS, Grad, SinkhornResult, problem_tensors, sinkhorn
 from otdd.ops.sinkhorn.reference import conjugate, weighted
 
 
@@ -48,8 +49,9 @@ def sinkhorn_divergence(
     """``S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2`` (Feydy et al., AISTATS 2019, eq. 3).
 
     With penalties, the unbalanced divergence, ``+ eps (sum(a) - sum(b))^2 / 2`` (Sejourne, Feydy,
-    Vialard, Trouve & Peyre 2019, definition 5). It is zero at x = y, and not negative after any
-    number of iterations, up to rounding, which is cut off. For that, OT(x, x) is the dual at the
+    Vialard, Trouve & Peyre 2019, definition 5). It is zero at x = y, with penalties once it has
+    converged and if they are equal. It is not negative after any number of iterations, up to
+    rounding, which is cut off. For that, OT(x, x) is the dual at the
     mean p of its two potentials, OT(y, y) that at q, and the solve of x against y starts at
     (p, q). Its dual only grows from there, and exp(-C / eps) is a positive definite kernel K under
     every metric, so with u = a exp(p / eps) and v = b exp(q / eps)::
@@ -60,38 +62,44 @@ def sinkhorn_divergence(
         x: Points ``(..., N, D)``.
         y: Points ``(..., M, D)``; leading dimensions broadcast against those of x.
         a: Weights of x, ``(..., N)``; uniform ``1 / N`` by default.
-        b: Weights of y, ``(..., M)``. Without penalties their mass must be that of a.
+        b: Weights of y, ``(..., M)``. Without penalties their mass must be that of a, to 1e-3.
         metric: Ground cost, as in `otdd.ops.cost_matrix`.
         eps: Regularisation strength > 0, in the units of the cost.
         max_iter: Iterations of each of the three solves.
         tol: L1 marginal error at which a solve stops by itself; 0 never.
-        rho_a: Penalty > 0 on the marginal of x, as in `otdd.ops.sinkhorn`; None: met.
+        rho_a: Penalty > 0 on the marginal of x, as in `otdd.ops.sinkhorn`; None or inf: met.
         rho_b: Penalty on the marginal of y.
         grad: As in `otdd.ops.sinkhorn`, for each of the three; what they start from is a constant.
         backend: As in `otdd.ops.sinkhorn`.
 
     Raises:
-        ValueError: As `otdd.ops.cost_matrix` and `otdd.ops.sinkhorn`.
+        ValueError: As `otdd.ops.cost_matrix` and `otdd.ops.sinkhorn`; masses that differ, without
+            penalties (looked at on the CPU, elsewhere with ``OTDD_CHECKS=1``).
         TypeError: As these.
     """
     checks.solver_options(max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS))
     checks.require(not isinstance(eps, Tensor), "eps", "a tensor", "a number")
-    checks.positive(eps, "eps", torch.float32)
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() >= 2 and y.dim() >= 2:
-        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])  # of each of the three
-        x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-
-    def solve(x: Tensor, y: Tensor, *weights: Tensor | None, **options: object) -> SinkhornResult:
-        C = cost_matrix(x, y, metric, backend=backend)
-        shared = {"eps": eps, "max_iter": max_iter, "tol": tol, "grad": grad, "backend": backend}
-        return sinkhorn(C, *weights, **shared, **options)
-
-    within_x = solve(x, x, a, a, rho_a=rho_a, rho_b=rho_a)
-    within_y = solve(y, y, b, b, rho_a=rho_b, rho_b=rho_b)
+    checks.positive(eps, "eps", torch.float64)
+    rho_a, rho_b = (None if rho == math.inf else rho for rho in (rho_a, rho_b))
     soft = rho_a is not None or rho_b is not None
+    C = cost_matrix(x, y, metric, backend=backend)
+    _, _, a, b, _ = problem_tensors(C, eps, None, a, b)
+    if checks.values_are_checked(C):
+        checks.weights(a, "a")
+        checks.weights(b, "b")
+        if not soft:
+            _check_masses(a, b)
+    x, y = x.expand(*C.shape[:-2], *x.shape[-2:]), y.expand(*C.shape[:-2], *y.shape[-2:])
+    options = {"eps": eps, "max_iter": max_iter, "tol": tol, "grad": grad, "backend": backend}
+
+    def within(x: Tensor, a: Tensor | None, rho: float | None) -> SinkhornResult:
+        C = cost_matrix(x, x, metric, backend=backend)
+        return sinkhorn(C, a, a, rho_a=rho, rho_b=rho, **options)
+
+    within_x, within_y = within(x, a, rho_a), within(y, b, rho_b)
     half_x, p = _half(within_x, eps, rho_a, soft)
     half_y, q = _half(within_y, eps, rho_b, soft)
-    between = solve(x, y, a, b, rho_a=rho_a, rho_b=rho_b, init=(p, q))
+    between = sinkhorn(C, a, b, rho_a=rho_a, rho_b=rho_b, init=(p, q), **options)
     value = between.value - half_x - half_y
     if soft:
         value = value + eps / 2 * (between.a.sum(-1) - between.b.sum(-1)).square()
@@ -99,14 +107,32 @@ def sinkhorn_divergence(
     return Divergence(value, between.f - p, between.g - q, between, (within_x, within_y))
 
 
+def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
+    if a is None and b is None:
+        return
+    one = torch.ones((), dtype=torch.float64)
+    mass_a, mass_b = (one if w is None else w.detach().double().sum(-1).cpu() for w in (a, b))
+    bad = (mass_a - mass_b).abs() > 1e-3 * torch.maximum(mass_a, mass_b)
+    if bool(bad.any()):
+        seen = [m.expand(bad.shape)[bad][0].item() for m in (mass_a, mass_b)]
+        accepted = "equal masses, or penalties rho_a, rho_b"
+        checks.require(False, "a and b", f"masses of {seen[0]:.6g} and {seen[1]:.6g}", accepted)
+
+
 def _half(
     solved: SinkhornResult, eps: float, rho: float | None, soft: bool
 ) -> tuple[Tensor, Tensor]:
     """Half of a cloud's transport to itself at the mean of its potentials, and that mean.
 
-    It changes as half of the solve's own value does: the two are the same at convergence.
+    It changes as half of the solve's own value does: the two are the same at convergence. With a
+    penalty on the other cloud only, it is the limit of a penalty on this one, in which the mass
+    counts too.
     """
     own = solved.value / 2
+    if soft and rho is None:
+        mass = solved.a.sum(-1)
+        by_mass = 1 if solved.grad == "envelope" else 0.5  # of which the value's slopes know or not
+        own = own + eps * (mass.square() / 2 - by_mass * mass)
     with torch.no_grad():
         p = (solved.f + solved.g) / 2
         a, mass = solved.a, solved.a.sum(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from otdd.ops import checks
-from otdd.ops.sinkhorn import Grad, SinkhornResult, problem_tensors, sinkhorn
+from otdd.ops.sinkhorn import Accelerate, Grad, SinkhornResult, problem_tensors, sinkhorn
 from otdd.ops.sinkhorn.op import equal_weights
 
 # Times eps, beyond every cost: the plan between the slack points is exp(-100) or so.
@@ -36,8 +36,15 @@ class PartialResult:
 
     @property
     def value(self) -> Tensor:
-        """Dual objective of the extended problem, ``(...)``; differentiable as in `sinkhorn`."""
-        return self.extended.value
+        """Dual objective of the extended problem, ``(...)``; differentiable as in `sinkhorn`.
+
+        The mass of the extended problem changes with those of a and b, and the value by -eps times
+        as much, which the envelope's slopes (f, g) leave out: they are for a given mass.
+        """
+        if self.extended.grad != "envelope":
+            return self.extended.value
+        mass = self.extended.a.sum(-1)
+        return self.extended.value - self.extended.eps.to(mass.dtype) * (mass - mass.detach())
 
     @property
     def n_iter(self) -> Tensor:
@@ -65,6 +72,8 @@ def partial(
     max_iter: int = 100,
     tol: float = 0.0,
     grad: Grad = "envelope",
+    schedule: float | None = None,
+    accelerate: Accelerate | None = None,
     backend: str | None = None,
 ) -> PartialResult:
     """Transports `mass` in all, at most a_i from a row and b_j to a column, at least cost.
@@ -84,6 +93,9 @@ def partial(
         max_iter: As in `sinkhorn`.
         tol: As in `sinkhorn`.
         grad: As in `sinkhorn`; gradients flow to C, a and b.
+        schedule: As in `sinkhorn`.
+        accelerate: As in `sinkhorn`. The potential of what stays moves by about eps an iteration,
+            so that a small `mass` needs acceleration, and a small eps a schedule besides.
         backend: As in `sinkhorn`.
 
     Raises:
@@ -94,6 +106,10 @@ def partial(
     C, _, a, b, eps = problem_tensors(C, eps, None, a, b)
     equal = equal_weights(C)
     a, b = equal[0] if a is None else a, equal[1] if b is None else b
+    if checks.values_are_checked(C):
+        checks.finite(C, "C")
+        checks.weights(a, "a")
+        checks.weights(b, "b")
     mass = _mass(mass, a, b)
     left_a, left_b = (w.sum(-1, keepdim=True) - mass.unsqueeze(-1) for w in (a, b))
     *batch, N, M = C.shape
@@ -114,6 +130,8 @@ def partial(
             max_iter=max_iter,
             tol=tol,
             grad=grad,
+            schedule=schedule,
+            accelerate=accelerate,
             backend=backend,
         )
     )
@@ -122,6 +140,8 @@ def partial(
 def _mass(mass: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The mass of each problem, ``(...)``, checked against what both sides have."""
     if isinstance(mass, Tensor):
+        real = not mass.is_complex() and mass.dtype != torch.bool
+        checks.require(real, "mass", f"dtype {mass.dtype}", "real numbers")
         checks.require(not mass.requires_grad, "mass", "a tensor that requires grad", "a constant")
         try:
             mass = mass.to(a).expand(a.shape[:-1])

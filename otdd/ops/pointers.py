@@ -84,5 +84,8 @@ def threads() -> int:
 
 
 def check(status: int, op: str) -> None:
+    """Raises for what a kernel answers but 0; the numbers are those of csrc/cpu/problem.h."""
     if status == 1:
         raise MemoryError(f"{op}: no memory for the working copy of the costs")
+    if status != 0:
+        raise ValueError(f"{op}: got values that the kernel refuses (status {status})")

@@ -1,5 +1,7 @@
 """The Sinkhorn divergence: never negative, zero at equality, the right gradients."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,7 +57,7 @@ def test_values_and_gradients_at_convergence(backend, metric, rho, grad):
     first = torch.autograd.grad(got.value.sum(), leaves)
     second = torch.autograd.grad(want.sum(), leaves)
     for k, (s, t) in enumerate(zip(first, second, strict=True)):
-        if k >= 2 and rho[k - 2] is None:  # of a hard marginal, up to a constant
+        if k >= 2 and rho == (None, None):  # the masses are equal: up to a constant
             s, t = (v - v.mean(-1, keepdim=True) for v in (s, t))
         torch.testing.assert_close(s, t, rtol=1e-5, atol=1e-6)
 
@@ -112,6 +114,41 @@ def test_zero_at_equality(backend, dtype, metric):
     assert value.max() < (1e-6 if dtype == torch.float32 else 1e-12)
     (slope,) = torch.autograd.grad(value.sum(), x)
     assert slope.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mass", [0.2, 3.0])
+@pytest.mark.parametrize("other", [math.inf, 1e9])
+def test_an_infinite_penalty_is_none(backend, mass, other):
+    x, y, a, b = clouds(5, 4, 2)
+    options = {"eps": 0.1, "max_iter": 1000, "backend": backend}
+    want = sinkhorn_divergence(x, y, mass * a, mass * b, **options).value
+    soft = sinkhorn_divergence(x, y, mass * a, mass * b, rho_a=other, rho_b=other, **options).value
+    torch.testing.assert_close(soft, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masses_that_differ_need_a_penalty(backend):
+    x, y, a, b = clouds(5, 4, 2)
+    with pytest.raises(ValueError, match=r"a and b: got masses of 2 and 1; accepted: equal masses"):
+        sinkhorn_divergence(x, y, 2 * a, b, eps=0.1, backend=backend)
+    with pytest.raises(ValueError, match=r"a and b: got masses of 1 and 0\.5"):
+        sinkhorn_divergence(x, y, None, b / 2, eps=0.1, backend=backend)
+    slightly = sinkhorn_divergence(x, y, a * (1 + 1e-6), b, eps=0.1, backend=backend).value
+    exact = sinkhorn_divergence(x, y, a, b, eps=0.1).value
+    torch.testing.assert_close(slightly, exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_errors_name_the_side(backend):
+    x, y, a, b = clouds(5, 4, 2)
+    options = {"eps": 0.1, "backend": backend}
+    with pytest.raises(ValueError, match="y: got nan"):
+        sinkhorn_divergence(x, y / 0 * 0, a, b, **options)
+    with pytest.raises(ValueError, match="b: got a negative weight"):
+        sinkhorn_divergence(x, y, a, -b, **options)
+    with pytest.raises(ValueError, match="y: got leading dimensions"):
+        sinkhorn_divergence(x, y.expand(3, 2, 4, 2)[:, :1].squeeze(1), a, b, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

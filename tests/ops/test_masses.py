@@ -4,7 +4,7 @@ import pytest
 import torch
 from references import problem, sinkhorn_oracle
 
-from otdd.ops import sinkhorn
+from otdd.ops import sinkhorn, sinkhorn_points
 
 BACKENDS = ("reference", "cpu")
 
@@ -30,3 +30,22 @@ def test_total_weight(backend, mass, decades, dtype, tol, grad):
         for seen, exact in zip(got, want, strict=True):
             unit = exact.abs().max()
             assert (seen.double() / unit - exact / unit).abs().max() <= 10 * tol
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [sinkhorn, sinkhorn_points])
+@pytest.mark.parametrize(
+    ("dtype", "weight", "message"),
+    [
+        (torch.float32, 1e-39, "a: got weights of at most 1e-39"),
+        (torch.float64, 1e-310, "a: got weights of at most 1e-310"),
+        (torch.float64, 1e308, "a: got weights of up to 1e\\+308"),
+    ],
+)
+def test_weights_without_a_mass_that_is_a_number(backend, op, dtype, weight, message):
+    a = torch.full((2, 3), 1 / 3, dtype=dtype)
+    a[1] = weight
+    C, x, y = (torch.rand(2, *shape, dtype=dtype) for shape in ((3, 4), (3, 2), (4, 2)))
+    clouds = (C,) if op is sinkhorn else (x, y)
+    with pytest.raises(ValueError, match=message):
+        op(*clouds, a, eps=0.1, backend=backend)

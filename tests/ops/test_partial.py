@@ -82,6 +82,33 @@ def test_gradients(backend, grad):
     torch.autograd.gradcheck(cost, leaves, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+def test_slopes_in_the_weights_are_those_of_the_value(backend, grad):
+    """The masses are free here, so no constant is left open."""
+    C, a, b = problem(1, 3, 4)
+    leaves = [t[0].clone().requires_grad_() for t in (C, a, 1.5 * b)]
+
+    def value(C, a, b):
+        options = {"mass": 0.4, "eps": 0.3, "max_iter": 3000, "grad": grad, "backend": backend}
+        return partial(C, a, b, **options).value
+
+    torch.autograd.gradcheck(value, leaves, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_small_masses_and_small_eps_converge_when_accelerated(backend, scale):
+    C, a, b = problem(2, 6, 5)
+    mass, eps, schedule = (1e-3, 0.01, None) if scale == 1 else (0.5, 10.0, 0.5)
+    options = {"tol": 1e-6 * mass, "max_iter": 3000, "backend": backend}
+    options |= {"schedule": schedule, "accelerate": "anderson"}
+    got = partial(scale * C, a, b, mass=mass, eps=eps, **options)
+    assert got.converged.all()
+    wanted = torch.full((2,), mass, dtype=torch.float64)
+    torch.testing.assert_close(got.plan.sum((-1, -2)), wanted, rtol=1e-5, atol=0)
+
+
 @given(share=st.floats(0.01, 0.99), seed=st.integers(0, 99))
 def test_more_mass_costs_more(share, seed):
     C, a, b = problem(1, 5, 6, seed=seed)

@@ -78,6 +78,24 @@ def test_every_ratio_of_cost_and_penalty_to_eps(backend, ratio, soft, decades, d
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rho", [1e-6, 1e-12, 1e-17, 1e-30])
+@pytest.mark.parametrize("soft", [("rho_a",), ("rho_b",), ("rho_a", "rho_b")])
+def test_the_lightest_penalties_keep_their_digits(backend, rho, soft):
+    """Potentials are then far smaller than the logarithms of weights beside which they are kept."""
+    C, a, b = problem(2, 20, 30)
+    leaves = [t.requires_grad_() for t in (C, a, b)]
+    options = {"eps": 0.1, "max_iter": 20, **dict.fromkeys(soft, rho)}
+    got = sinkhorn(*leaves, **options, grad="unrolled", backend=backend)
+    want = sinkhorn_oracle(*leaves, **options)
+    for name in ("value", "cost", "plan"):
+        torch.testing.assert_close(getattr(got, name), want[name], rtol=1e-9, atol=0)
+    first = torch.autograd.grad(got.value.sum(), leaves)
+    second = torch.autograd.grad(want["value"].sum(), leaves)
+    for seen, exact in zip(first, second, strict=True):
+        assert (seen - exact).abs().max() <= 1e-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_penalty_is_a_hard_marginal(backend):
     C, a, b = problem(3, 9, 12)
     hard = sinkhorn(C, a, b, eps=0.1, max_iter=20, backend=backend)

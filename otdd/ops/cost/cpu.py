@@ -13,7 +13,8 @@ def cost_matrix_cpu(x: Tensor, y: Tensor, metric: str) -> Tensor:
     (B, N, M, D), (x, y) = _flat(x, y)
     run = pointers.kernel("cost", x.dtype)
     clouds = pointers.matrices(x), pointers.matrices(y)
-    run(B, N, M, D, *clouds, _METRICS[metric], C.data_ptr(), pointers.threads())
+    status = run(B, N, M, D, *clouds, _METRICS[metric], C.data_ptr(), pointers.threads())
+    pointers.check(status, "cost_matrix")
     return C
 
 
@@ -27,8 +28,9 @@ def cost_backward_cpu(
     (B, N, M, D), (x, y, grad) = _flat(x, y, grad)
     run = pointers.kernel("cost_backward", x.dtype)
     clouds = pointers.matrices(x), pointers.matrices(y)
-    weights = pointers.matrices(grad)
-    run(B, N, M, D, *clouds, _METRICS[metric], weights, *outputs, pointers.threads())
+    sizes, weights = (B, N, M, D), pointers.matrices(grad)
+    status = run(*sizes, *clouds, _METRICS[metric], weights, *outputs, pointers.threads())
+    pointers.check(status, "cost_matrix's backward")
     return dx, dy
 
 

@@ -86,7 +86,7 @@ def plan_cpu(
     P = C.new_empty(C.shape)
     tensors = pointers.flat(len(batch), pointers.with_rows(C), f, g, a, b, eps, scale)
     C, f, g, a, b, eps, scale = tensors
-    pointers.kernel("plan", C.dtype)(
+    status = pointers.kernel("plan", C.dtype)(
         math.prod(batch),
         N,
         M,
@@ -101,6 +101,7 @@ def plan_cpu(
         P.data_ptr(),
         pointers.threads(),
     )
+    pointers.check(status, "sinkhorn's plan")
     return P
 
 
