@@ -5,7 +5,16 @@ from torch import Tensor, nn
 
 from otdd.backends import NAMES
 from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence
-from otdd.ops.checks import as_float, positive, require, same_kind, solver_options
+from otdd.ops.checks import (
+    as_float,
+    finite,
+    number,
+    positive,
+    require,
+    same_kind,
+    solver_options,
+    values_are_checked,
+)
 from otdd.ops.sinkhorn import GRADS, MARGINALS
 
 
@@ -49,10 +58,10 @@ class SinkhornLoss(nn.Module):
         solver_options(
             max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS), backend=(backend, backends)
         )
-        positive(eps, "eps", torch.float32)
+        number(eps, "eps")
         for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b")):
             if rho is not None:
-                positive(rho, name, torch.float32, or_inf=True)
+                number(rho, name, or_inf=True)
         self.metric, self.eps, self.debias = metric, eps, debias
         self.options = {"eps": eps, "max_iter": max_iter, "tol": tol, "rho_a": rho_a}
         self.options |= {"rho_b": rho_b, "grad": grad, "backend": backend}
@@ -108,7 +117,7 @@ class OTLogitLoss(nn.Module):
             grad=(grad, GRADS),
             backend=(backend, (None, *NAMES)),
         )
-        require(isinstance(tau, int | float) and 0 < tau < float("inf"), "tau", tau, "a number > 0")
+        number(tau, "tau")
         positive(eps, "eps", torch.float32)
         self.tau, self.eps, self.max_iter, self.reduction = tau, eps, max_iter, reduction
         self.marginals, self.grad, self.backend = marginals, grad, backend
@@ -124,6 +133,9 @@ class OTLogitLoss(nn.Module):
         enough = student.dim() >= 2 and student.numel() > 0
         require(enough, "student_logits", f"shape {tuple(student.shape)}", "(..., B, K), not empty")
         p, q = (torch.softmax(logits / self.tau, -1) for logits in (student, teacher))
+        if values_are_checked(p):  # of the softmax: a logit of -inf is fine
+            finite(p, "student_logits, their softmax")
+            finite(q, "teacher_logits, their softmax")
         C = cost_matrix(p, q, "l1", backend=self.backend)
         result = sinkhorn(
             C,

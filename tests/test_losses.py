@@ -1,11 +1,14 @@
 """The loss modules."""
 
+import numpy as np
 import pytest
 import torch
 from references import cost_oracle, sinkd_oracle, sinkhorn_oracle
 
 from otdd.losses import OTLogitLoss, SinkhornLoss
 from otdd.ops import METRICS
+
+NAN = torch.full((3, 4), torch.nan)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -89,9 +92,27 @@ def test_logit_loss_pulls_the_student_to_the_teacher():
         (lambda: SinkhornLoss("manhattan"), "metric: got 'manhattan'"),
         (lambda: SinkhornLoss(eps=0), "eps: got 0"),
         (lambda: OTLogitLoss()(torch.rand(3, 4), torch.rand(4, 4)), "teacher_logits: got"),
-        (lambda: OTLogitLoss()(torch.full((3, 4), torch.nan), torch.rand(3, 4)), "nan"),
+        (lambda: OTLogitLoss()(NAN, torch.rand(3, 4)), "^student_logits, .* got nan"),
+        (lambda: OTLogitLoss()(torch.rand(3, 4), NAN), "^teacher_logits, .* got nan"),
     ],
 )
 def test_bad_input(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_numbers_are_numbers():
+    logits = torch.rand(3, 4), torch.rand(3, 4)
+    torch.testing.assert_close(OTLogitLoss(np.float32(2))(*logits), OTLogitLoss(2.0)(*logits))
+    for tau in (True, "a", torch.tensor(2.0)):
+        with pytest.raises(TypeError, match=r"^tau: got .*; accepted: a number"):
+            OTLogitLoss(tau=tau)
+    for name in ("eps", "rho_a", "rho_b"):
+        with pytest.raises(TypeError, match=f"^{name}: got Tensor; accepted: a number"):
+            SinkhornLoss(**{name: torch.tensor([0.1, 0.2])})
+
+
+def test_logits_of_minus_infinity_are_masks():
+    student, teacher = torch.rand(3, 4), torch.rand(3, 4)
+    wide = [torch.cat([t, torch.full((3, 1), -torch.inf)], -1) for t in (student, teacher)]
+    torch.testing.assert_close(OTLogitLoss()(*wide), OTLogitLoss()(student, teacher))

@@ -12,6 +12,7 @@ annealing: the values agree as its ``scaling`` tends to 1. Differences:
 """
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from otdd import ops
 from otdd.compat.arguments import named, without_meaning
-from otdd.ops.checks import as_float, positive, require
+from otdd.ops.checks import as_float, positive, require, same_kind
 
 _BACKENDS = ("auto", "tensorized", "online")
 _DENSE = 5000**2  # costs of a problem that are stored under "auto", as in GeomLoss
@@ -91,7 +92,8 @@ class SamplesLoss(nn.Module):
         for name, number in (("p", p), ("blur", blur), ("reach", reach), ("diameter", diameter)):
             if number is not None:
                 positive(number, name, torch.float32, or_inf=name == "reach")
-        require(0 < scaling < 1, "scaling", scaling, "a number in (0, 1)")
+        ratio = isinstance(scaling, numbers.Real) and 0 < scaling < 1
+        require(ratio, "scaling", scaling, "a number in (0, 1)")
         self.loss, self.p, self.blur, self.reach, self.diameter = loss, p, blur, reach, diameter
         self.scaling, self.truncate, self.cost, self.kernel = scaling, truncate, cost, kernel
         self.cluster_scale, self.debias, self.potentials = cluster_scale, debias, potentials
@@ -104,8 +106,12 @@ class SamplesLoss(nn.Module):
         fits = x.dim() in (2, 3) and x.dim() == y.dim() and x.shape[:-2] == y.shape[:-2]
         shapes = f"shapes {tuple(x.shape)} and {tuple(y.shape)}"
         require(fits, "x and y", shapes, "(N, D) and (M, D), or (B, N, D) and (B, M, D)")
+        for name, points in (("x", x), ("y", y)):
+            shape = f"shape {tuple(points.shape)}"
+            require(0 not in points.shape[-2:], name, shape, "at least one point, D >= 1")
+        same_kind(y, "y", x, "x")
         shape_a, shape_b = (x if a is None else a).shape, (y if b is None else b).shape
-        a, b = _weights(a, "a", x), _weights(b, "b", y)
+        a, b = _weights(a, "a", x, "x"), _weights(b, "b", y, "y")
         if x.dim() == 2:
             a, x, b, y = (t.unsqueeze(0) for t in (a, x, b, y))
         between = self._transport(a, x, b, y)
@@ -122,6 +128,10 @@ class SamplesLoss(nn.Module):
         value = self._value(between, a, b)
         if within:
             value = value - (self._value(within[0], a, a) + self._value(within[1], b, b)) / 2
+            if self.cost is None:
+                # Below 0 is only what rounding and unfinished solves leave: exp(-C / eps) is a
+                # positive definite kernel for p = 1 and 2. Its gradient stays.
+                value = value - value.detach().clamp(max=0)
         return value if args[-1].dim() == 3 else value.squeeze(0)
 
     @property
@@ -141,9 +151,8 @@ class SamplesLoss(nn.Module):
         self, a: Tensor, x: Tensor, b: Tensor, y: Tensor
     ) -> ops.SinkhornResult | ops.PointsResult:
         rho = None if self.reach is None else self._unit * self.reach**self.p
-        mass = float(a.detach().sum(-1).amin()) if a.numel() else 1.0
         options = {"eps": self._unit * self.blur**self.p, "rho_a": rho, "rho_b": rho}
-        options |= {"max_iter": _MAX_ITER, "tol": _TOL[x.dtype] * max(mass, 0.0)}
+        options |= {"max_iter": _MAX_ITER, "tol": _TOL[x.dtype] * _least_mass(a)}
         metric = "sqeuclidean" if self.p == 2 else "l2"
         large = self.backend == "auto" and x.shape[-2] * y.shape[-2] > _DENSE
         with named(C="cost", eps="blur", rho_a="reach", rho_b="reach"):
@@ -164,14 +173,12 @@ class SamplesLoss(nn.Module):
         """Where the solve at `blur` starts: levels of epsilon scaling from the diameter."""
         both = torch.cat([x, y], -2).flatten(0, 1)
         size = self.diameter or float((both.amax(0) - both.amin(0)).norm()) if len(both) else 0
-        mass = float(a.sum(-1).amin()) if a.numel() else 1.0
+        tol = _LEVEL_TOL * _least_mass(a)
         options = {"metric": metric, "rho_a": rho, "rho_b": rho, "max_iter": _LEVEL_ITER}
         solved = None
-        while size > self.blur:
+        while self.blur < size < math.inf:  # else the solver tells which points are not finite
             eps = self._unit * size**self.p
-            solved = ops.sinkhorn_points(
-                x, y, a, b, eps=eps, tol=_LEVEL_TOL * mass, init=solved, **options
-            )
+            solved = ops.sinkhorn_points(x, y, a, b, eps=eps, tol=tol, init=solved, **options)
             size *= self.scaling
         return solved
 
@@ -179,12 +186,19 @@ class SamplesLoss(nn.Module):
         return f"p={self.p}, blur={self.blur}, reach={self.reach}, debias={self.debias}"
 
 
-def _weights(w: Tensor | None, name: str, points: Tensor) -> Tensor:
+def _least_mass(a: Tensor) -> float:
+    """That of the lightest problem; 0 with weights that the solver will refuse, and name."""
+    mass = float(a.detach().sum(-1).amin()) if a.numel() else 1.0
+    return mass if 0 < mass < math.inf else 0.0
+
+
+def _weights(w: Tensor | None, name: str, points: Tensor, points_name: str) -> Tensor:
     """Weights of the shape of the points without their last dimension; uniform by default."""
     shape = points.shape[:-1]
     if w is None:
         return points.new_full(shape, 1 / shape[-1])
     w = as_float(w, name)
+    same_kind(w, name, points, points_name)
     accepted = f"{tuple(shape)}, with a last 1 or not"
     require(w.shape in (shape, (*shape, 1)), name, f"shape {tuple(w.shape)}", accepted)
     return w.reshape(shape)

@@ -17,6 +17,8 @@ POT's; on the way there these differ:
 - The value of an unbalanced problem is the objective that was minimised. POT 0.9.7 leaves the
   masses out of each ``KL(p | q) = sum p log(p / q) - p + q``; its total is then 0 at every optimum
   between two soft marginals.
+- POT's ``sinkhorn_translation_invariant`` ends elsewhere than its other methods where the two of
+  `reg_m` differ; here every method ends where those others do.
 
 Not here, for it is not the same problem: ``ot.partial.entropic_partial_wasserstein`` regularises
 only what is transported, `otdd.ops.partial` also what stays. Nor are: exact transport, quadratic
@@ -182,7 +184,7 @@ def solve(
         "max_iter": 1000 if max_iter is None else max_iter,
         "tol": 1e-9 if tol is None else tol,
     }
-    names = {"rho_a": "unbalanced", "rho_b": "unbalanced"}
+    names = {"rho_a": "unbalanced", "rho_b": "unbalanced", "init": "potentials_init"}
     solved = run(M, a, b, reg, rho, start=start, grad=grad, names=names, **options)
     report(solved, verbose, warn=True)
     return _result(solved, reg_type, rho, give)

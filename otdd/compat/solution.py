@@ -11,9 +11,9 @@ from torch import Tensor
 
 from otdd import ops
 from otdd.compat.arguments import Array, named, tensors
-from otdd.ops.checks import positive, require
+from otdd.ops.checks import as_float, finite, positive, require, same_kind, values_are_checked
 
-OLD_NAMES = {"max_iter": "numItermax", "tol": "stopThr"}
+OLD_NAMES = {"max_iter": "numItermax", "tol": "stopThr", "init": "warmstart"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,11 +135,19 @@ def column_start(
     positive(reg, "reg", M.dtype)
     two = isinstance(pair, tuple | list) and len(pair) == 2
     require(two, name, type(pair).__name__, "a pair (u, v)")
-    v = tensors(M=M if isinstance(pair[1], Tensor) else M.numpy(), v=pair[1])[0][1]
+    name = f"{name}, its v"
+    (v,), _ = tensors(**{name: pair[1]})
+    require(v is not None, name, "nothing", "potentials of the columns")
+    require(not v.is_complex(), name, f"dtype {v.dtype}", "real numbers")
+    M = as_float(M, "M")
+    v = v.to(M.dtype) if isinstance(pair[1], Tensor) else v.to(M)
+    same_kind(v, name, M, "M")
+    if values_are_checked(v):
+        finite(v, name)
     if M.dim() == 3 and v.dim() == 2:
         v = v.mT
     want = (*M.shape[:-2], M.shape[-1])
-    require(v.shape == want, f"{name}, its v", f"shape {tuple(v.shape)}", f"{want}")
+    require(v.shape == want, name, f"shape {tuple(v.shape)}", f"{want}")
     g = v if scaled else reg * v
     if not weighted:
         return g
@@ -209,6 +217,9 @@ def pair(penalty: float | Sequence[float] | None, name: str) -> tuple[float, flo
         return None
     if isinstance(penalty, Tensor):
         require(not penalty.requires_grad, name, "a tensor that requires grad", "a constant")
-    numbers = np.atleast_1d(np.asarray(penalty, dtype=float))
+    try:
+        numbers = np.atleast_1d(np.asarray(penalty, dtype=float))
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {penalty!r}; accepted: a number or a pair") from None
     require(numbers.shape in ((1,), (2,)), name, f"shape {numbers.shape}", "a number or a pair")
     return float(numbers[0]), float(numbers[-1])

@@ -9,6 +9,8 @@ from torch import Tensor
 from otdd import backends
 from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
+from otdd.ops.partial import PartialResult
+from otdd.ops.points import PointsResult
 from otdd.ops.sinkhorn import SinkhornResult, problem_tensors
 from otdd.ops.sinkhorn.op import equal_weights, plan_op
 from otdd.ops.sinkhorn.reference import over
@@ -56,10 +58,14 @@ def barycentric(
         C, f, g, a, b = (t.detach() if detach else t for t in (r.C, r.f, r.g, r.a, r.b))
         eps, chosen = r.eps, backend or r.backend
     else:
-        checks.require(C is not None and eps is not None, "C and eps", "None", "both, with (f, g)")
         pair = isinstance(potentials, tuple | list) and not any(t is None for t in potentials)
         accepted = "a SinkhornResult, or tensors (f, g)"
+        if isinstance(potentials, PointsResult):
+            accepted += "; this result has it as its method: result.barycentric(y)"
+        elif isinstance(potentials, PartialResult):
+            accepted += "; here result.extended, with a row of y for the slack point too"
         checks.require(pair, "potentials", type(potentials).__name__, accepted)
+        checks.require(C is not None and eps is not None, "C and eps", "None", "both, with (f, g)")
         C, (f, g), a, b, eps = problem_tensors(C, eps, potentials, a, b)
         equal, chosen = equal_weights(C), backend
         a, b = equal[0] if a is None else a, equal[1] if b is None else b

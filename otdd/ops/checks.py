@@ -57,6 +57,8 @@ def values_are_checked(t: Tensor) -> bool:
     """Whether values may be looked at here: it is cheap, or asked for, and they are there."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if t.is_meta:
+        return False
     return t.device.type == "cpu" or os.environ.get("OTDD_CHECKS") == "1"
 
 
@@ -137,7 +139,8 @@ def positive(value: float | Tensor, name: str, dtype: torch.dtype, *, or_inf: bo
             return
         seen = [bound.item() for bound in torch.aminmax(_one(value))]  # NaN survives
     elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-        seen = [value]
+        # A NumPy number would take the bounds to its own type, where they overflow.
+        seen = [value if isinstance(value, int | float) else float(value)]
     else:
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number or a torch.Tensor")
     bounds = torch.finfo(dtype)
@@ -146,6 +149,13 @@ def positive(value: float | Tensor, name: str, dtype: torch.dtype, *, or_inf: bo
         if not bounds.tiny <= number <= highest:
             accepted = f"numbers > 0 within {dtype}, {bounds.tiny:.3g} to {highest:.3g}"
             require(False, name, number, accepted)
+
+
+def number(value: float, name: str, *, or_inf: bool = False) -> None:
+    """Raises unless `value` is a number > 0 of float32; a tensor is none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number")
+    positive(value, name, torch.float32, or_inf=or_inf)
 
 
 def solver_options(max_iter: int, tol: float, **choices: tuple[object, tuple[str, ...]]) -> None:
@@ -159,15 +169,15 @@ def solver_options(max_iter: int, tol: float, **choices: tuple[object, tuple[str
     require(number and 0 <= tol < float("inf"), "tol", tol, "a finite number >= 0")
 
 
-def outside_autocast(backward: Callable) -> Callable:
-    """An op's backward that keeps its precision when it runs inside ``torch.autocast``."""
+def outside_autocast(body: Callable) -> Callable:
+    """An op's body, or its backward, that keeps its precision inside ``torch.autocast``."""
 
-    @functools.wraps(backward)
-    def run(ctx, *grads):  # noqa: ANN001, ANN002, ANN202
-        device = next((t.device.type for t in grads if t is not None), "cpu")
-        if not torch.is_autocast_enabled(device):
-            return backward(ctx, *grads)
+    @functools.wraps(body)
+    def run(*args):  # noqa: ANN002, ANN202
+        device = next((t.device.type for t in args if isinstance(t, Tensor)), "cpu")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return body(*args)
         with torch.autocast(device, enabled=False):
-            return backward(ctx, *grads)
+            return body(*args)
 
     return run

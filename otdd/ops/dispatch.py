@@ -4,7 +4,6 @@ The tensors of every op have the batch first, so that `torch.func.vmap` is one m
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from otdd.ops import checks
+
 
 def custom_op(name: str, body: Callable, fake: Callable) -> Callable:
     """Registers `body` as the custom op `name`, without a derivative; returns what to call.
 
     That is `body` itself on ordinary tensors, which saves the way through the dispatcher, and the
-    op where something traces or transforms.
+    op where something traces or transforms. Either way it runs outside autocast.
     """
+    body = checks.outside_autocast(body)
     definition = torch.library.custom_op(name, body, mutates_args=())
     definition.register_fake(fake)
     namespace, short = name.split("::")
@@ -29,6 +31,7 @@ def custom_op(name: str, body: Callable, fake: Callable) -> Callable:
     def call(*args: object) -> Any:
         return body(*args) if _is_ordinary(args[0]) else op(*args)
 
+    call.body = body
     return call
 
 
@@ -42,7 +45,7 @@ def differentiable(call: Callable, setup_context: Callable, backward: Callable) 
     Op.setup_context = staticmethod(setup_context)
     Op.backward = staticmethod(backward)
 
-    body = inspect.unwrap(call)
+    body = getattr(call, "body", call)
 
     class Ordinary(Op):
         forward = staticmethod(body)
@@ -83,6 +86,7 @@ def _is_ordinary(t: Tensor) -> bool:
         return False
     return (
         type(t) in (Tensor, torch.nn.Parameter)
+        and not t.is_meta
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
     )

@@ -151,6 +151,7 @@ def test_warns_where_it_does_not_converge(capsys, monkeypatch):
         ({"blur": 0}, "^blur: got 0"),
         ({"reach": -1.0}, "^reach: got -1"),
         ({"diameter": 0}, "^diameter: got 0"),
+        ({"scaling": "a"}, r"^scaling: got a; accepted: a number in"),
         ({"scaling": 1.0}, r"^scaling: got 1.0; accepted: a number in \(0, 1\)"),
         ({"truncate": None}, "^truncate: got None; accepted: 5"),
         ({"kernel": 1}, "^kernel: got 1"),
@@ -178,6 +179,55 @@ def test_refused_arguments():
         loss(a[0, :6], x, b, y)
     with pytest.raises(TypeError, match=r"^x: got dtype torch.int64"):
         loss(x.long(), y.long())
+    with pytest.raises(ValueError, match=r"^x: got shape \(2, 0, 3\); accepted: at least one"):
+        loss(x[:, :0], y)
+    with pytest.raises(ValueError, match=r"^y: got shape \(2, 0, 3\); accepted: at least one"):
+        loss(x, y[:, :0])
+    with pytest.raises(TypeError, match=r"^b: got dtype torch.float32; accepted: that of y"):
+        loss(a, x, b.float(), y)
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "online"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_bad_values_are_named(backend, bad):
+    loss = SamplesLoss(backend=backend)
+    for k, name in enumerate("axby"):
+        args = list(clouds())
+        args[k][1, 2] = bad
+        if bad == -1 and name in "xy":
+            continue
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            loss(*args)
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "online"])
+@pytest.mark.parametrize("reach", [None, REACH])
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_debiased_value_is_not_negative(backend, reach, p):
+    loss = SamplesLoss(p=p, blur=BLUR, reach=reach, backend=backend)
+    for seed in range(6):
+        a, x, _, _ = clouds(B=1, N=30, dtype=torch.float32, seed=seed)
+        x.requires_grad_()
+        turned = x.detach().flip(1)
+        value = loss(a, x, a.flip(1), turned)
+        assert bool((value >= 0).all())
+        (grad,) = torch.autograd.grad(value.sum(), x)
+        assert bool(grad.isfinite().all())
+
+
+def test_a_clamped_value_keeps_its_gradient(monkeypatch):
+    a, x, b, y = clouds(B=1)
+    x.requires_grad_()
+    loss = SamplesLoss(blur=BLUR)
+    (want,) = torch.autograd.grad(loss(a, x, b, y).sum(), x)
+    exact = SamplesLoss._value
+    monkeypatch.setattr(
+        SamplesLoss, "_value", lambda self, r, v, w: exact(self, r, v, w) + (10.0 if v is w else 0)
+    )
+    value = loss(a, x, b, y)
+    assert value.item() == 0
+    (seen,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(seen, want, rtol=0, atol=0)
 
 
 # With GeomLoss itself.

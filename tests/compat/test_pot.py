@@ -11,6 +11,7 @@ from otdd.compat import pot
 
 REG = 0.1
 EXACT = {"rtol": 1e-6, "atol": 1e-9}
+NAN = [0.0, np.nan] + 7 * [0.0]
 
 
 def single(dtype=torch.float64, N=7, M=9, decades=2):
@@ -227,6 +228,15 @@ CALLS = {
             ValueError,
             r"^warmstart, its v: got shape \(1,",
         ),
+        ("sinkhorn", {"warmstart": (None, None)}, ValueError, "^warmstart, its v: got nothing"),
+        ("sinkhorn", {"warmstart": ([], ["a"] * 9)}, TypeError, "^warmstart, its v: got a list"),
+        ("sinkhorn", {"warmstart": ([], NAN)}, ValueError, "^warmstart, its v: got nan"),
+        ("unbalanced", {"warmstart": ([], NAN)}, ValueError, "^warmstart, its v: got nan"),
+        ("solve", {"potentials_init": ([], NAN)}, ValueError, "^potentials_init, its v: got nan"),
+        ("sinkhorn", {"warmstart": ([], [1e308] * 9), "reg": 1e3}, ValueError, "^warmstart: got"),
+        ("unbalanced", {"reg_m": "a"}, TypeError, "^reg_m: got 'a'; accepted: a number or a pair"),
+        ("unbalanced", {"reg_m": [[1], [2, 3]]}, TypeError, "^reg_m: got .*a number or a pair"),
+        ("solve", {"unbalanced": {}}, TypeError, "^unbalanced: got {}; accepted: a number or a"),
         ("sinkhorn", {"tau": 1e3}, TypeError, "unexpected keyword argument 'tau'"),
         ("unbalanced", {"reg_m": -1.0}, ValueError, "^reg_m: got -1"),
         ("unbalanced", {"reg_m": (1, 2, 3)}, ValueError, r"^reg_m: got shape \(3,\)"),
@@ -273,6 +283,41 @@ def test_bad_tensors_are_named(call):
         CALLS[call](M[None, None], a, b)
     with pytest.raises(ValueError, match=r"^M: got nothing"):
         CALLS["solve"]([], a, b)
+    with pytest.raises(TypeError, match=r"^a: got dtype torch.float32; accepted: that of M, torch"):
+        CALLS[call](M, a.float(), b)
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_bad_arrays_are_named():
+    M, a, b = (t.numpy() for t in single())
+    ragged, numbers = [[1.0, 2.0], [3.0]], "; accepted: numbers, in rows of one length"
+    cases = [
+        ((a, b, M.astype(object)), "M: got dtype object"),
+        ((a, b, M.astype(np.longdouble)), "M: got dtype float128"),
+        ((a.astype(object), b, M.tolist()), "a: got dtype object"),
+        ((a, b, ragged), "M: got a list that is no array of numbers" + numbers),
+        ((ragged, b, M), "a: got a list that is no array of numbers" + numbers),
+        ((torch.tensor(a), ragged, torch.tensor(M)), "b: got a list that is no array" + ".*"),
+        ((a, b, np.matrix(M)), "M: got matrix; accepted: numpy.ndarray"),
+        ((a, b, np.ma.array(M)), "M: got MaskedArray; accepted: numpy.ndarray"),
+        ((np.ma.array(a), b, M), "a: got MaskedArray; accepted: numpy.ndarray"),
+    ]
+    for args, message in cases:
+        with pytest.raises(TypeError, match="^" + message):
+            pot.sinkhorn(*args, REG)
+    with pytest.raises(ValueError, match=r"^a: got shape \(\)"):
+        pot.sinkhorn(np.array(1.0), b, M, REG)
+
+
+def test_kinds_of_arrays_and_tensors_mix():
+    M, a, b = single()
+    want = pot.sinkhorn(a, b, M, REG)
+    leaf = torch.nn.Parameter(M)
+    start = np.zeros(7), np.zeros(9, np.float32)
+    torch.testing.assert_close(pot.sinkhorn(a, b, leaf, REG).detach(), want)
+    torch.testing.assert_close(
+        pot.sinkhorn(a, b, leaf, REG, warmstart=start).detach(), want, rtol=1e-6, atol=1e-9
+    )
 
 
 # With POT itself.
@@ -376,3 +421,16 @@ def test_unbalanced_agrees_with_pot(ot, reg_m):
     np.testing.assert_allclose(total, log["total_cost"], rtol=1e-8)
     result = pot.solve(M, a, b, REG, unbalanced=reg_m, tol=1e-12, max_iter=20000)
     np.testing.assert_allclose(result.value, log["total_cost"], rtol=1e-8)
+
+
+def test_translation_invariant_iterations_of_pot_end_elsewhere(ot):
+    """Should this fail with a newer POT, the docstring's line has gone out of date."""
+    M, a, b = (t.numpy() for t in single())
+    options = {"stopThr": 1e-12, "numItermax": 20000}
+    own = "sinkhorn_translation_invariant"
+    for reg_m, same in (((0.5, 0.5), True), ((2.0, 0.3), False)):
+        want = ot.unbalanced.sinkhorn_unbalanced(a, b, M, REG, reg_m, **options)
+        theirs = ot.unbalanced.sinkhorn_unbalanced(a, b, M, REG, reg_m, own, **options)
+        ours = pot.sinkhorn_unbalanced(a, b, M, REG, reg_m, own, **options)
+        np.testing.assert_allclose(ours, want, rtol=1e-6, atol=1e-9)
+        assert np.allclose(theirs, want, rtol=1e-6, atol=1e-9) == same

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import gaussian_ot_1d, problem, sinkd_oracle, sinkhorn_oracle
 
-from otdd.ops import SinkhornResult, cost_matrix, sinkhorn
+from otdd.ops import (
+    SinkhornResult,
+    barycentric,
+    cost_matrix,
+    partial,
+    sinkhorn,
+    sinkhorn_points,
+)
 
 BACKENDS = ("reference", "cpu")
 SIZES = [(1, 1), (1, 9), (9, 1), (5, 7), (16, 16), (33, 50), (64, 64), (20, 300), (300, 20)]
@@ -326,3 +333,29 @@ def test_bad_input(backend, kwargs, error, says):
     good = {"C": torch.rand(2, 3, 4), "eps": 0.1, "backend": backend}
     with pytest.raises(error, match=says):
         sinkhorn(**{**good, **kwargs})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, np.longdouble, np.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_of_numpy_do_not_overflow(backend, number, dtype):
+    C, a, b = problem(2, 4, 5, dtype)
+    result = sinkhorn(C, a, b, eps=number(1), rho_a=number(2), rho_b=number(2), backend=backend)
+    want = sinkhorn(C, a, b, eps=1.0, rho_a=2.0, rho_b=2.0, backend=backend)
+    torch.testing.assert_close(result.value, want.value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"^eps: got -1"):
+        sinkhorn(C, eps=number(-1), backend=backend)
+
+
+def test_barycentric_of_another_result_says_what_to_use():
+    C, y = torch.rand(4, 5), torch.rand(5, 3)
+    points = sinkhorn_points(torch.rand(4, 3), y, eps=0.1)
+    with pytest.raises(ValueError, match=r"^potentials: got PointsResult.*result\.barycentric"):
+        barycentric(points, y)
+    part = partial(C, mass=0.5, eps=0.1)
+    with pytest.raises(ValueError, match=r"^potentials: got PartialResult.*result\.extended"):
+        barycentric(part, y)
+    slack = torch.cat([y, torch.zeros(1, 3)])
+    moved = barycentric(part.extended, slack)[:-1] * part.extended.a[:-1, None]
+    torch.testing.assert_close(moved, part.plan @ y)

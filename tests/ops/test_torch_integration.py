@@ -4,8 +4,17 @@ import pytest
 import torch
 from references import problem
 
+from otdd.backends import BackendError
 from otdd.losses import OTLogitLoss, SinkhornLoss
-from otdd.ops import METRICS, barycentric, cost_matrix, sinkhorn
+from otdd.ops import (
+    METRICS,
+    barycentric,
+    cost_matrix,
+    partial,
+    sinkhorn,
+    sinkhorn_divergence,
+    sinkhorn_points,
+)
 
 BACKENDS = ("reference", "cpu")
 OPS = torch.ops.otdd
@@ -137,3 +146,63 @@ def test_a_bad_problem_does_not_poison_its_batch(backend, monkeypatch):
     result = sinkhorn(C, eps=0.1, tol=1e-2, backend=backend)
     assert result.converged.tolist() == [True, False, True]
     torch.testing.assert_close(result.value[::2], clean.value[::2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+def test_products_with_the_plan_keep_their_precision_inside_autocast(backend, grad):
+    torch.manual_seed(0)
+    x, y, z = torch.rand(2, 6, 3), torch.rand(2, 5, 3), torch.randn(2, 5, 4)
+    leaves = [t.requires_grad_() for t in (x, y, z)]
+
+    def made() -> list[torch.Tensor]:
+        options = {"eps": 0.5, "max_iter": 20, "grad": grad, "backend": backend}
+        points = sinkhorn_points(x, y, **options)
+        dense = sinkhorn(cost_matrix(x, y, "sqeuclidean", backend=backend), **options)
+        out = points.apply(z), points.apply(x, transpose=True), barycentric(dense, z)
+        out = *out, points.barycentric(z), dense.plan
+        loss = sum(t.square().sum() for t in out[:-1]) + dense.value.sum()
+        return [*out, *torch.autograd.grad(loss, leaves)]
+
+    want = made()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = made()
+    for seen, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(seen, exact)
+
+
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "cosine"])
+def test_second_derivatives_of_costs_keep_their_precision_inside_autocast(metric):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 3, requires_grad=True), torch.randn(2, 5, 3, requires_grad=True)
+
+    def made() -> tuple[torch.Tensor, ...]:
+        C = cost_matrix(x, y, metric)
+        slopes = torch.autograd.grad(C.square().sum(), (x, y), create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in slopes), (x, y))
+
+    want = made()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(made(), want)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+@pytest.mark.parametrize("checks", ["0", "1"])
+def test_meta_tensors_get_shapes(backend, grad, checks, monkeypatch):
+    monkeypatch.setenv("OTDD_CHECKS", checks)
+    x, y = (torch.empty(2, n, 3, device="meta", requires_grad=True) for n in (6, 5))
+    options = {"eps": 0.1, "tol": 1e-3, "grad": grad, "backend": backend}
+    for metric in METRICS:
+        result = sinkhorn(cost_matrix(x, y, metric, backend=backend), **options)
+        points = sinkhorn_points(x, y, metric=metric, **options)
+        images = barycentric(result, y), points.apply(y)
+        assert all(t.shape == (2, 6, 3) and t.is_meta for t in images)
+        assert result.plan.shape == result.C.shape == (2, 6, 5)
+        for value in (result.value, result.cost, points.value):
+            assert value.shape == (2,)
+            assert torch.autograd.grad(value.sum(), x, retain_graph=True)[0].shape == x.shape
+    assert sinkhorn_divergence(x, y, **options).value.is_meta
+    assert partial(torch.empty(2, 6, 5, device="meta"), mass=0.5, **options).plan.is_meta
+    with pytest.raises(BackendError, match="the inputs are on meta"):
+        sinkhorn(torch.empty(2, 6, 5, device="meta"), eps=0.1, backend="cpu")

@@ -15,6 +15,7 @@ from otdd.ops.cost.reference import (
     peak,
 )
 from otdd.ops.dispatch import custom_op, differentiable
+from otdd.ops.matmul import matmul
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine")
 
@@ -72,9 +73,6 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
 
 
 def _cost(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _cost(x, y, metric, backend)
     native = backend == "cpu" and metric != "cosine"
     C = (cost_matrix_cpu if native else cost_matrix_reference)(x, y, metric)
     # NaN and inf show in the cost, and it is mostly much smaller than the points are.
@@ -143,14 +141,14 @@ def _second_backward(ctx, u: Tensor, v: Tensor):  # noqa: ANN001, ANN202
         centre = y.detach().mean(-2, keepdim=True)
         x, y = x - centre, y - centre
         own = (x * u).sum(-1).unsqueeze(-1) + (y * v).sum(-1).unsqueeze(-2)
-        d_grad = 2 * (own - u @ y.mT - x @ v.mT)
+        d_grad = 2 * (own - matmul(u, y.mT) - matmul(x, v.mT))
     dx, dy = _cost_gradients(grad, u, v, ctx.metric, need_x, need_y, ctx.backend)
     return d_grad, dx if need_x else None, dy if need_y else None, None, None, None, None
 
 
 def _cosine_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     unit, top = normalised(x), peak(x)
-    d_unit = -(grad @ normalised(y))
+    d_unit = -matmul(grad, normalised(y))
     norm = torch.linalg.vector_norm(x / top, dim=-1, keepdim=True)  # of x it is top times that
     tangent = d_unit - (d_unit * unit).sum(-1, keepdim=True) * unit
     return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1) / top, 0)

@@ -10,6 +10,7 @@ from otdd import backends
 from otdd.ops import checks, pointers
 from otdd.ops.cost import METRICS, cost_matrix
 from otdd.ops.cost.reference import normalised
+from otdd.ops.matmul import matmul
 from otdd.ops.points.op import filled, solve, transport
 from otdd.ops.sinkhorn import (
     GRADS,
@@ -111,7 +112,7 @@ class PointsResult:
         if checks.values_are_checked(z):
             checks.finite(z, "z")
         if self.grad != "envelope":
-            return (self.plan.mT if transpose else self.plan) @ z
+            return matmul(self.plan.mT if transpose else self.plan, z)
         x, y, f, g, a, b = self._tensors()
         if transpose:
             x, y, f, g, a, b = y, x, g, f, b, a

@@ -180,6 +180,7 @@ def _envelope_gradients(
     backend: str,
 ) -> Gradients:
     """The plan held fixed: ``dx_i = (dvalue + dcost) sum_j P_ij dc(x_i, y_j) / dx_i``, dy alike."""
+    soft = rho_a is not None or rho_b is not None
     a, b, rho_a, rho_b = filled(x, y, a, b, eps, rho_a, rho_b)
     scale = dvalue if dcost is None else dcost if dvalue is None else dvalue + dcost
     scale = scale[..., None, None]
@@ -190,7 +191,7 @@ def _envelope_gradients(
     if need_y:
         dy = scale * row_gradient(y, x, g, f, b, a, eps, *plain)
     if dvalue is not None and (need_a or need_b):
-        _, _, by_a, by_b = _value_slopes((None, a, b, eps, rho_a, rho_b), f, g, True)
+        _, _, by_a, by_b = _value_slopes((None, a, b, eps, rho_a, rho_b), f, g, True, soft)
         da, db = dvalue.unsqueeze(-1) * by_a, dvalue.unsqueeze(-1) * by_b
     return dx, dy, da if need_a else None, db if need_b else None
 
