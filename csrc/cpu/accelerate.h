@@ -14,8 +14,6 @@ enum Move : int { kPlain, kJump, kBack };
 
 class Anderson {
  public:
-  static i64 bytes(i64 M) { return (5 + 2 * kMemory) * Scratch::padded(padded(M) * 8); }
-
   Anderson(i64 M, Scratch& s) : M(padded(M)) {
     x = s.take<double>(this->M), weight_ = s.take<double>(this->M);
     last_ = s.take<double>(this->M), residual_ = s.take<double>(this->M);

@@ -16,12 +16,6 @@ namespace otdd::cpu::OTDD_ISA {
 template <class T>
 class Unrolled {
  public:
-  static i64 bytes(i64 N, i64 M, i64 steps) {
-    const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = round_up(M, kWidth<T>) + kWidth<T>;
-    return Resident<T>::bytes(N, M) + (9 + 2 * steps) * (n + m) * i64(sizeof(T)) +
-           9 * (n + m) * i64(sizeof(double)) + 64 * 64;
-  }
-
   Unrolled(const BackwardArgs<T>& args, int team, Scratch& s, Patience& patience)
       : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
@@ -238,12 +232,6 @@ class Unrolled {
 template <class T>
 class Implicit {
  public:
-  static i64 bytes(i64 N, i64 M) {
-    const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = round_up(M, kWidth<T>) + kWidth<T>;
-    return Resident<T>::bytes(N, M) + (4 * n + 11 * m) * i64(sizeof(T)) +
-           m * i64(sizeof(double)) + 64 * 32;
-  }
-
   Implicit(const BackwardArgs<T>& args, int team, Scratch& s, Patience& patience)
       : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
@@ -382,9 +370,9 @@ class Implicit {
   }
 };
 
-template <class T, class Solver, class... Extra>
-int backward(const BackwardArgs<T>& args, Extra... extra) {
-  return each_problem(args, Solver::bytes(args.N, args.M, extra...),
+template <class T, class Solver>
+int backward(const BackwardArgs<T>& args) {
+  return each_problem(args, bytes_of<Solver>(args),
                       [&](Scratch& scratch, int team, i64 problem, Patience& patience) {
                         Solver(args, team, scratch, patience).run(problem);
                         return int(kOk);

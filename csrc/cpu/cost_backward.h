@@ -70,16 +70,21 @@ inline void add_rows(const T* from, i64 rows, i64 depth, bool first, T* to, i64 
   }
 }
 
-// Copied points, by vectors of features. Their number is odd lest those share the sets of a cache.
+// Points of y by vectors of features, and of one such vector their gradient. An odd number of them,
+// lest the vectors of one point share the sets of a cache.
 template <class T>
-constexpr i64 kSumPanel = (kSumCols + 1) * kWidth<T>;
+struct Copies {
+  static constexpr i64 kPanel = (kSumCols + 1) * kWidth<T>;
+  T *y, *dy;
+  explicit Copies(Scratch& s) : y(s.take<T>(kSumWidth * kPanel)), dy(s.take<T>(kPanel)) {}
+};
 
 // The gradient at `depth` features of `rows` points of x and, with kBoth, of all points of y. Sums
 // are made of those over blocks of kSumCols points, on either side, so that a gradient is the same
 // whether it is made with the other or alone.
 template <class T, int kMetric, bool kBoth>
 void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows,
-                i64 depth, T* dx, T* dy, T* ys, T* sy) {
+                i64 depth, T* dx, T* dy, const Copies<T>& copies) {
   constexpr i64 W = kWidth<T>;
   const i64 tiles = (rows / kSumRows + 1) * ((depth + W - 1) / W);
   const i64 share = (kSumCols + tiles - 1) / tiles;  // points to prefetch during a tile
@@ -87,7 +92,8 @@ void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G
     const i64 cols = least(kSumCols, A.M - j0);
     for (i64 j = 0; j < cols; ++j)
       for (i64 d = 0; d < depth; d += W)
-        store(ys + d / W * kSumPanel<T> + j * W, load_some(y + (j0 + j) * A.y.row + d, depth - d));
+        store(copies.y + d / W * copies.kPanel + j * W,
+              load_some(y + (j0 + j) * A.y.row + d, depth - d));
     i64 ahead = j0 + kSumCols;
     for (i64 d = 0; d < depth; d += W) {
       i64 i = 0;
@@ -95,20 +101,20 @@ void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G
         for (const i64 end = least(A.M, ahead + share); ahead < end; ++ahead)
           for (i64 v = 0; v < depth; v += W) __builtin_prefetch(y + ahead * A.y.row + v, 0, 2);
         sums_tile<T, kMetric, kRows, kBoth>(
-            A, x + i * A.x.row + d, ys + d / W * kSumPanel<T>, G + i * A.G_row + j0 * A.G_col, cols,
-            least(W, depth - d), j0 == 0, dx + i * A.D + d, sy);
+            A, x + i * A.x.row + d, copies.y + d / W * copies.kPanel, G + i * A.G_row + j0 * A.G_col, cols,
+            least(W, depth - d), j0 == 0, dx + i * A.D + d, copies.dy);
         i += kRows;
       };
       while (i < rows) {
         const bool first = i == 0;
         const i64 end = kBoth ? least(rows, i + kSumCols) : rows;
         if (kBoth)
-          for (i64 k = 0; k < cols * W; k += W) store(sy + k, Vec<T>{});
+          for (i64 k = 0; k < cols * W; k += W) store(copies.dy + k, Vec<T>{});
         while (i + kSumRows <= end) tile(Constant<kSumRows>{});
         while (i + 4 <= end) tile(Constant<4>{});
         while (i < end) tile(Constant<1>{});
         if (kBoth)
-          add_rows<T, kMetric>(sy, cols, least(W, depth - d), first, dy + j0 * A.D + d, A.D);
+          add_rows<T, kMetric>(copies.dy, cols, least(W, depth - d), first, dy + j0 * A.D + d, A.D);
       }
     }
   }
@@ -125,14 +131,16 @@ int sums(const CostBackwardArgs<T>& A, Patience& patience) {
   const i64 chunks = (A.D + width - 1) / width, blocks = (A.N + height - 1) / height;
   const i64 parts = count();
   int status = kOk;
+  Scratch needed;
+  Copies<T>{needed};
 #pragma omp parallel num_threads(A.threads) if (A.threads > 1 && parts > 1)
   {
-    Scratch scratch((kSumWidth + 1) * (kSumCols + 1) * kBytes);
+    Scratch scratch(needed.used());
     if (!scratch.ok()) {
 #pragma omp atomic write
       status = kOutOfMemory;
     }
-    T *ys = scratch.take<T>(kSumWidth * kSumPanel<T>), *sy = scratch.take<T>(kSumPanel<T>);
+    const Copies<T> copies(scratch);
 #pragma omp for schedule(dynamic) nowait
     for (i64 k = 0; k < parts; ++k) {
       if (!scratch.ok() || patience.look()) continue;
@@ -142,7 +150,7 @@ int sums(const CostBackwardArgs<T>& A, Patience& patience) {
       const T* G = A.G + p * A.G_batch + i * A.G_row;
       T* dy = kBoth ? A.dy + p * A.M * A.D + d : nullptr;
       sums_block<T, kMetric, kBoth>(A, x, y, G, least(height, A.N - i), least(width, A.D - d),
-                                    A.dx + (p * A.N + i) * A.D + d, dy, ys, sy);
+                                    A.dx + (p * A.N + i) * A.D + d, dy, copies);
     }
   }
   return status;

@@ -22,8 +22,10 @@ template <class T>
 int plan(const PlanArgs<T>& A) {
   const i64 n = round_up(A.N, kWidth<T>), m = round_up(A.M, kWidth<T>);
   const i64 between_looks = Patience::kWork / A.M + 1;
+  Scratch count;
+  count.take<double>(n), count.take<double>(m);
   return each_problem(
-      A, Scratch::padded((n + m) * i64(sizeof(double))),
+      A, count.used(),
       [&](Scratch& scratch, int team, i64 p, Patience& patience) {
         double *f = scratch.take<double>(n), *g = scratch.take<double>(m);
         const double inv_eps = 1 / A.eps.data[p * A.eps.batch];
@@ -52,7 +54,7 @@ int plan(const PlanArgs<T>& A) {
 
 template <class T>
 int unrolled(const BackwardArgs<T>& args) {
-  return backward<T, Unrolled<T>>(args, args.steps);
+  return backward<T, Unrolled<T>>(args);
 }
 
 template <class T>

@@ -20,12 +20,7 @@ class Lanes {
     return plain && args.N * args.M <= 512 && args.B >= W / 2;
   }
 
-  static i64 bytes(i64 N, i64 M) {
-    const i64 narrow = 2 * N * M + 5 * N + 3 * M, wide = 2 * N + 2 * M;
-    return W * (narrow * i64(sizeof(T)) + wide * i64(sizeof(double)));
-  }
-
-  Lanes(const SinkhornArgs<T>& args, Scratch& s) : args_(args), N(args.N), M(args.M) {
+  Lanes(const SinkhornArgs<T>& args, int, Scratch& s, Patience&) : args_(args), N(args.N), M(args.M) {
     C_ = s.take<T>(N * M * W), K_ = s.take<T>(N * M * W);
     a_ = s.take<T>(N * W), r_ = s.take<T>(N * W), r_new_ = s.take<T>(N * W);
     u_ = s.take<T>(N * W), u_new_ = s.take<T>(N * W);
@@ -261,7 +256,7 @@ int solve_one(const SinkhornArgs<T>& args, int team, Scratch& s, i64 problem, Pa
 
 template <class T>
 int sinkhorn(const SinkhornArgs<T>& args) {
-  const i64 bytes = Sinkhorn<T, false>::bytes(args.N, args.M);
+  const i64 bytes = bytes_of<Sinkhorn<T, false>>(args);
   if (!Lanes<T>::suit(args))
     return each_problem(args, bytes, [&](Scratch& s, int team, i64 problem, Patience& patience) {
       return solve_one(args, team, s, problem, patience);
@@ -270,10 +265,10 @@ int sinkhorn(const SinkhornArgs<T>& args) {
   SinkhornArgs<T> groups = args;
   groups.B = (args.B + W - 1) / W;
   return each_problem(
-      groups, most(bytes, Lanes<T>::bytes(args.N, args.M)),
+      groups, most(bytes, bytes_of<Lanes<T>>(args)),
       [&](Scratch& s, int team, i64 group, Patience& patience) {
         const i64 first = group * W, count = least(W, args.B - first);
-        Lanes<T> lanes(args, s);
+        Lanes<T> lanes(args, team, s, patience);
         int status = lanes.solve(first, count);
         for (i64 l = 0; l < count && status == kOk; ++l) {
           if (!lanes.special(l)) continue;

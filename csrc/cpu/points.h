@@ -41,9 +41,6 @@ struct Panels {
   i64 n, D, count;
   T* data;  // (count, D, kPointPanel), points from n on are 0
 
-  static i64 bytes(i64 n, i64 D) {
-    return Scratch::padded(round_up(n, kPointPanel<T>) * D * i64(sizeof(T)));
-  }
   Panels(i64 n, i64 D, Scratch& s) : n(n), D(D), count((n + kPointPanel<T> - 1) / kPointPanel<T>) {
     data = s.take<T>(count * kPointPanel<T> * D);
   }
@@ -64,9 +61,6 @@ struct Cloud {
   Panels<T> panels;
   T *high, *low;  // potential, on the grid and what remains; -inf where there is no weight
 
-  static i64 bytes(i64 n, i64 D) {
-    return Panels<T>::bytes(n, D) + 2 * Scratch::padded(round_up(n, kPointPanel<T>) * i64(sizeof(T)));
-  }
   Cloud(i64 n, i64 D, Scratch& s) : panels(n, D, s) {
     high = s.take<T>(panels.padded()), low = s.take<T>(panels.padded());
   }
@@ -272,23 +266,11 @@ class PointSinkhorn {
  public:
   static i64 parts_for(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(16, (N + 63) / 64); }
 
-  static i64 bytes(const PointsArgs<T>& A) {
-    const i64 ld = buffer_width<T>(A.M), parts = parts_for(A.N, A.M), d = sizeof(double);
-    return Cloud<T>::bytes(A.N, A.D) + Cloud<T>::bytes(A.M, A.D) +
-           A.threads * Scratch::padded(block_rows<T>(ld) * ld * i64(sizeof(T))) +
-           parts * (Scratch::padded(ld * i64(sizeof(T))) + Scratch::padded(ld * d)) +
-           5 * Scratch::padded(A.N * d) + 6 * Scratch::padded(ld * d);
-  }
-
   PointSinkhorn(const PointsArgs<T>& args, int team, Scratch& s, Patience& patience)
       : A(args), N(args.N), M(args.M), team_(team), patience_(patience), parts_(parts_for(N, M)),
         X_(N, args.D, s), Y_(M, args.D, s), ld_(buffer_width<T>(M)), block_(block_rows<T>(ld_)) {
-    buffer_ = s.take<T>(0);
-    for (int t = 0; t < A.threads; ++t) s.take<T>(block_ * ld_);
-    acc_ = s.take<T>(0);
-    for (i64 p = 0; p < parts_; ++p) s.take<T>(ld_);
-    total_ = s.take<double>(0);
-    for (i64 p = 0; p < parts_; ++p) s.take<double>(ld_);
+    buffer_ = s.take<T>(A.threads * block_ * ld_);
+    acc_ = s.take<T>(parts_ * stride<T>()), total_ = s.take<double>(parts_ * stride<double>());
     a_ = s.take<double>(N), log_a_ = s.take<double>(N), phi_ = s.take<double>(N);
     lse_ = s.take<double>(N), lse_new_ = s.take<double>(N);
     b_ = s.take<double>(ld_), log_b_ = s.take<double>(ld_), gamma_ = s.take<double>(ld_);
@@ -385,7 +367,7 @@ class PointSinkhorn {
 
   template <class S>
   i64 stride() const {
-    return Scratch::padded(ld_ * i64(sizeof(S))) / i64(sizeof(S));
+    return round_up(ld_, 64 / i64(sizeof(S)));
   }
 
   void block(i64 part, i64 i, i64 count, bool started, T* buffer, T* acc) {
@@ -539,8 +521,8 @@ int points(const PointsArgs<T>& args) {
   const auto run = [&](auto metric) {
     constexpr int kMetric = decltype(metric)::value;
     using Solver = PointSinkhorn<T, kMetric>;
-    return each_problem(args, Solver::bytes(args), [&](Scratch& scratch, int team, i64 problem,
-                                                     Patience& patience) {
+    return each_problem(args, bytes_of<Solver>(args), [&](Scratch& scratch, int team, i64 problem,
+                                                          Patience& patience) {
       return Solver(args, team, scratch, patience).solve(problem);
     });
   };
@@ -553,18 +535,10 @@ int points(const PointsArgs<T>& args) {
 template <class T, int kMetric>
 class PlanProduct {
  public:
-  static i64 bytes(const PlanProductArgs<T>& A) {
-    const i64 ld = buffer_width<T>(A.M), d = sizeof(double), team = A.threads;
-    return Cloud<T>::bytes(A.M, A.D) + Panels<T>::bytes(A.M, A.K) +
-           team * Scratch::padded(block_rows<T>(ld) * ld * i64(sizeof(T))) +
-           2 * Scratch::padded(ld * d);
-  }
-
   PlanProduct(const PlanProductArgs<T>& args, int team, Scratch& s, Patience& patience)
       : A(args), team_(team), patience_(patience), Y_(A.M, A.D, s), Z_(A.M, A.K, s), ld_(buffer_width<T>(A.M)),
         block_(block_rows<T>(ld_)) {
-    buffer_ = s.take<T>(0);
-    for (int t = 0; t < A.threads; ++t) s.take<T>(block_ * ld_);
+    buffer_ = s.take<T>(A.threads * block_ * ld_);
     v_ = s.take<T>(ld_), gamma_ = s.take<double>(ld_);
   }
 
@@ -678,8 +652,8 @@ template <class T>
 int plan_product(const PlanProductArgs<T>& args) {
   const auto run = [&](auto metric) {
     using Product = PlanProduct<T, decltype(metric)::value>;
-    return each_problem(args, Product::bytes(args), [&](Scratch& scratch, int team, i64 problem,
-                                                      Patience& patience) {
+    return each_problem(args, bytes_of<Product>(args), [&](Scratch& scratch, int team, i64 problem,
+                                                           Patience& patience) {
       return Product(args, team, scratch, patience).run(problem);
     });
   };

@@ -63,11 +63,6 @@ struct Resident {
   static constexpr i64 kMaxBlock = 64;  // a multiple of every kWidth
   static constexpr i64 kTogether = kWidth<T> < 4 ? kWidth<T> : 4;
 
-  static i64 bytes(i64 N, i64 M) {
-    const i64 ld = round_up(M, kWidth<T>), size = sizeof(T);
-    return Scratch::padded(N * ld * size) + Scratch::padded(parts_of(N, M) * ld * size);
-  }
-
   Resident(i64 N, i64 M, int team, Scratch& scratch, Patience& patience)
       : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), team(team),
         patience(patience) {
@@ -278,6 +273,15 @@ inline bool all_finite(const T* c, i64 n) {
   T t = sum<T>(s);
   for (; j < n; ++j) t += c[j] * T(0);
   return t == T(0);
+}
+
+// What a solver takes of its scratch memory.
+template <class Solver, class Args>
+i64 bytes_of(const Args& args) {
+  Scratch count;
+  Patience patience;
+  Solver solver(args, 1, count, patience);
+  return count.used();
 }
 
 // run(scratch, team, problem, patience) -> status for every problem of a batch: one thread a problem

@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -77,14 +80,16 @@ template <class T>
 inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, kBytes);
 }
-#if defined(__AVX512F__)
+// AddressSanitizer does not see masked loads and stores: built with it, lanes are taken one by one.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
+#define OTDD_MASKED 1
 // The first `count` lanes; count >= 0.
 inline unsigned lanes(i64 count) { return count > 15 ? ~0u : (1u << count) - 1; }
 #endif
 template <class T>
 inline Vec<T> load_some(const T* p, i64 count, T fill = T(0)) {
   if (count >= kWidth<T>) return load(p);
-#if defined(__AVX512F__)
+#ifdef OTDD_MASKED
   if constexpr (sizeof(T) == 4)
     return (VecF)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lanes(count), p);
   else
@@ -98,7 +103,7 @@ inline Vec<T> load_some(const T* p, i64 count, T fill = T(0)) {
 template <class T>
 inline void store_some(T* p, Vec<T> v, i64 count) {
   if (count >= kWidth<T>) return store(p, v);
-#if defined(__AVX512F__)
+#ifdef OTDD_MASKED
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, lanes(count), (__m512)v);
   else _mm512_mask_storeu_pd(p, lanes(count), (__m512d)v);
 #else
@@ -393,9 +398,11 @@ class FlushDenormals {
 #endif
 };
 
-// One block of memory handed out in aligned pieces.
+// One block of memory handed out in aligned pieces. Without memory it counts what is taken: the size
+// of a block comes from the code that takes it apart, and nowhere else.
 class Scratch {
  public:
+  Scratch() = default;
   explicit Scratch(i64 bytes) {
     constexpr i64 kHugePage = 1 << 21;
     const bool large = bytes >= 2 * kHugePage;
@@ -404,23 +411,40 @@ class Scratch {
     // Pages of 4 kB cost a fault each and, walked by rows, most of the translation cache.
     if (large && base_) madvise(base_, bytes, MADV_HUGEPAGE);
 #endif
+    if (base_) close(base_, bytes);
   }
   ~Scratch() { ::free(base_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   bool ok() const { return base_ != nullptr; }
-  void rewind() { used_ = 0; }
+  i64 used() const { return used_; }
+  void rewind() {
+    close(base_, used_);
+    used_ = 0;
+  }
   template <class T>
   T* take(i64 count) {
-    T* p = (T*)(base_ + used_);
-    used_ += padded(count * i64(sizeof(T)));
+    const i64 bytes = count * i64(sizeof(T));
+    T* p = base_ ? (T*)(base_ + used_) : nullptr;
+    if (p) open(p, bytes);
+    used_ += padded(bytes);
     return p;
   }
-  static i64 padded(i64 bytes) { return (bytes + 63) / 64 * 64; }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)  // it then sees when one piece is left for the next
+  static constexpr i64 kGap = 64;
+  static void close(void* p, i64 bytes) { __asan_poison_memory_region(p, bytes); }
+  static void open(void* p, i64 bytes) { __asan_unpoison_memory_region(p, bytes); }
+#else
+  static constexpr i64 kGap = 0;
+  static void close(void*, i64) {}
+  static void open(void*, i64) {}
+#endif
   char* base_ = nullptr;
   i64 used_ = 0;
+
+  static i64 padded(i64 bytes) { return (bytes + 63) / 64 * 64 + kGap; }
 };
 
 inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }

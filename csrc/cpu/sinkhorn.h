@@ -47,12 +47,6 @@ inline double within(double tol, double mass) {
 template <class T, bool kMet>  // whether both marginals are to be met
 class Sinkhorn {
  public:
-  static i64 bytes(i64 N, i64 M) {
-    const i64 W = kWidth<T>, n = round_up(N, W) + W, m = round_up(M, W) + W;
-    return Resident<T>::bytes(N, M) + (5 * n + 5 * m) * i64(sizeof(T)) +
-           (5 * n + 5 * m) * i64(sizeof(double)) + 64 * 32 + Anderson::bytes(m);
-  }
-
   Sinkhorn(const SinkhornArgs<T>& args, int team, Scratch& s, Patience& patience)
       : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience), mixer_(R.ld, s) {
     const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = R.ld;

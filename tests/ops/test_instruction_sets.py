@@ -23,6 +23,9 @@ for dtype in (torch.float32, torch.float64):
         r = sinkhorn(C, eps=eps, max_iter=20, grad="unrolled", backend="cpu")
         (dx,) = torch.autograd.grad(r.cost.sum(), x)
         out += [t.detach().double() for t in (C, r.f, r.g, r.plan, r.cost, dx)]
+    # Tiny problems, one in a lane, of a size that fills the cache lines of no instruction set.
+    r = sinkhorn(torch.rand(33, 15, 17, dtype=dtype), eps=0.1, max_iter=20, backend="cpu")
+    out += [t.double() for t in (r.f, r.g, r.plan, r.cost)]
 torch.save((backends.native().cpu_isa(), out), sys.argv[1])
 """
 
