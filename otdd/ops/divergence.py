@@ -83,7 +83,7 @@ def sinkhorn_divergence(
     rho_a, rho_b = (None if rho == math.inf else rho for rho in (rho_a, rho_b))
     soft = rho_a is not None or rho_b is not None
     C = cost_matrix(x, y, metric, backend=backend)
-    _, _, a, b, _ = problem_tensors(C, eps, None, a, b)
+    _, _, a, b, _ = problem_tensors(C, eps, None, a, b, like="x")
     if checks.values_are_checked(C):
         checks.weights(a, "a")
         checks.weights(b, "b")

@@ -314,6 +314,7 @@ def test_memory_is_that_of_the_points(name, limit):
         ({"tol": NAN}, ValueError, "tol: got nan"),
         ({"grad": "magic"}, ValueError, "grad: got 'magic'"),
         ({"a": torch.ones(5)}, ValueError, r"a: got shape \(5,\)"),
+        ({"a": torch.ones(4).double()}, TypeError, "a: got dtype .*; accepted: that of x, torch"),
         ({"a": torch.tensor([0.5, -0.5, 1.0, 1.0])}, ValueError, "a: got a negative weight"),
         ({"b": torch.zeros(5)}, ValueError, "b: got only zero weights"),
         ({"init": (None, torch.full((5,), NAN))}, ValueError, "init: got nan"),

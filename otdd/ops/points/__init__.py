@@ -198,7 +198,7 @@ def sinkhorn_points(
     shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the cost that is not made
     if isinstance(init, PointsResult):
         init = init.f, init.g
-    _, (_, g), a, b, eps = problem_tensors(shape, eps, init, a, b, "init")
+    _, (_, g), a, b, eps = problem_tensors(shape, eps, init, a, b, "init", like="x")
     rho_a, rho_b = (
         None if rho is None else _per_problem(rho, name, shape, or_inf=True)
         for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))

@@ -209,8 +209,11 @@ def problem_tensors(
     a: Tensor | None,
     b: Tensor | None,
     potentials_name: str = "potentials",
+    like: str = "C",
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], Tensor | None, Tensor | None, Tensor]:
     """Checks a problem's tensors and brings them to one batch shape and float32 or float64.
+
+    `like` names what the caller gave for C, where others are to be as that.
 
     Returns:
         C; the potentials, weights a and b where given; eps in float64.
@@ -224,9 +227,9 @@ def problem_tensors(
     f = g = None
     if potentials is not None:
         f, g = _pair(potentials, potentials_name)
-        f = _per_point(f, f"{potentials_name}, its f", C, rows)
-        g = _per_point(g, f"{potentials_name}, its g", C, columns)
-    a, b = _per_point(a, "a", C, rows), _per_point(b, "b", C, columns)
+        f = _per_point(f, f"{potentials_name}, its f", C, rows, like)
+        g = _per_point(g, f"{potentials_name}, its g", C, columns, like)
+    a, b = _per_point(a, "a", C, rows, like), _per_point(b, "b", C, columns, like)
     return C, (f, g), a, b, _per_problem(eps, "eps", C)
 
 
@@ -238,12 +241,14 @@ def _pair(potentials: tuple[Tensor, Tensor] | SinkhornResult, name: str) -> tupl
     return potentials
 
 
-def _per_point(t: Tensor | None, name: str, C: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+def _per_point(
+    t: Tensor | None, name: str, C: Tensor, shape: tuple[int, ...], like: str
+) -> Tensor | None:
     """`t`, checked and expanded to `shape`, if it is given."""
     if t is None:
         return None
     t = checks.as_float(t, name)
-    checks.same_kind(t, name, C, "C")
+    checks.same_kind(t, name, C, like)
     if t.shape == shape:
         return t
     fits = t.dim() >= 1 and t.shape[-1] == shape[-1]
