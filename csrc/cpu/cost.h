@@ -165,7 +165,7 @@ inline void feature_tile(const T* x, i64 x_row, const T* y, i64 y_row, i64 depth
   Vec<T> s[kRows][kCols] = {};
   if (!first)
     for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kCols; ++j) s[i][j] = parts[i * kSide + j];
+      for (int j = 0; j < kCols; ++j) s[i][j] = parts[i * kCols + j];
   const auto step = [&](auto take) __attribute__((always_inline)) {
     Vec<T> ys[kCols];
     for (int j = 0; j < kCols; ++j) ys[j] = take(y + j * y_row);
@@ -184,7 +184,7 @@ inline void feature_tile(const T* x, i64 x_row, const T* y, i64 y_row, i64 depth
   if (d < depth)
     step([&](const T* p) __attribute__((always_inline)) { return load_some(p + d, depth - d); });
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kCols; ++j) parts[i * kSide + j] = s[i][j];
+    for (int j = 0; j < kCols; ++j) parts[i * kCols + j] = s[i][j];
 }
 
 // Costs of kCols points of y; `next` more follow, of which the first features are fetched meanwhile.
@@ -201,17 +201,18 @@ void feature_columns(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64
     const auto tile = [&](auto kRows) __attribute__((always_inline)) {
       ahead.begin = points * done / tiles, ahead.end = points * ++done / tiles;
       feature_tile<T, kMetric, kRows, kCols>(x + i * A.x.row + d, A.x.row, y + d, A.y.row, depth,
-                                             d == 0, ahead, parts + i * kSide);
+                                             d == 0, ahead, parts + i * kCols);
       i += kRows;
     };
     while (i + kSide <= rows) tile(Constant<kSide>{});
     while (i < rows) tile(Constant<1>{});
   }
-  for (i64 k = 0; k < rows * kSide; k += W) {
+  for (i64 k = 0; k < W; ++k) parts[rows * kCols + k] = Vec<T>{};
+  for (i64 k = 0; k < rows * kCols; k += W) {
     alignas(kBytes) T total[W];
     store(total, sums<T, int(W)>(0, [&](int l) { return parts[k + l]; }));
-    for (i64 l = k; l < k + W && l < rows * kSide; ++l)
-      if (l % kSide < kCols) C[l / kSide * A.M + l % kSide] = total[l - k];
+    for (i64 l = 0; l < least(W, rows * kCols - k); ++l)
+      C[(k + l) / kCols * A.M + (k + l) % kCols] = total[l];
   }
 }
 
