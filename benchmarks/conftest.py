@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import floors
 import pytest
 
 HERE = Path(__file__).parent
+KEY = ("threads", "dtype", "case", "direction")  # of a row of results
 PACKAGES = ("torch", "numpy", "POT", "geomloss", "pykeops", "jax", "ott-jax", "pytest-benchmark")
 
 
@@ -19,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("otdd")
     group.addoption("--quick", action="store_true", help="few rounds, small cases, no result file")
     group.addoption("--threads", default="1,2", help="numbers of threads, separated by commas")
-    group.addoption("--results", type=Path, help="JSON file to write")
+    group.addoption("--results", type=Path, help="JSON file to write, or to renew rows of")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -89,16 +91,29 @@ def workers(pytestconfig: pytest.Config) -> Iterator[Workers]:
     yield workers
     workers.stop()
     if path := pytestconfig.getoption("results"):
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results(workers.rows), indent=1) + "\n")
+        path.write_text(json.dumps(results(before, [*workers.rows.values()]), indent=1) + "\n")
 
 
-def results(rows: dict[tuple, dict]) -> dict:
-    """What is committed: without the single times."""
-    for row in rows.values():
+def results(before: list[dict], rows: list[dict]) -> dict:
+    """What is committed, without the single times; rows of an earlier run stay, or are replaced.
+
+    Floors are those of the highest rates that a row of the same threads and type has seen.
+    """
+    about = machine()
+    for row in rows:
+        row["commit"] = about["commit"]
         for contender in row["contenders"].values():
             contender.pop("times_ms", None)
-    return {"command": " ".join(["pytest", *sys.argv[1:]]), **machine(), "rows": [*rows.values()]}
+    merged = {tuple(row[k] for k in KEY): row for row in [*before, *rows]}
+    for row in merged.values():
+        alike = [r["rates"] for r in merged.values() if all(r[k] == row[k] for k in KEY[:2])]
+        row["rates"] = floors.highest(*alike)
+    for row in merged.values():
+        floors.put(row)
+    ordered = sorted(merged.values(), key=lambda row: row["threads"])
+    return {"command": " ".join(["pytest", *sys.argv[1:]]), **about, "rows": ordered}
 
 
 def machine() -> dict:

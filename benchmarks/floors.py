@@ -57,3 +57,15 @@ def floor_ms(work: Work, rate: dict[str, float]) -> float:
     copy = rate["copy_near"] if work.footprint <= 2 * NEAR else rate["copy_far"]
     arithmetic = work.gemm / rate["gemm"] + work.fmas / rate["fma"] + work.exps / rate["exp"]
     return 1e3 * max(work.bytes / copy, arithmetic)
+
+
+def highest(*rates: dict[str, float]) -> dict[str, float]:
+    """Of several measurements of the same rates: a busy machine only lowers them."""
+    return {name: max(rate[name] for rate in rates) for name in rates[0]}
+
+
+def put(row: dict) -> None:
+    """Into a row of results its floor, and the share of it that otdd reaches."""
+    row["floor_ms"] = floor_ms(Work(**row["work"]), row["rates"])
+    ours = row["contenders"]["otdd"].get("median_ms")
+    row["of_floor"] = ours and row["floor_ms"] / ours

@@ -204,14 +204,12 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         case, dtype, direction = (request[key] for key in ("case", "dtype", "direction"))
-        if dtype not in rates:
-            rates[dtype] = floors.rates(cases.DTYPES[dtype], 0.03 if request["quick"] else 0.3)
+        seen = floors.rates(cases.DTYPES[dtype], 0.03 if request["quick"] else 0.1)
+        rates[dtype] = floors.highest(seen, rates.get(dtype, seen))
         row = measure(by_name[case], dtype, direction, request["quick"])
         work = cases.work(by_name[case], direction, cases.DTYPES[dtype].itemsize, cache)
-        floor = floors.floor_ms(work, rates[dtype])
-        ours = row["contenders"]["otdd"].get("median_ms")
-        row |= {"floor_ms": floor, "of_floor": ours and floor / ours, "work": asdict(work)}
-        row |= {"rates": rates[dtype], "threads": threads}
+        row |= {"work": asdict(work), "rates": rates[dtype], "threads": threads}
+        floors.put(row)
         print(json.dumps(row), file=answers, flush=True)
 
 
