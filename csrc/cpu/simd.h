@@ -398,12 +398,12 @@ class FlushDenormals {
 #endif
 };
 
-// One block of memory handed out in aligned pieces. Without memory it counts what is taken: the size
-// of a block comes from the code that takes it apart, and nowhere else.
+// One block of memory handed out in aligned pieces. Without memory it counts what is taken, so that the
+// size of a block comes from the code that takes it apart.
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(i64 bytes) {
+  explicit Scratch(i64 bytes) : size_(bytes) {
     constexpr i64 kHugePage = 1 << 21;
     const bool large = bytes >= 2 * kHugePage;
     if (posix_memalign((void**)&base_, large ? kHugePage : 64, bytes + 64) != 0) base_ = nullptr;
@@ -426,13 +426,13 @@ class Scratch {
   T* take(i64 count) {
     const i64 bytes = count * i64(sizeof(T));
     T* p = base_ ? (T*)(base_ + used_) : nullptr;
-    if (p) open(p, bytes);
+    if (p && used_ + bytes <= size_) open(p, bytes);
     used_ += padded(bytes);
     return p;
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)  // it then sees when one piece is left for the next
+#if defined(__SANITIZE_ADDRESS__)  // it then sees where a piece or the block is left
   static constexpr i64 kGap = 64;
   static void close(void* p, i64 bytes) { __asan_poison_memory_region(p, bytes); }
   static void open(void* p, i64 bytes) { __asan_unpoison_memory_region(p, bytes); }
@@ -442,7 +442,7 @@ class Scratch {
   static void open(void*, i64) {}
 #endif
   char* base_ = nullptr;
-  i64 used_ = 0;
+  i64 size_ = 0, used_ = 0;
 
   static i64 padded(i64 bytes) { return (bytes + 63) / 64 * 64 + kGap; }
 };
