@@ -55,7 +55,6 @@ def otdd_tiles(case: Case, data: Data, direction: str, iterations: int) -> Run:
 def otdd_points(case: Case, data: Data, direction: str, iterations: int) -> Run:
     from otdd import ops
 
-    refuse(not hasattr(ops, "sinkhorn_points"), "otdd.ops.sinkhorn_points is not there yet")
     leaf = leaves_of(case, data, direction)[0]
     options = {"metric": case.metric, "eps": data.eps, "max_iter": iterations}
 
