@@ -16,8 +16,8 @@ namespace otdd::cpu::OTDD_ISA {
 template <class T>
 class Unrolled {
  public:
-  Unrolled(const BackwardArgs<T>& args, int team, Scratch& s, Patience& patience)
-      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
+  Unrolled(const BackwardArgs<T>& args, Crew& crew, Scratch& s, Patience& patience)
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, crew, s, patience) {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
     a_ = s.take<T>(n_), df_ = s.take<T>(n_), da_ = s.take<T>(n_), alpha_ = s.take<T>(n_);
     alpha_rows_ = s.take<T>(n_);
@@ -232,8 +232,8 @@ class Unrolled {
 template <class T>
 class Implicit {
  public:
-  Implicit(const BackwardArgs<T>& args, int team, Scratch& s, Patience& patience)
-      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience) {
+  Implicit(const BackwardArgs<T>& args, Crew& crew, Scratch& s, Patience& patience)
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, crew, s, patience) {
     n_ = round_up(N, kWidth<T>) + kWidth<T>, m_ = R.ld;
     a_ = s.take<T>(n_), df_ = s.take<T>(n_), over_r_ = s.take<T>(n_), k_ = s.take<T>(n_);
     b_ = s.take<T>(m_), half_ = s.take<T>(m_), over_half_ = s.take<T>(m_), kernel_ = s.take<T>(m_);
@@ -373,8 +373,8 @@ class Implicit {
 template <class T, class Solver>
 int backward(const BackwardArgs<T>& args) {
   return each_problem(args, bytes_of<Solver>(args),
-                      [&](Scratch& scratch, int team, i64 problem, Patience& patience) {
-                        Solver(args, team, scratch, patience).run(problem);
+                      [&](Scratch& scratch, Crew& crew, i64 problem, Patience& patience) {
+                        Solver(args, crew, scratch, patience).run(problem);
                         return int(kOk);
                       });
 }

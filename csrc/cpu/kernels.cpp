@@ -26,7 +26,7 @@ int plan(const PlanArgs<T>& A) {
   count.take<double>(n), count.take<double>(m);
   return each_problem(
       A, count.used(),
-      [&](Scratch& scratch, int team, i64 p, Patience& patience) {
+      [&](Scratch& scratch, Crew& crew, i64 p, Patience& patience) {
         double *f = scratch.take<double>(n), *g = scratch.take<double>(m);
         const double inv_eps = 1 / A.eps.data[p * A.eps.batch];
         logits(A.f, A.a, inv_eps, p, A.N, f), logits(A.g, A.b, inv_eps, p, A.M, g);
@@ -39,15 +39,10 @@ int plan(const PlanArgs<T>& A) {
             store_some(out + j, f[i] > -INFINITY ? P * scale : Vec<T>{}, A.M - j);
           });
         };
-        if (team == 1) {
-          for (i64 i = 0; i < A.N; ++i) row(i);
-          return int(kOk);
-        }
-#pragma omp parallel for num_threads(team) schedule(static)
-        for (i64 i = 0; i < A.N; ++i) {
-          FlushDenormals guard;
-          row(i);
-        }
+        const i64 parts = least(A.N, 32);
+        crew.for_parts(parts, [&](i64 part, int) {
+          for (i64 i = A.N * part / parts; i < A.N * (part + 1) / parts; ++i) row(i);
+        });
         return int(kOk);
       });
 }

@@ -20,7 +20,7 @@ class Lanes {
     return plain && args.N * args.M <= 512 && args.B >= W / 2;
   }
 
-  Lanes(const SinkhornArgs<T>& args, int, Scratch& s, Patience&) : args_(args), N(args.N), M(args.M) {
+  Lanes(const SinkhornArgs<T>& args, Crew&, Scratch& s, Patience&) : args_(args), N(args.N), M(args.M) {
     C_ = s.take<T>(N * M * W), K_ = s.take<T>(N * M * W);
     a_ = s.take<T>(N * W), r_ = s.take<T>(N * W), r_new_ = s.take<T>(N * W);
     u_ = s.take<T>(N * W), u_new_ = s.take<T>(N * W);
@@ -247,33 +247,33 @@ class Lanes {
 };
 
 template <class T>
-int solve_one(const SinkhornArgs<T>& args, int team, Scratch& s, i64 problem, Patience& patience) {
+int solve_one(const SinkhornArgs<T>& args, Crew& crew, Scratch& s, i64 problem, Patience& patience) {
   const bool met = args.rho_a.data[problem * args.rho_a.batch] == INFINITY &&
                    args.rho_b.data[problem * args.rho_b.batch] == INFINITY;
-  return met ? Sinkhorn<T, true>(args, team, s, patience).solve(problem)
-             : Sinkhorn<T, false>(args, team, s, patience).solve(problem);
+  return met ? Sinkhorn<T, true>(args, crew, s, patience).solve(problem)
+             : Sinkhorn<T, false>(args, crew, s, patience).solve(problem);
 }
 
 template <class T>
 int sinkhorn(const SinkhornArgs<T>& args) {
   const i64 bytes = bytes_of<Sinkhorn<T, false>>(args);
   if (!Lanes<T>::suit(args))
-    return each_problem(args, bytes, [&](Scratch& s, int team, i64 problem, Patience& patience) {
-      return solve_one(args, team, s, problem, patience);
+    return each_problem(args, bytes, [&](Scratch& s, Crew& crew, i64 problem, Patience& patience) {
+      return solve_one(args, crew, s, problem, patience);
     });
   constexpr i64 W = Lanes<T>::W;
   SinkhornArgs<T> groups = args;
   groups.B = (args.B + W - 1) / W;
   return each_problem(
       groups, most(bytes, bytes_of<Lanes<T>>(args)),
-      [&](Scratch& s, int team, i64 group, Patience& patience) {
+      [&](Scratch& s, Crew& crew, i64 group, Patience& patience) {
         const i64 first = group * W, count = least(W, args.B - first);
-        Lanes<T> lanes(args, team, s, patience);
+        Lanes<T> lanes(args, crew, s, patience);
         int status = lanes.solve(first, count);
         for (i64 l = 0; l < count && status == kOk; ++l) {
           if (!lanes.special(l)) continue;
           s.rewind();
-          status = solve_one(args, team, s, first + l, patience);
+          status = solve_one(args, crew, s, first + l, patience);
         }
         return status;
       });

@@ -229,27 +229,6 @@ i64 buffer_width(i64 M) {
   return round_up(M, kPointPanel<T>) + kWidth<T>;  // no power of two: rows would share cache sets
 }
 
-// fn(part, thread) for parts 0 .. parts - 1, on `team` threads, as long as patience lasts.
-template <class Fn>
-void for_team(i64 parts, int team, Patience& patience, Fn fn) {
-  if (team == 1) {
-    for (i64 p = 0; p < parts && !patience.look(); ++p) fn(p, 0);
-    return;
-  }
-#pragma omp parallel num_threads(team)
-  {
-    FlushDenormals guard;
-    int thread = 0;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-#endif
-#pragma omp for schedule(dynamic, 1) nowait
-    for (i64 p = 0; p < parts; ++p)
-      if (!patience.look()) fn(p, thread);
-    patience.wait(team);
-  }
-}
-
 // acc += sum_k weight_k e_k over rows of ld, whose end is padding
 template <class T>
 inline void add_weighted(const T* e, const T* weight, int count, i64 ld, T* acc) {
@@ -266,8 +245,8 @@ class PointSinkhorn {
  public:
   static i64 parts_for(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(16, (N + 63) / 64); }
 
-  PointSinkhorn(const PointsArgs<T>& args, int team, Scratch& s, Patience& patience)
-      : A(args), N(args.N), M(args.M), team_(team), patience_(patience), parts_(parts_for(N, M)),
+  PointSinkhorn(const PointsArgs<T>& args, Crew& crew, Scratch& s, Patience& patience)
+      : A(args), N(args.N), M(args.M), crew_(crew), patience_(patience), parts_(parts_for(N, M)),
         X_(N, args.D, s), Y_(M, args.D, s), ld_(buffer_width<T>(M)), block_(block_rows<T>(ld_)) {
     buffer_ = s.take<T>(A.threads * block_ * ld_);
     acc_ = s.take<T>(parts_ * stride<T>()), total_ = s.take<double>(parts_ * stride<double>());
@@ -298,7 +277,7 @@ class PointSinkhorn {
   static constexpr double kRise = sizeof(T) == 4 ? 60 : 500;
   const PointsArgs<T>& A;
   i64 N, M;
-  int team_;
+  Crew& crew_;
   Patience& patience_;
   i64 parts_;
   Cloud<T> X_, Y_;
@@ -338,7 +317,7 @@ class PointSinkhorn {
   // the potentials before.
   double rows(bool started) {
     tiles_.split(gamma_, Y_);
-    for_team(parts_, team_, patience_, [&](i64 part, int thread) {
+    crew_.for_parts(parts_, [&](i64 part, int thread) {
       T *acc = acc_ + part * stride<T>(), *buffer = buffer_ + thread * (block_ * ld_);
       double* total = total_ + part * stride<double>();
       for (i64 j = 0; j < ld_; ++j) acc[j] = 0, total[j] = 0;
@@ -432,7 +411,8 @@ class PointSinkhorn {
   void columns_alone(i64 count) {
     for (i64 i = 0; i < N; ++i) lse_new_[i] = phi_[i] + log_a_[i];
     tiles_.split(lse_new_, X_);
-    for_team((count + kBlockRows - 1) / kBlockRows, team_, patience_, [&](i64 part, int) {
+    crew_.for_parts((count + kBlockRows - 1) / kBlockRows, [&](i64 part, int) {
+      if (patience_.look()) return;
       RowBlock<T> block;
       const i64 begin = part * kBlockRows, end = least(count, begin + kBlockRows);
       for (i64 k = begin; k < end; ++k) block.add(Y_.row(lost_[k]), T(0));
@@ -447,7 +427,8 @@ class PointSinkhorn {
   // Outputs. The plan's row sums and its cost need one more pass, with e the plan itself.
   void finish(i64 problem, i64 done) {
     tiles_.split(gamma_, Y_);
-    for_team(parts_, team_, patience_, [&](i64 part, int) {
+    crew_.for_parts(parts_, [&](i64 part, int) {
+      if (patience_.look()) return;
       error_[part] = cost_[part] = 0;
       for (i64 i = first_row(part); i < first_row(part + 1);) {
         RowBlock<T> block;
@@ -521,9 +502,9 @@ int points(const PointsArgs<T>& args) {
   const auto run = [&](auto metric) {
     constexpr int kMetric = decltype(metric)::value;
     using Solver = PointSinkhorn<T, kMetric>;
-    return each_problem(args, bytes_of<Solver>(args), [&](Scratch& scratch, int team, i64 problem,
+    return each_problem(args, bytes_of<Solver>(args), [&](Scratch& scratch, Crew& crew, i64 problem,
                                                           Patience& patience) {
-      return Solver(args, team, scratch, patience).solve(problem);
+      return Solver(args, crew, scratch, patience).solve(problem);
     });
   };
   return with_metric(args.metric, run);
@@ -535,8 +516,8 @@ int points(const PointsArgs<T>& args) {
 template <class T, int kMetric>
 class PlanProduct {
  public:
-  PlanProduct(const PlanProductArgs<T>& args, int team, Scratch& s, Patience& patience)
-      : A(args), team_(team), patience_(patience), Y_(A.M, A.D, s), Z_(A.M, A.K, s), ld_(buffer_width<T>(A.M)),
+  PlanProduct(const PlanProductArgs<T>& args, Crew& crew, Scratch& s, Patience& patience)
+      : A(args), crew_(crew), patience_(patience), Y_(A.M, A.D, s), Z_(A.M, A.K, s), ld_(buffer_width<T>(A.M)),
         block_(block_rows<T>(ld_)) {
     buffer_ = s.take<T>(A.threads * block_ * ld_);
     v_ = s.take<T>(ld_), gamma_ = s.take<double>(ld_);
@@ -554,7 +535,8 @@ class PlanProduct {
         gamma_[j] = ::log2(double(at(A.b, problem, j))) + double(at(A.g, problem, j)) / unit;
     }
     tiles_.split(gamma_, Y_);
-    for_team((A.N + block_ - 1) / block_, team_, patience_, [&](i64 part, int thread) {
+    crew_.for_parts((A.N + block_ - 1) / block_, [&](i64 part, int thread) {
+      if (patience_.look()) return;
       block(problem, part * block_, unit, buffer_ + thread * (block_ * ld_));
     });
     return kOk;
@@ -562,7 +544,7 @@ class PlanProduct {
 
  private:
   const PlanProductArgs<T>& A;
-  int team_;
+  Crew& crew_;
   Patience& patience_;
   Cloud<T> Y_;
   Panels<T> Z_;
@@ -652,9 +634,9 @@ template <class T>
 int plan_product(const PlanProductArgs<T>& args) {
   const auto run = [&](auto metric) {
     using Product = PlanProduct<T, decltype(metric)::value>;
-    return each_problem(args, bytes_of<Product>(args), [&](Scratch& scratch, int team, i64 problem,
+    return each_problem(args, bytes_of<Product>(args), [&](Scratch& scratch, Crew& crew, i64 problem,
                                                            Patience& patience) {
-      return Product(args, team, scratch, patience).run(problem);
+      return Product(args, crew, scratch, patience).run(problem);
     });
   };
   return with_metric(args.metric, run);

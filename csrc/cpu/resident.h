@@ -4,14 +4,14 @@
 // with every row, a few numbers per row made of it, and the transposed product with those.
 #pragma once
 
-#include "patience.h"
+#include "crew.h"
 
 namespace otdd::cpu::OTDD_ISA {
 
 // Rows are worked in parts fixed by the shape alone, so that sums, and so results, don't depend on
 // the number of threads.
 constexpr i64 kMaxParts = 8;
-inline i64 parts_of(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(kMaxParts, (N + 63) / 64); }
+inline i64 parts_of(i64 N, i64 M) { return N * M < (1 << 16) ? 1 : least(kMaxParts, (N + 63) / 64); }
 
 // out = exp(column_j - c_j / eps - shift) for kCount vectors; there are `count` costs. The exponent is
 // formed in double: it is a small difference of large numbers.
@@ -54,7 +54,7 @@ inline void for_entries(const T* c, i64 count, i64 padded, const double* column,
 template <class T>
 struct Resident {
   i64 N, M, ld, parts, per_part, block;
-  int team;  // threads that share this matrix
+  Crew& crew;  // the threads that share this matrix
   Patience& patience;
   i64 work = 0;  // since patience was asked last
   T* K;      // (N, ld), columns from M on are 0
@@ -63,8 +63,8 @@ struct Resident {
   static constexpr i64 kMaxBlock = 64;  // a multiple of every kWidth
   static constexpr i64 kTogether = kWidth<T> < 4 ? kWidth<T> : 4;
 
-  Resident(i64 N, i64 M, int team, Scratch& scratch, Patience& patience)
-      : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), team(team),
+  Resident(i64 N, i64 M, Crew& crew, Scratch& scratch, Patience& patience)
+      : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), crew(crew),
         patience(patience) {
     per_part = round_up((N + parts - 1) / parts, kWidth<T>);
     block = 16384 / (ld * i64(sizeof(T))) / kWidth<T> * kWidth<T>;  // half of a common L1
@@ -81,20 +81,11 @@ struct Resident {
     work += N * ld;
     const bool look = work > Patience::kWork;
     if (look) work = 0;
-    const auto part = [&](i64 p) {
+    crew.for_parts(parts, [&](i64 p, int) {
       if (look && patience.look()) return;
       const i64 begin = least(N, p * per_part);
       fn(p, begin, least(N, begin + per_part));
-    };
-    if (team == 1) {  // even a parallel region of one thread would cost more than a small problem
-      for (i64 p = 0; p < parts; ++p) part(p);
-      return;
-    }
-#pragma omp parallel for num_threads(team) schedule(static)
-    for (i64 p = 0; p < parts; ++p) {
-      FlushDenormals guard;
-      part(p);
-    }
+    });
   }
 
   // col = K' coefficients, where, kWidth rows at a time, produce(i, rows, dots) gives the rows'
@@ -280,17 +271,18 @@ template <class Solver, class Args>
 i64 bytes_of(const Args& args) {
   Scratch count;
   Patience patience;
-  Solver solver(args, 1, count, patience);
+  Crew alone(1, patience);
+  Solver solver(args, alone, count, patience);
   return count.used();
 }
 
-// run(scratch, team, problem, patience) -> status for every problem of a batch: one thread a problem
+// run(scratch, crew, problem, patience) -> status for every problem of a batch: one thread a problem
 // when there are enough of them, else all threads on each. `bytes` is what one problem needs.
 template <class Args, class Run>
 int each_problem(const Args& args, i64 bytes, Run run) {
   const bool share =
       args.threads > 1 && args.B < args.threads && parts_of(args.N, args.M) > 1;
-  const int outer = share ? 1 : int(least(args.threads, args.B)), team = share ? args.threads : 1;
+  const int outer = share ? 1 : int(least(args.threads, args.B)), each = share ? args.threads : 1;
   int status = kOk;
   Patience patience;
 #pragma omp parallel num_threads(outer) if (outer > 1)
@@ -305,7 +297,9 @@ int each_problem(const Args& args, i64 bytes, Run run) {
     for (i64 problem = 0; problem < args.B; ++problem) {
       if (!scratch.ok() || patience.look()) continue;
       scratch.rewind();
-      const int seen = run(scratch, team, problem, patience);
+      int seen = kOk;
+      Crew crew(each, patience);
+      crew.together([&] { seen = run(scratch, crew, problem, patience); });
       if (seen != kOk) {
 #pragma omp atomic write
         status = seen;

@@ -398,22 +398,60 @@ class FlushDenormals {
 #endif
 };
 
+// A thread's last block of memory, for its next call: fresh pages of a matrix cost as much as ten
+// iterations on it. All threads together keep at most kMost bytes.
+struct Kept {
+  static constexpr i64 kMost = i64(256) << 20;
+  static inline i64 all = 0;
+  char* base = nullptr;
+  i64 size = 0;
+
+  ~Kept() {
+    if (base) __atomic_sub_fetch(&all, size, __ATOMIC_RELAXED);
+    ::free(base);
+  }
+  // A block of at least `wanted` bytes, which becomes its true size; null if there is no memory.
+  char* take(i64& wanted) {
+    if (base) __atomic_sub_fetch(&all, size, __ATOMIC_RELAXED);
+    char* block = base;
+    base = nullptr;
+    if (block && size >= wanted) {
+      wanted = size;
+      return block;
+    }
+    ::free(block);
+    constexpr i64 kHugePage = 1 << 21;
+    const bool large = wanted >= 2 * kHugePage;
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, large ? kHugePage : 64, wanted + 64) != 0) return nullptr;
+#if defined(__linux__)
+    // Pages of 4 kB cost a fault each and, walked by rows, most of the translation cache.
+    if (large) madvise(fresh, wanted, MADV_HUGEPAGE);
+#endif
+    return (char*)fresh;
+  }
+  void give_back(char* block, i64 bytes) {
+    if (!base && __atomic_add_fetch(&all, bytes, __ATOMIC_RELAXED) <= kMost) {
+      base = block, size = bytes;
+      return;
+    }
+    if (!base) __atomic_sub_fetch(&all, bytes, __ATOMIC_RELAXED);
+    ::free(block);
+  }
+};
+inline thread_local Kept kept;
+
 // One block of memory handed out in aligned pieces. Without memory it counts what is taken, so that the
 // size of a block comes from the code that takes it apart.
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(i64 bytes) : size_(bytes) {
-    constexpr i64 kHugePage = 1 << 21;
-    const bool large = bytes >= 2 * kHugePage;
-    if (posix_memalign((void**)&base_, large ? kHugePage : 64, bytes + 64) != 0) base_ = nullptr;
-#if defined(__linux__)
-    // Pages of 4 kB cost a fault each and, walked by rows, most of the translation cache.
-    if (large && base_) madvise(base_, bytes, MADV_HUGEPAGE);
-#endif
-    if (base_) close(base_, bytes);
+  explicit Scratch(i64 bytes) : size_(bytes), base_(kept.take(size_)) {
+    if (base_) close(base_, size_);
   }
-  ~Scratch() { ::free(base_); }
+  ~Scratch() {
+    if (base_) kept.give_back(base_, size_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   bool ok() const { return base_ != nullptr; }
@@ -441,8 +479,8 @@ class Scratch {
   static void close(void*, i64) {}
   static void open(void*, i64) {}
 #endif
-  char* base_ = nullptr;
   i64 size_ = 0, used_ = 0;
+  char* base_ = nullptr;
 
   static i64 padded(i64 bytes) { return (bytes + 63) / 64 * 64 + kGap; }
 };

@@ -47,8 +47,8 @@ inline double within(double tol, double mass) {
 template <class T, bool kMet>  // whether both marginals are to be met
 class Sinkhorn {
  public:
-  Sinkhorn(const SinkhornArgs<T>& args, int team, Scratch& s, Patience& patience)
-      : args_(args), N(args.N), M(args.M), R(args.N, args.M, team, s, patience), mixer_(R.ld, s) {
+  Sinkhorn(const SinkhornArgs<T>& args, Crew& crew, Scratch& s, Patience& patience)
+      : args_(args), N(args.N), M(args.M), R(args.N, args.M, crew, s, patience), mixer_(R.ld, s) {
     const i64 n = round_up(N, kWidth<T>) + kWidth<T>, m = R.ld;
     a_ = s.take<T>(n), r_ = s.take<T>(n), r_new_ = s.take<T>(n), u_ = s.take<T>(n);
     u_new_ = s.take<T>(n);
