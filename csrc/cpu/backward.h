@@ -108,7 +108,7 @@ class Unrolled {
   }
 
   static bool within_reach(const double* x, const double* base, const T* weight, i64 n) {
-    const double reach = (Traits<T>::kFlush - Traits<T>::kDigits) / 6;
+    const double reach = backward_reach<T>();
     const VecD zero{};
     VecI64 outside{};
     for (i64 k = 0; k < n; k += kWidth<double>) {

@@ -94,7 +94,7 @@ class Lanes {
       log_b_[j * W + l] = log_scale;
       gamma_[j * W + l] = A.g0.data[problem * A.g0.batch + j * A.g0.item] * inv_eps_[l];
     }
-    const Bounds<T> bounds(M, mass * unscale, least_b);
+    const auto bounds = Bounds<T>::met(M, mass * unscale, least_b);
     low_[l] = T(::exp(-bounds.tau)), high_[l] = 1 / low_[l], low_mass_[l] = T(bounds.low_mass);
     tolerance_[l] = T(within<T>(A.tol, mass) * unscale);
     const bool met = A.rho_a.data[problem * A.rho_a.batch] == INFINITY &&

@@ -245,16 +245,6 @@ inline S row_max(const T* c, const S* column, S inv_eps, i64 M) {
   return best;
 }
 
-// The penalty rho KL(P 1 | a) of a marginal and what it does to a half-step: the potential becomes
-// lambda times the one that meets the marginal. rho = inf means that it is to be met.
-struct Penalty {
-  double rho, lambda, rest;  // rest = 1 - lambda
-
-  Penalty() = default;
-  Penalty(double rho, double eps)
-      : rho(rho), lambda(rho < INFINITY ? rho / (rho + eps) : 1), rest(eps / (rho + eps)) {}
-};
-
 template <class T>
 inline bool all_finite(const T* c, i64 n) {
   constexpr i64 W = kWidth<T>;

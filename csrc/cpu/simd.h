@@ -21,6 +21,7 @@
 #include <omp.h>
 #endif
 
+#include "../numerics.h"
 #include "problem.h"
 
 namespace otdd::cpu::OTDD_ISA {
@@ -49,8 +50,6 @@ struct Traits<float> {
   static constexpr float kLn2Hi = 0.693145751953125f, kLn2Lo = 1.42860677e-6f;
   static constexpr double kTiny = 1.1754943508222875e-38, kHuge = 3.4028234663852886e38;
   static constexpr float kLowest = -87.0f, kHighest = 88.0f;
-  static constexpr double kFlush = 86.6;  // exp(-kFlush) is where entries become 0
-  static constexpr double kDigits = 18.0;  // -log of the accuracy that lost entries must not touch
 };
 template <>
 struct Traits<double> {
@@ -61,8 +60,6 @@ struct Traits<double> {
   static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
   static constexpr double kTiny = 2.2250738585072014e-308, kHuge = 1.7976931348623157e308;
   static constexpr double kLowest = -708.0, kHighest = 709.0;
-  static constexpr double kFlush = 707.6;
-  static constexpr double kDigits = 39.0;
 };
 
 template <class T>

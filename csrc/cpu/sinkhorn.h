@@ -20,30 +20,6 @@ namespace otdd::cpu::OTDD_ISA {
 constexpr double kLevelError = 1e-2;  // of the mass
 constexpr i64 kLevelIterations = 100;
 
-// How far v and r may drift while a K is kept. Lost entries weigh at most exp(tau - flush) against a
-// row's exp(-tau) and a column's b exp(-tau).
-template <class T>
-struct Bounds {
-  double tau, low_mass;  // low_mass: the least sum of a column of a fresh K
-  bool can_stay;
-
-  Bounds(i64 M, double mass, double least_b) {
-    const double reach = Traits<T>::kFlush - Traits<T>::kDigits - ::log(double(M));
-    const double spread = ::log(least_b / mass), ceiling = sizeof(T) == 4 ? 28.0 : 300.0;
-    tau = (reach + (spread < 0 ? spread : 0)) / 2;
-    tau = tau < ceiling ? tau : ceiling;
-    can_stay = tau > 3;
-    low_mass = ::exp(2 * (can_stay ? tau : 3) + Traits<T>::kDigits - Traits<T>::kFlush) * mass;
-  }
-};
-
-// The error to stop at, so that the result's, which is measured anew, meets tol.
-template <class T>
-inline double within(double tol, double mass) {
-  const double rounding = (sizeof(T) == 4 ? 3e-7 : 1e-15) * mass;
-  return tol > 4 * rounding ? tol - rounding : tol;
-}
-
 template <class T, bool kMet>  // whether both marginals are to be met
 class Sinkhorn {
  public:
@@ -247,16 +223,9 @@ class Sinkhorn {
     }
   }
 
-  // A marginal with a penalty bounds no column's mass: the least that is let pass is set here.
   void set_bounds(double mass, double least_b) {
-    if constexpr (kMet) {
-      const Bounds<T> bounds(M, mass, least_b);
-      can_stay_ = bounds.can_stay, low_mass_ = bounds.low_mass, tau_ = bounds.tau;
-    } else {
-      const double reach = Traits<T>::kFlush - Traits<T>::kDigits - ::log(double(M));
-      can_stay_ = true, tau_ = reach / 4;
-      low_mass_ = ::exp(tau_ + Traits<T>::kDigits - Traits<T>::kFlush) * 2 * N;
-    }
+    const auto bounds = kMet ? Bounds<T>::met(M, mass, least_b) : Bounds<T>::penalised(N, M);
+    can_stay_ = bounds.can_stay, low_mass_ = bounds.low_mass, tau_ = bounds.tau;
     v_low_ = T(::exp(-tau_)), v_high_ = T(::exp(tau_));
     r_low_ = v_low_, r_high_ = v_high_ * T(M);
   }
@@ -526,20 +495,15 @@ class Sinkhorn {
     double rows = 0, columns = 0, plan = 0, mass_a = 0, mass_b = 0;
     for (i64 i = 0; i < N; ++i) {
       if (!(a_[i] > 0)) continue;
-      rows += a_[i] * worth(eps_ * phi_[i], rows_), mass_a += a_[i];
+      rows += a_[i] * rows_.worth(eps_ * phi_[i]), mass_a += a_[i];
     }
     for (i64 j = 0; j < M; ++j) {
       if (!(b_[j] > 0)) continue;
       const double g = column_potential(j);
-      columns += b_[j] * worth(g, columns_), mass_b += b_[j];
+      columns += b_[j] * columns_.worth(g), mass_b += b_[j];
       if constexpr (!kMet) plan += b_[j] * ::exp(-g / columns_.rho);
     }
     return rows + columns - (kMet ? 0 : eps_ * (plan - mass_a * mass_b * scale_));
-  }
-
-  // rho (1 - exp(-f / rho)), which tends to f
-  static double worth(double f, const Penalty& penalty) {
-    return penalty.rho < INFINITY ? -penalty.rho * ::expm1(-f / penalty.rho) : f;
   }
 
   // Of a row of the plan but for its u: its sum and its cost.

@@ -1,8 +1,9 @@
-"""What the `cpu` backend of every op shares: tensors as raw addresses, statuses as errors."""
+"""What the native backends of every op share: tensors as raw addresses, statuses as errors."""
 
 import functools
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,6 +21,59 @@ def refusal(t: Tensor) -> str | None:
 @functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
     return getattr(backends.native(), f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+
+
+# Stands in for the native module, and CPU tensors for CUDA ones, where tests run emulated kernels.
+emulated: ModuleType | None = None
+NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def cuda_refusal(t: Tensor) -> str | None:
+    """Why the CUDA kernels cannot take `t`, or None; whether they are built is not looked at here."""
+    if emulated is not None or t.device.type == "cuda":
+        return None
+    return f"the inputs are on {t.device}, not on a CUDA device"
+
+
+def cuda_kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
+    return getattr(
+        emulated or backends.native(), f"cuda_{name}_{'f64' if dtype == torch.float64 else 'f32'}"
+    )
+
+
+def place(t: Tensor) -> tuple[int, int]:
+    """Device and current stream for a kernel over `t`."""
+    if emulated is not None:
+        return 0, 0
+    return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
+
+
+def number(t: Tensor) -> int:
+    """The kind of number, as csrc/cuda/problem.h has it."""
+    return NUMBERS[t.dtype]
+
+
+def workspace(t: Tensor, name: str, *sizes: int) -> Tensor:
+    """Memory that a kernel wants beside its arguments, uint8."""
+    device, _ = place(t)
+    bytes_ = cuda_kernel(f"{name}_workspace", t.dtype)(device, *sizes)
+    if bytes_ == -2:
+        check_cuda(5, name)
+    if bytes_ < 0:
+        check_cuda(6, name)
+    return t.new_empty(bytes_, dtype=torch.uint8)
+
+
+def check_cuda(status: int, op: str) -> None:
+    """Raises for what a CUDA kernel answers but 0; the numbers are those of csrc/cuda/problem.h."""
+    if status == 0:
+        return
+    if status == 6:
+        raise ValueError(f"{op}: too large for the CUDA kernels; use backend='reference'")
+    error = (emulated or backends.native()).cuda_last_error()
+    if status == 1:
+        raise torch.OutOfMemoryError(f"{op}: {error}")
+    raise RuntimeError(f"{op}: CUDA says: {error}")
 
 
 def flat(batch_dims: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

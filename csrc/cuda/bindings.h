@@ -1,0 +1,137 @@
+// The CUDA kernels for Python: raw device addresses with sizes and strides, the stream, the device.
+// The same functions bind the emulated kernels (tests/emulated), whose arguments must be announced.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace otdd::cuda::bindings {
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+// (address, batch stride, row or item stride), in elements; without an address there is nothing.
+using Strided = std::tuple<Address, i64, i64>;
+
+template <class T>
+T* address(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+template <class T>
+Vectors<T> vectors(const Strided& t, T all = T()) {
+  return {address<const T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), all};
+}
+
+#if defined(OTDD_EMULATED)
+
+using emulator::memory;
+
+// Reads of `rows` x `row` elements of each of B problems.
+inline void announce(const void* p, i64 B, i64 batch, i64 count, i64 item, i64 row, i64 size) {
+  if (p && B > 0) memory.input(p, ((B - 1) * batch + (count - 1) * item + row) * size);
+}
+template <class T>
+void announce(const Vectors<T>& v, i64 B, i64 count) {
+  announce(v.data, B, v.batch, count, v.item, 1, sizeof(T));
+}
+template <class T>
+void announce(const Problems<T>& p) {
+  const i64 size = p.C.number == kFloat64 ? 8 : p.C.number == kFloat32 ? 4 : 2;
+  announce(p.C.data, p.B, p.C.batch, p.N, p.C.row, p.M, size);
+  announce(p.a, p.B, p.N), announce(p.b, p.B, p.M);
+  announce(p.eps, p.B, 1), announce(p.rho_a, p.B, 1), announce(p.rho_b, p.B, 1);
+}
+template <class T>
+void result(T* p, i64 count) {
+  memory.output(p, count * sizeof(T), sizeof(T));
+}
+inline void workspace(void* p, i64 bytes) { memory.workspace(p, bytes); }
+
+// The status of a call; every result must have been written.
+template <class Call>
+int run(Call call) {
+  int status = call();
+  try {
+    if (status == kOk) memory.all_written();
+  } catch (const std::exception& error) {
+    memory.clear();
+    throw;
+  }
+  memory.clear();
+  return status;
+}
+
+#else
+
+template <class... Args>
+void announce(const Args&...) {}
+template <class T>
+void result(T*, i64) {}
+inline void workspace(void*, i64) {}
+
+template <class Call>
+int run(Call call) {
+  py::gil_scoped_release release;
+  return call();
+}
+
+#endif
+
+// The problems: a and b may be missing (`each` is then a weight, 0 for 1 over their number), and the
+// penalties too.
+template <class T>
+Problems<T> problems(i64 B, i64 N, i64 M, const Strided& C, int number, const Strided& a,
+                     const Strided& b, double each, const Strided& eps, const Strided& rho_a,
+                     const Strided& rho_b) {
+  const Costs costs{address<const void>(std::get<0>(C)), std::get<1>(C), std::get<2>(C), number};
+  return {B, N, M, costs, vectors<T>(a, T(each ? each : 1.0 / double(N))),
+          vectors<T>(b, T(each ? each : 1.0 / double(M))), vectors<double>(eps, 1),
+          vectors<double>(rho_a, HUGE_VAL), vectors<double>(rho_b, HUGE_VAL)};
+}
+
+template <class T>
+int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, int number, Strided a,
+              Strided b, double each, Strided eps, Strided rho_a, Strided rho_b, Strided g0,
+              i64 max_iter, double tol, Address f, Address g, Address value, Address cost,
+              Address marginal_error, Address n_iter, Address history, Address space, i64 bytes) {
+  const SinkhornArgs<T> args{
+      problems<T>(B, N, M, C, number, a, b, each, eps, rho_a, rho_b), vectors<T>(g0), max_iter, tol,
+      address<T>(f), address<T>(g), address<T>(value), address<T>(cost), address<T>(marginal_error),
+      address<i64>(n_iter), address<double>(history)};
+  announce(static_cast<const Problems<T>&>(args)), announce(args.g0, B, M);
+  result(args.f, B * N), result(args.g, B * M), result(args.value, B), result(args.cost, B);
+  result(args.marginal_error, B), result(args.n_iter, B);
+  workspace(args.history, B * (max_iter + 1) * (N + M) * 8), workspace(address<void>(space), bytes);
+  return run([&] { return sinkhorn<T>(args, device, address<void>(space), address<void>(stream)); });
+}
+
+template <class T>
+int plan_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, int number, Strided f, Strided g,
+          Strided a, Strided b, double each, Strided eps, Strided scale, Address P) {
+  const Strided none(0, 0, 0);
+  const PlanArgs<T> args{problems<T>(B, N, M, C, number, a, b, each, eps, none, none), vectors<T>(f),
+                         vectors<T>(g), vectors<T>(scale, T(1)), address<T>(P)};
+  announce(static_cast<const Problems<T>&>(args)), announce(args.f, B, N), announce(args.g, B, M);
+  announce(args.scale, B, 1), result(args.P, B * N * M);
+  return run([&] { return plan<T>(args, device, address<void>(stream)); });
+}
+
+template <class T>
+void bind_kernels_of(py::module_& m, const std::string& suffix) {
+  m.def(("cuda_sinkhorn_workspace_" + suffix).c_str(), &sinkhorn_workspace<T>);
+  m.def(("cuda_sinkhorn_" + suffix).c_str(), &sinkhorn_<T>);
+  m.def(("cuda_plan_" + suffix).c_str(), &plan_<T>);
+}
+
+inline void bind_kernels(py::module_& m) {
+  bind_kernels_of<float>(m, "f32");
+  bind_kernels_of<double>(m, "f64");
+  m.def("cuda_last_error", &last_error, "What the last CUDA call that failed was told.");
+}
+
+}  // namespace otdd::cuda::bindings

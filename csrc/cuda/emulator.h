@@ -1,0 +1,426 @@
+// Kernels on the CPU, thread for thread, with what chip.h promises them: barriers, shuffles, shared
+// memory, clusters. Slow and strict; for tests.
+//
+// Every thread is a fiber. A fiber runs until it has to wait for others, so that a barrier that is
+// missing shows as a wrong result under one of the orders in which fibers are taken (forward,
+// backward, random). Shared memory and results start as NaN. Arguments must have been announced as
+// `Memory`: a read outside them, a second write of a result or one that never comes is an error.
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define OTDD_KERNEL inline void
+#define OTDD_THREADS(count, blocks)
+#define OTDD_DEVICE inline
+#define OTDD_BOTH inline
+#define OTDD_UNROLL
+#define OTDD_ARGUMENT const
+
+namespace otdd::cuda::emulator {
+
+enum class Order { kForward, kBackward, kRandom };
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct Stopped {};  // thrown in a fiber once another one has failed
+
+// What a kernel may touch.
+struct Region {
+  const char* base;
+  std::size_t bytes, item;  // item: size of a result's elements, 0 for what may be written often
+  bool writable;
+  std::vector<unsigned char> writes;
+};
+
+class Memory {
+ public:
+  std::vector<Region> regions;
+
+  void clear() { regions.clear(); }
+  void input(const void* p, std::size_t bytes) { add(p, bytes, 0, false); }
+  void workspace(void* p, std::size_t bytes) { add(p, bytes, 0, true); }
+  // Filled with bytes that are NaN as a number; every element is to be written exactly once.
+  void output(void* p, std::size_t bytes, std::size_t item) {
+    std::memset(p, 0xff, bytes);
+    add(p, bytes, item, true);
+  }
+
+  Region& of(const void* p, std::size_t bytes, const char* verb) {
+    const char* at = static_cast<const char*>(p);
+    for (Region& r : regions)
+      if (at >= r.base && at + bytes <= r.base + r.bytes) return r;
+    std::string text = std::string(verb) + " outside every argument:";
+    for (const Region& r : regions)
+      text += " [" + std::to_string(at - r.base) + " of " + std::to_string(r.bytes) + "]";
+    throw Error(text);
+  }
+  void wrote(const void* p, std::size_t bytes, bool once) {
+    Region& r = of(p, bytes, "write");
+    if (!r.writable) throw Error("write to an input");
+    if (!r.item || !once) return;
+    const std::size_t index = (static_cast<const char*>(p) - r.base) / r.item;
+    for (std::size_t k = index; k < index + bytes / r.item; ++k)
+      if (++r.writes[k] > 1) throw Error("element " + std::to_string(k) + " is written twice");
+  }
+  void all_written() const {
+    for (const Region& r : regions)
+      for (std::size_t k = 0; k < r.writes.size(); ++k)
+        if (r.writes[k] == 0)
+          throw Error("element " + std::to_string(k) + " of " + std::to_string(r.writes.size()) +
+                      " of a result is never written");
+  }
+
+ private:
+  void add(const void* p, std::size_t bytes, std::size_t item, bool writable) {
+    if (!p || !bytes) return;
+    regions.push_back({static_cast<const char*>(p), bytes, item, writable, {}});
+    if (item) regions.back().writes.assign(bytes / item, 0);
+  }
+};
+
+inline Memory memory;
+inline Order order = Order::kForward;
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  long generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  alignas(16) unsigned char slot[2][32][16];
+  bool any[2] = {false, false};
+};
+
+struct Cluster;
+struct Block {
+  int index = 0, rank = 0;
+  Barrier barrier;
+  bool any[2] = {false, false};
+  std::vector<Warp> warps;
+  char* shared = nullptr;
+  Cluster* cluster = nullptr;
+};
+struct Cluster {
+  Barrier barrier;
+  std::vector<Block*> blocks;
+};
+
+struct Fiber {
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  char* stack = nullptr;
+  Block* block = nullptr;
+  int thread = 0, warp_parity = 0, block_parity = 0;
+  bool finished = false;
+  const Barrier* waits_at = nullptr;  // for its generation to leave `generation`
+  long generation = 0;
+  const unsigned* counter = nullptr;  // or for this to reach `target`
+  unsigned target = 0;
+
+  bool ready() const {
+    if (waits_at) return waits_at->generation != generation;
+    return !counter || static_cast<int>(*counter - target) >= 0;
+  }
+};
+
+class Machine {
+ public:
+  static constexpr std::size_t kStack = std::size_t(256) << 10;
+  Fiber* current = nullptr;
+  int blocks = 0, threads = 0;
+  bool failed = false;
+  std::string reason;
+  std::function<void()> kernel;
+
+  ~Machine() {
+    for (char* stack : stacks_) munmap(stack, kStack);
+  }
+
+  // `together` blocks run at the same time: a cluster, or all of a cooperative launch.
+  void launch(int grid, int block, std::size_t shared, int cluster, bool cooperative,
+              std::function<void()> run) {
+    kernel = std::move(run), blocks = grid, threads = block, failed = false;
+    if (grid % cluster) throw Error("the grid is no multiple of the cluster");
+    if (block % 32 || block > 1024) throw Error("threads of a block: " + std::to_string(block));
+    const int together = cooperative ? grid : cluster;
+    for (int first = 0; first < grid; first += together) run_blocks(first, together, cluster, shared);
+  }
+
+  void wait(Barrier& barrier) {
+    if (++barrier.arrived == barrier.expected) {
+      barrier.arrived = 0, ++barrier.generation;
+      return;
+    }
+    current->waits_at = &barrier, current->generation = barrier.generation;
+    yield();
+    current->waits_at = nullptr;
+  }
+  void wait_for(const unsigned* counter, unsigned target) {
+    current->counter = counter, current->target = target;
+    if (!current->ready()) yield();
+    current->counter = nullptr;
+  }
+  Warp& warp() { return current->block->warps[current->thread / 32]; }
+
+ private:
+  std::vector<char*> stacks_;
+  std::mt19937 random_{1};
+#if defined(__x86_64__)
+  void* scheduler_ = nullptr;
+#else
+  ucontext_t scheduler_;
+#endif
+
+  // A block's shared memory ends where a page begins that nothing may touch.
+  struct Arena {
+    char *base, *begin;
+    std::size_t bytes;
+    explicit Arena(std::size_t wanted) {
+      const std::size_t page = sysconf(_SC_PAGESIZE), used = (wanted + 15) / 16 * 16;
+      const std::size_t room = (used + page - 1) / page * page;
+      bytes = room + page;
+      base = static_cast<char*>(
+          mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      mprotect(base + room, page, PROT_NONE);
+      std::memset(base, 0xff, room);
+      begin = base + room - used;
+    }
+    ~Arena() { munmap(base, bytes); }
+    Arena(Arena&& other) : base(other.base), begin(other.begin), bytes(other.bytes) {
+      other.base = nullptr, other.bytes = 0;
+    }
+  };
+
+  void run_blocks(int first, int count, int cluster, std::size_t shared) {
+    std::vector<Arena> arenas;
+    std::vector<Block> all(count);
+    std::vector<Cluster> clusters(count / cluster);
+    std::vector<Fiber> fibers(std::size_t(count) * threads);
+    for (int k = 0; k < count; ++k) {
+      arenas.emplace_back(shared);
+      Block& b = all[k];
+      b.index = first + k, b.rank = k % cluster, b.cluster = &clusters[k / cluster];
+      b.cluster->blocks.push_back(&b);
+      b.barrier.expected = threads, b.cluster->barrier.expected = cluster * threads;
+      b.shared = arenas.back().begin;
+      b.warps = std::vector<Warp>(threads / 32);
+      for (Warp& w : b.warps) w.barrier.expected = 32;
+      for (int t = 0; t < threads; ++t) {
+        Fiber& f = fibers[std::size_t(k) * threads + t];
+        f.block = &b, f.thread = t;
+        prepare(f, std::size_t(k) * threads + t);
+      }
+    }
+    std::vector<Fiber*> queue;
+    for (Fiber& f : fibers) queue.push_back(&f);
+    if (order == Order::kBackward) std::reverse(queue.begin(), queue.end());
+    while (!queue.empty()) {
+      if (order == Order::kRandom) std::shuffle(queue.begin(), queue.end(), random_);
+      bool progress = false;
+      for (Fiber* f : queue) {
+        if (!failed && !f->ready()) continue;
+        progress = true;
+        resume(*f);
+      }
+      if (!progress) failed = true, reason = "threads wait for each other at different barriers";
+      queue.erase(std::remove_if(queue.begin(), queue.end(), [](Fiber* f) { return f->finished; }),
+                  queue.end());
+    }
+    current = nullptr;
+    if (failed) throw Error(reason);
+  }
+
+  static void enter();
+
+  void body() {
+    try {
+      if (failed) throw Stopped();
+      kernel();
+    } catch (const Stopped&) {
+    } catch (const std::exception& e) {
+      failed = true;
+      reason = std::string(e.what()) + " (block " + std::to_string(current->block->index) +
+               ", thread " + std::to_string(current->thread) + ")";
+    }
+    current->finished = true;
+  }
+
+  char* stack(std::size_t index) {
+    while (stacks_.size() <= index)
+      stacks_.push_back(static_cast<char*>(
+          mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)));
+    return stacks_[index];
+  }
+
+#if defined(__x86_64__)
+  // Saves the callee's registers and the stack at *from, goes on at `to`.
+  __attribute__((naked, noinline)) static void switch_stacks(void** /*from*/, void* /*to*/) {
+    asm volatile(
+        "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+        "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
+        "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
+  }
+  void prepare(Fiber& f, std::size_t index) {
+    void** top = reinterpret_cast<void**>(stack(index) + kStack - 64);
+    *--top = nullptr;  // enter() never returns
+    *--top = reinterpret_cast<void*>(&Machine::enter);
+    for (int k = 0; k < 6; ++k) *--top = nullptr;
+    f.stack_pointer = top;
+  }
+  void resume(Fiber& f) {
+    current = &f;
+    switch_stacks(&scheduler_, f.stack_pointer);
+  }
+  void leave() { switch_stacks(&current->stack_pointer, scheduler_); }
+#else
+  void prepare(Fiber& f, std::size_t index) {
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = stack(index), f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, &Machine::enter, 0);
+  }
+  void resume(Fiber& f) {
+    current = &f;
+    swapcontext(&scheduler_, &f.context);
+  }
+  void leave() { swapcontext(&current->context, &scheduler_); }
+#endif
+
+  void yield() {
+    leave();
+    if (failed) throw Stopped();
+  }
+};
+
+inline Machine machine;
+
+inline void Machine::enter() {
+  machine.body();
+  machine.leave();
+}
+
+}  // namespace otdd::cuda::emulator
+
+namespace otdd::cuda::chip {
+
+using emulator::machine;
+using emulator::memory;
+
+inline int thread() { return machine.current->thread; }
+inline int threads() { return machine.threads; }
+inline int block() { return machine.current->block->index; }
+inline int blocks() { return machine.blocks; }
+
+inline void sync() { machine.wait(machine.current->block->barrier); }
+inline bool any_of_block(bool x) {
+  emulator::Block& b = *machine.current->block;
+  const int parity = machine.current->block_parity ^= 1;
+  b.any[parity] |= x;
+  sync();
+  const bool found = b.any[parity];
+  sync();
+  b.any[parity] = false;
+  return found;
+}
+inline void sync_warp() { machine.wait(machine.warp().barrier); }
+
+// Two slots in turn: nobody can be two exchanges ahead.
+template <class T>
+T shuffle_xor(T x, int mask) {
+  static_assert(sizeof(T) <= 16, "");
+  emulator::Warp& w = machine.warp();
+  const int lane = thread() % 32, parity = machine.current->warp_parity ^= 1;
+  std::memcpy(w.slot[parity][lane], &x, sizeof(T));
+  sync_warp();
+  std::memcpy(&x, w.slot[parity][lane ^ mask], sizeof(T));
+  return x;
+}
+inline bool any_of_warp(bool x) {
+  for (int mask = 1; mask < 32; mask *= 2) x = shuffle_xor(int(x), mask) || x;
+  return x;
+}
+
+inline char* shared() { return machine.current->block->shared; }
+
+template <class T>
+T read(const T* p) {
+  memory.of(p, sizeof(T), "read");
+  return *p;
+}
+template <class T>
+void write(T* p, T x) {
+  memory.wrote(p, sizeof(T), true);
+  *p = x;
+}
+template <class T>
+T fetch(const T* p) {
+  memory.of(p, sizeof(T), "read");
+  return *p;
+}
+template <class T>
+T fetch_fresh(const T* p) {
+  return fetch(p);
+}
+template <class T>
+void put(T* p, T x) {
+  memory.wrote(p, sizeof(T), false);
+  *p = x;
+}
+
+inline double read_bfloat16(const void* p, long long index) {
+  const std::uint32_t bits = std::uint32_t(read(static_cast<const std::uint16_t*>(p) + index)) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline double read_half(const void* p, long long index) {
+  const std::uint16_t bits = read(static_cast<const std::uint16_t*>(p) + index);
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  double x = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+  if (exponent == 31) x = mantissa ? NAN : INFINITY;
+  return bits & 0x8000 ? -x : x;
+}
+
+inline int block_of_cluster() { return machine.current->block->rank; }
+inline int blocks_of_cluster() { return int(machine.current->block->cluster->blocks.size()); }
+inline void sync_cluster() { machine.wait(machine.current->block->cluster->barrier); }
+template <class T>
+T* of_block(T* p, int rank) {
+  emulator::Block& b = *machine.current->block;
+  return reinterpret_cast<T*>(b.cluster->blocks[rank]->shared + (reinterpret_cast<char*>(p) - b.shared));
+}
+
+inline void sync_blocks(unsigned* arrived, int count, unsigned& meetings) {
+  meetings += 1;
+  sync();
+  if (thread() == 0) {
+    put(arrived, fetch(arrived) + 1);
+    machine.wait_for(arrived, meetings * count);
+  }
+  sync();
+}
+
+inline float exp2_fast(float x) { return ::exp2f(x); }
+inline double exp2_fast(double x) { return ::exp2(x); }
+
+}  // namespace otdd::cuda::chip

@@ -1,0 +1,21 @@
+// The CUDA kernels, as the bindings call them. Each returns a Status and leaves its work in the stream.
+#pragma once
+
+#include "problem.h"
+
+namespace otdd::cuda {
+
+// What the last call of this thread that failed was told by CUDA.
+const char* last_error();
+
+// Bytes of device memory that a solve needs beside its arguments, of any value; -1 if `device` can't
+// take a problem of that size, -2 if something failed.
+template <class T>
+i64 sinkhorn_workspace(int device, i64 B, i64 N, i64 M);
+
+template <class T>
+int sinkhorn(const SinkhornArgs<T>& args, int device, void* workspace, void* stream);
+template <class T>
+int plan(const PlanArgs<T>& args, int device, void* stream);
+
+}  // namespace otdd::cuda

@@ -1,0 +1,114 @@
+// Which threads work on a problem, from its size, the size of the batch and the chip.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.h"
+#include "slab.h"
+
+namespace otdd::cuda {
+
+constexpr int kWarps = 4;  // of a block, each with a problem of its own
+constexpr int kMaxThreads = 512;
+
+struct Layout {
+  bool warp = false, too_large = false;
+  Team team = Team::kAlone;
+  i64 teams = 0;
+  SlabPlan slab;
+
+  Shape shape(i64 B) const {
+    if (warp) return {int((B + kWarps - 1) / kWarps), 32 * kWarps};
+    return {int(teams * slab.peers), slab.threads, slab.shared, team == Team::kCluster ? slab.peers : 1,
+            team == Team::kGroup};
+  }
+};
+
+// Registers of a lane that hold K; the widest tile is 16 x 8 float or 16 x 4 double.
+template <class T>
+constexpr int kTile = sizeof(T) == 4 ? 128 : 64;
+
+inline int tile_rows(i64 N) { return N <= 8 ? 2 : N <= 16 ? 4 : N <= 32 ? 8 : 16; }
+inline int tile_columns(i64 M) { return M <= 16 ? 2 : M <= 32 ? 4 : 8; }
+
+template <class T>
+inline bool fits_a_warp(i64 N, i64 M) {
+  return N <= 64 && M <= 64 && tile_rows(N) * tile_columns(M) <= kTile<T>;
+}
+
+// A block's share is better not less than this, so that barriers don't outweigh it.
+constexpr i64 kLeastRows = 8, kLeastElements = 4096;
+
+template <class T>
+Layout layout_of(const Chip& chip, i64 B, i64 N, i64 M) {
+  Layout l;
+  if (fits_a_warp<T>(N, M)) {
+    l.warp = true;
+    return l;
+  }
+  const auto slab = [&](Team team, i64 peers, bool in_shared) {
+    const i64 share = (N + peers - 1) / peers * M;
+    const int threads = share < 8192 ? 128 : share < 16384 ? 256 : kMaxThreads;
+    l.team = team, l.slab = plan_slab<T>(N, M, team, int(peers), threads, in_shared);
+    return l.slab.shared <= chip.shared;
+  };
+  const auto worth_more = [&](i64 peers) {
+    return B * 2 * peers <= chip.multiprocessors && N >= 2 * peers * kLeastRows &&
+           N * M >= 2 * peers * kLeastElements;
+  };
+  l.teams = B;
+  for (i64 peers = 1; peers <= chip.cluster; peers *= 2) {
+    const Team team = peers == 1 ? Team::kAlone : Team::kCluster;
+    const bool portable = peers * 2 <= 8 && peers * 2 <= chip.cluster;
+    if (slab(team, peers, true) && !(portable && worth_more(peers))) return l;
+  }
+  // A group: as many blocks as there are processors for each problem, one block on each.
+  const i64 all = chip.multiprocessors;
+  i64 peers = B < all ? all / B : 1;
+  const i64 by_rows = (N + kLeastRows - 1) / kLeastRows;
+  peers = peers > by_rows ? by_rows : peers < 1 ? 1 : peers;
+  while (peers < all && peers < by_rows && !slab(Team::kGroup, peers, true)) ++peers;
+  if (!slab(Team::kGroup, peers, true)) {
+    peers = all < by_rows ? all : by_rows;
+    l.too_large = !slab(Team::kGroup, peers, false);
+  }
+  const i64 together = all / peers;
+  l.teams = B < together ? B : together;
+  return l;
+}
+
+template <class T, int kRows, int kColumns, class Call>
+void try_tile(i64 N, i64 M, Call& call, int& status) {
+  if constexpr (kRows * kColumns <= kTile<T>)
+    if (tile_rows(N) == kRows && tile_columns(M) == kColumns)
+      status = call(std::integral_constant<int, kRows>(), std::integral_constant<int, kColumns>());
+}
+template <class T, int kRows, class Call>
+void try_tiles(i64 N, i64 M, Call& call, int& status) {
+  try_tile<T, kRows, 2>(N, M, call, status), try_tile<T, kRows, 4>(N, M, call, status);
+  try_tile<T, kRows, 8>(N, M, call, status);
+}
+// call(rows, columns) with the tile of a lane.
+template <class T, class Call>
+int with_tile(i64 N, i64 M, Call call) {
+  int status = kTooLarge;
+  try_tiles<T, 2>(N, M, call, status), try_tiles<T, 4>(N, M, call, status);
+  try_tiles<T, 8>(N, M, call, status), try_tiles<T, 16>(N, M, call, status);
+  return status;
+}
+
+template <class T, class Call>
+int with_team(const Layout& layout, void* workspace, void* stream, Call call) {
+  using Yes = std::true_type;
+  if (layout.team == Team::kAlone)
+    return call(std::integral_constant<Team, Team::kAlone>(), Yes());
+  if (layout.team == Team::kCluster)
+    return call(std::integral_constant<Team, Team::kCluster>(), Yes());
+  // The counters of the groups' barriers start at 0.
+  const int status = clear(workspace, layout.slab.workspace, 128, layout.teams, stream);
+  if (status != kOk) return status;
+  using Group = std::integral_constant<Team, Team::kGroup>;
+  return layout.slab.in_shared ? call(Group(), Yes()) : call(Group(), std::false_type());
+}
+
+}  // namespace otdd::cuda

@@ -1,0 +1,81 @@
+// Arguments of the CUDA kernels: device addresses, sizes and strides in elements.
+#pragma once
+
+#include "../numerics.h"
+#include "chip.h"
+
+namespace otdd::cuda {
+
+using i64 = long long;
+
+enum Status : int { kOk = 0, kNoMemory = 1, kFailed = 5, kTooLarge = 6 };
+
+// A batch of vectors; `item` may be 0 (one value stands for all), and without data `all` does.
+template <class T>
+struct Vectors {
+  const T* data;
+  i64 batch, item;
+  T all;
+
+  OTDD_DEVICE T at(i64 problem, i64 k) const {
+    return data ? chip::read(data + problem * batch + k * item) : all;
+  }
+};
+
+enum Number : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
+
+// A batch of cost matrices whose rows are contiguous, in any kind of number.
+struct Costs {
+  const void* data;
+  i64 batch, row;
+  int number;
+
+  OTDD_DEVICE double at(i64 problem, i64 i, i64 j) const {
+    const i64 k = problem * batch + i * row + j;
+    switch (number) {
+      case kFloat32: return chip::read(static_cast<const float*>(data) + k);
+      case kFloat64: return chip::read(static_cast<const double*>(data) + k);
+      case kFloat16: return chip::read_half(data, k);
+      default: return chip::read_bfloat16(data, k);
+    }
+  }
+};
+
+// What a solve and its derivative have in common. rho is inf if a marginal is to be met.
+template <class T>
+struct Problems {
+  i64 B, N, M;
+  Costs C;
+  Vectors<T> a, b;
+  Vectors<double> eps, rho_a, rho_b;
+};
+
+template <class T>
+struct SinkhornArgs : Problems<T> {
+  Vectors<T> g0;
+  i64 max_iter;
+  double tol;
+  T *f, *g, *value, *cost, *marginal_error;  // contiguous
+  i64* n_iter;
+  double* history;  // (B, max_iter + 1, N + M), or null
+};
+
+// scale * a_i b_j exp((f_i + g_j - C_ij) / eps)
+template <class T>
+struct PlanArgs : Problems<T> {
+  Vectors<T> f, g, scale;
+  T* P;
+};
+
+template <class T>
+struct BackwardArgs : Problems<T> {
+  i64 steps;              // history is (B, steps, N + M); unused by the implicit backward
+  Vectors<T> f, g;        // implicit
+  const double* history;  // unrolled
+  const i64* n_iter;
+  Vectors<T> df, dg;
+  T *dC, *da, *db;  // contiguous
+  double rtol;      // implicit: residual and curvature below which there is only rounding
+};
+
+}  // namespace otdd::cuda

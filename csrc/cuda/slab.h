@@ -1,0 +1,382 @@
+// A matrix shared by blocks: each holds some of its rows, in shared memory or in a workspace.
+//
+// A block alone, the blocks of a cluster, which reach each other's shared memory, or a group of blocks
+// of a cooperative launch, which meet in a workspace. Rows belong to their block; columns are shared
+// out among the blocks too: a block adds up what all have for its columns, makes v of it, and shows it
+// to all, so that an iteration has two barriers. Sums are added in an order that the shape alone fixes.
+#pragma once
+
+#include "solver.h"
+
+namespace otdd::cuda {
+
+enum class Team { kAlone, kCluster, kGroup };
+
+template <class T>
+struct alignas(16) Four {
+  T x, y, z, w;
+};
+
+// Where things are, in bytes from the start of shared memory and of a group's workspace.
+struct SlabPlan {
+  int peers = 1, threads = 256, groups = 1;
+  i64 rows = 0, ld = 0, own = 0;  // a block's rows (a multiple of 4), row length, a block's columns
+  bool in_shared = true;          // K
+  i64 K = 0, v = 0, gamma = 0, scratch = 0, partial = 0, row_states = 0, column_states = 0, sums = 0;
+  i64 slots = 0, shared = 0;
+  i64 w_counter = 0, w_partial = 0, w_v = 0, w_gamma = 0, w_lse = 0, w_slots = 0, w_K = 0, workspace = 0;
+};
+
+template <class T>
+inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, bool in_shared) {
+  SlabPlan s;
+  s.peers = peers, s.threads = threads, s.in_shared = in_shared;
+  s.rows = ((N + peers - 1) / peers + 3) / 4 * 4, s.ld = (M + 3) / 4 * 4, s.own = (M + peers - 1) / peers;
+  const i64 groups = threads / (s.ld / 4);
+  s.groups = int(groups < 1 ? 1 : groups > 8 ? 8 : groups);
+  while (s.groups > 1 && s.groups * 4 > s.rows) --s.groups;
+  const auto take = [](i64& at, i64 bytes) {
+    const i64 begin = at;
+    at += (bytes + 15) / 16 * 16;
+    return begin;
+  };
+  const i64 size = sizeof(T);
+  i64& m = s.shared;
+  s.K = take(m, in_shared ? s.rows * s.ld * size : 0);
+  s.v = take(m, s.ld * size), s.gamma = take(m, s.ld * 8);
+  s.scratch = take(m, s.groups * s.ld * size);
+  s.partial = take(m, team == Team::kCluster ? s.ld * size : 0);
+  s.row_states = take(m, s.rows * i64(sizeof(Row<T>)));
+  s.column_states = take(m, s.own * i64(sizeof(Column<T>)));
+  s.sums = take(m, 32 * 8), s.slots = take(m, 6 * 8);
+  if (team != Team::kGroup) return s;
+  i64& w = s.workspace;
+  s.w_counter = take(w, 128), s.w_partial = take(w, peers * s.ld * size), s.w_v = take(w, s.ld * size);
+  s.w_gamma = take(w, s.ld * 8), s.w_lse = take(w, peers * s.ld * 8), s.w_slots = take(w, peers * 6 * 8);
+  s.w_K = take(w, in_shared ? 0 : peers * s.rows * s.ld * size);
+  s.workspace = (w + 127) / 128 * 128;
+  return s;
+}
+
+template <class T, Team kTeam, bool kShared>
+class SlabGrip {
+ public:
+  // `workspace` is the group's own; only its counter must be 0, at the launch.
+  OTDD_DEVICE SlabGrip(const SlabPlan& plan, char* workspace)
+      : S(plan), thread_(chip::thread()), threads_(chip::threads()), workspace_(workspace) {
+    char* m = chip::shared();
+    rank_ = kTeam == Team::kCluster ? chip::block_of_cluster()
+            : kTeam == Team::kGroup ? chip::block() % plan.peers : 0;
+    K_ = reinterpret_cast<T*>(kShared ? m + plan.K : workspace + plan.w_K) +
+         (kShared ? 0 : rank_ * plan.rows * plan.ld);
+    v_ = at<T>(m + plan.v), gamma_ = at<double>(m + plan.gamma), scratch_ = at<T>(m + plan.scratch);
+    partial_ = at<T>(m + plan.partial), sums_ = at<double>(m + plan.sums);
+    slots_ = at<double>(m + plan.slots);
+    rows_ = at<Row<T>>(m + plan.row_states), columns_ = at<Column<T>>(m + plan.column_states);
+  }
+
+  template <class Args>
+  OTDD_DEVICE void begin(const Args& args, i64 problem, double inv_eps) {
+    C_ = args.C, problem_ = problem, inv_eps_ = inv_eps, N_ = args.N, M_ = args.M;
+    row0_ = S.rows * rank_, column0_ = S.own * rank_;
+    count_ = within_(N_ - row0_, S.rows), own_ = within_(M_ - column0_, S.own);
+    chip::sync();  // the problem before is done with
+    for (i64 j = M_ + thread_; j < S.ld; j += threads_) v_[j] = 0, gamma_[j] = -INFINITY;
+    for (i64 i = count_ + thread_; i < S.rows; i += threads_) rows_[i] = Row<T>();
+  }
+
+  OTDD_DEVICE bool first() const { return rank_ == 0 && thread_ == 0; }
+
+  template <class Fn>
+  OTDD_DEVICE void for_rows(Fn fn) {
+    for (i64 i = thread_; i < count_; i += threads_) fn(rows_[i], row0_ + i, true);
+  }
+  template <class Fn>
+  OTDD_DEVICE void for_columns(Fn fn) {
+    for (i64 j = thread_; j < own_; j += threads_) fn(columns_[j], column0_ + j, true);
+  }
+
+  OTDD_DEVICE bool show(Shown what, bool flag) {
+    for (i64 j = thread_; j < own_; j += threads_) {
+      if (what == kV) show_to_all(v_, S.w_v, column0_ + j, columns_[j].v);
+      else show_to_all(gamma_, S.w_gamma, column0_ + j, columns_[j].gamma);
+    }
+    flag = chip::any_of_block(flag);
+    if (kTeam == Team::kAlone) return flag;
+    if (thread_ == 0) set_slot(4, flag);
+    meet();
+    if (kTeam == Team::kGroup)
+      for (i64 j = thread_; j < M_; j += threads_) {
+        if (what == kV) v_[j] = chip::fetch_fresh(at<T>(workspace_ + S.w_v) + j);
+        else gamma_[j] = chip::fetch_fresh(at<double>(workspace_ + S.w_gamma) + j);
+      }
+    bool any = false;
+    for (int r = thread_; r < S.peers; r += threads_) any |= slot(4, r) != 0;
+    return chip::any_of_block(any);
+  }
+
+  OTDD_DEVICE void make() { fill<true, true>(); }
+  OTDD_DEVICE void make_at_shifts() { fill<false, true>(); }
+  OTDD_DEVICE void plan_sums() { fill<false, false>(); }
+
+  // A warp has four rows at a time.
+  OTDD_DEVICE void products() {
+    chip::sync();
+    const int lane = thread_ % 32, warps = threads_ / 32;
+    for (i64 i = 4 * (thread_ / 32); i < S.rows; i += 4 * warps) {
+      T s[4] = {0, 0, 0, 0};
+      for (i64 j = 4 * lane; j < S.ld; j += 128) {
+        const Four<T> v = four(v_ + j);
+        OTDD_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const Four<T> e = element4(i + k, j);
+          s[k] += (e.x * v.x + e.y * v.y) + (e.z * v.z + e.w * v.w);
+        }
+      }
+      const T total = fold4(s, lane);
+      if (lane % 8 == 0) rows_[i + lane / 8].r_new = total;
+    }
+    chip::sync();
+  }
+
+  // A thread has four columns and, where there are threads enough, some of the rows.
+  OTDD_DEVICE Seen transposed(bool flag, double error, bool wanted) {
+    chip::sync();
+    const i64 quads = S.ld / 4;
+    if (S.groups == 1) {
+      for (i64 q = thread_; q < quads; q += threads_) sum_columns(q, 0, S.rows, scratch_);
+    } else if (thread_ < quads * S.groups) {
+      const int group = int(thread_ / quads);
+      sum_columns(thread_ % quads, S.rows * group / S.groups, S.rows * (group + 1) / S.groups,
+                  scratch_ + group * S.ld);
+    }
+    flag = chip::any_of_block(flag);
+    if (wanted) error = sum_of_block(error);
+    if (kTeam == Team::kAlone) {
+      for (i64 j = thread_; j < own_; j += threads_) columns_[j].c = over_groups(j);
+      return {flag, error};
+    }
+    for (i64 j = thread_; j < M_; j += threads_) {
+      if (kTeam == Team::kCluster) partial_[j] = over_groups(j);
+      else chip::put(at<T>(workspace_ + S.w_partial) + rank_ * S.ld + j, over_groups(j));
+    }
+    if (thread_ == 0) set_slot(0, flag), set_slot(1, error);
+    meet();
+    for (i64 j = thread_; j < own_; j += threads_) {
+      T c = 0;
+      for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0_ + j);
+      columns_[j].c = c;
+    }
+    double any = 0, total = 0;
+    for (int r = thread_; r < S.peers; r += threads_) {
+      any += slot(0, r);
+      if (wanted) total += slot(1, r);
+    }
+    flag = chip::any_of_block(any != 0);
+    return {flag, wanted ? sum_of_block(total) : 0};
+  }
+
+  OTDD_DEVICE void column_lse() {
+    chip::sync();
+    for (i64 j = thread_; j < M_; j += threads_) {
+      double top = -INFINITY, total = 0;
+      for (i64 i = 0; i < count_; ++i) top = ::fmax(top, rows_[i].shift - cost(i, j));
+      for (i64 i = 0; i < count_ && top > -INFINITY; ++i)
+        total += double(power(rows_[i].shift - cost(i, j) - top));
+      const double lse = top > -INFINITY ? top + ::log(total) : -INFINITY;
+      if (kTeam == Team::kGroup) chip::put(at<double>(workspace_ + S.w_lse) + rank_ * S.ld + j, lse);
+      else gamma_[j] = lse;
+    }
+    meet();
+    for (i64 j = thread_; j < own_; j += threads_) {
+      double top = -INFINITY, total = 0;
+      for (int r = 0; r < S.peers; ++r) top = ::fmax(top, lse_of(r, column0_ + j));
+      for (int r = 0; r < S.peers; ++r) total += ::exp(lse_of(r, column0_ + j) - top);
+      columns_[j].lse = top + ::log(total);
+    }
+    meet();
+  }
+
+  OTDD_DEVICE double sum(double x) {
+    return over_all(x, [](double s, double t) { return s + t; }, 0.0);
+  }
+  OTDD_DEVICE double least(double x) {
+    return over_all(x, [](double s, double t) { return ::fmin(s, t); }, double(INFINITY));
+  }
+  OTDD_DEVICE double most(double x) {
+    return over_all(x, [](double s, double t) { return ::fmax(s, t); }, -double(INFINITY));
+  }
+
+  // Element by element, after a backward pass: fn(K_ij, i, j).
+  template <class Fn>
+  OTDD_DEVICE void for_elements(Fn fn) {
+    chip::sync();
+    const int lane = thread_ % 32, warps = threads_ / 32;
+    for (i64 i = thread_ / 32; i < count_; i += warps)
+      for (i64 j = lane; j < M_; j += 32) fn(element(i, j), row0_ + i, j);
+  }
+
+ private:
+  const SlabPlan& S;
+  int thread_, threads_, rank_;
+  char* workspace_;
+  unsigned meetings_ = 0;
+  Costs C_;
+  i64 problem_, N_, M_, row0_, column0_, count_, own_;
+  double inv_eps_;
+  T *K_, *v_, *scratch_, *partial_;
+  double *gamma_, *sums_, *slots_;
+  Row<T>* rows_;
+  Column<T>* columns_;
+
+  template <class X>
+  OTDD_DEVICE static X* at(char* p) {
+    return reinterpret_cast<X*>(p);
+  }
+  OTDD_DEVICE static i64 within_(i64 n, i64 most) { return n < 0 ? 0 : n < most ? n : most; }
+
+  // All blocks of the problem.
+  OTDD_DEVICE void meet() {
+    if (kTeam == Team::kAlone) chip::sync();
+    if (kTeam == Team::kCluster) chip::sync_cluster();
+    if (kTeam == Team::kGroup) chip::sync_blocks(at<unsigned>(workspace_ + S.w_counter), S.peers, meetings_);
+  }
+
+  template <class X>
+  OTDD_DEVICE void show_to_all(X* mine, i64 offset, i64 j, X x) {
+    if (kTeam == Team::kAlone) mine[j] = x;
+    if (kTeam == Team::kCluster)
+      for (int r = 0; r < S.peers; ++r) chip::of_block(mine, r)[j] = x;
+    if (kTeam == Team::kGroup) chip::put(at<X>(workspace_ + offset) + j, x);
+  }
+  OTDD_DEVICE T partial_of(int rank, i64 j) {
+    if (kTeam == Team::kCluster) return chip::of_block(partial_, rank)[j];
+    return chip::fetch_fresh(at<T>(workspace_ + S.w_partial) + rank * S.ld + j);
+  }
+  OTDD_DEVICE double lse_of(int rank, i64 j) {
+    if (kTeam == Team::kAlone) return gamma_[j];
+    if (kTeam == Team::kCluster) return chip::of_block(gamma_, rank)[j];
+    return chip::fetch_fresh(at<double>(workspace_ + S.w_lse) + rank * S.ld + j);
+  }
+  // Six numbers of each block that the others read after a barrier.
+  OTDD_DEVICE void set_slot(int k, double x) {
+    if (kTeam == Team::kCluster) slots_[k] = x;
+    else chip::put(at<double>(workspace_ + S.w_slots) + rank_ * 6 + k, x);
+  }
+  OTDD_DEVICE double slot(int k, int rank) {
+    if (kTeam == Team::kCluster) return chip::of_block(slots_, rank)[k];
+    return chip::fetch_fresh(at<double>(workspace_ + S.w_slots) + rank * 6 + k);
+  }
+
+  template <class Op>
+  OTDD_DEVICE double over_block(double x, Op op, double nothing) {
+    for (int mask = 16; mask > 0; mask /= 2) x = op(x, chip::shuffle_xor(x, mask));
+    if (thread_ % 32 == 0) sums_[thread_ / 32] = x;
+    chip::sync();
+    double s = nothing;
+    for (int w = 0; w < threads_ / 32; ++w) s = op(s, sums_[w]);
+    chip::sync();
+    return s;
+  }
+  OTDD_DEVICE double sum_of_block(double x) {
+    return over_block(x, [](double s, double t) { return s + t; }, 0.0);
+  }
+  template <class Op>
+  OTDD_DEVICE double over_all(double x, Op op, double nothing) {
+    x = over_block(x, op, nothing);
+    if (kTeam == Team::kAlone) return x;
+    if (thread_ == 0) set_slot(5, x);
+    meet();
+    double s = nothing;
+    for (int r = thread_; r < S.peers; r += threads_) s = op(s, slot(5, r));
+    s = over_block(s, op, nothing);
+    meet();
+    return s;
+  }
+
+  OTDD_DEVICE static Four<T> four(const T* p) { return *reinterpret_cast<const Four<T>*>(p); }
+  OTDD_DEVICE Four<T> element4(i64 i, i64 j) const {
+    const T* p = K_ + i * S.ld + j;
+    if constexpr (kShared) return four(p);
+    else return chip::fetch(reinterpret_cast<const Four<T>*>(p));
+  }
+  OTDD_DEVICE T element(i64 i, i64 j) const {
+    if constexpr (kShared) return K_[i * S.ld + j];
+    else return chip::fetch(K_ + i * S.ld + j);
+  }
+  OTDD_DEVICE void keep(i64 i, i64 j, T e) {
+    if constexpr (kShared) K_[i * S.ld + j] = e;
+    else chip::put(K_ + i * S.ld + j, e);
+  }
+
+  // The sum over the warp of s[lane / 8].
+  OTDD_DEVICE static T fold4(T (&s)[4], int lane) {
+    const bool upper = lane & 16, odd = lane & 8;
+    OTDD_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const T given = upper ? s[k] : s[k + 2];
+      s[k] = (upper ? s[k + 2] : s[k]) + chip::shuffle_xor(given, 16);
+    }
+    const T given = odd ? s[0] : s[1];
+    T total = (odd ? s[1] : s[0]) + chip::shuffle_xor(given, 8);
+    for (int mask = 4; mask > 0; mask /= 2) total += chip::shuffle_xor(total, mask);
+    return total;
+  }
+
+  OTDD_DEVICE void sum_columns(i64 quad, i64 begin, i64 end, T* out) {
+    Four<T> s = {0, 0, 0, 0};
+    for (i64 i = begin; i < end; ++i) {
+      const Four<T> e = element4(i, 4 * quad);
+      const T u = rows_[i].u_new;
+      s.x += u * e.x, s.y += u * e.y, s.z += u * e.z, s.w += u * e.w;
+    }
+    *reinterpret_cast<Four<T>*>(out + 4 * quad) = s;
+  }
+  OTDD_DEVICE T over_groups(i64 j) const {
+    T s = scratch_[j];
+    for (int g = 1; g < S.groups; ++g) s += scratch_[g * S.ld + j];
+    return s;
+  }
+
+  OTDD_DEVICE double cost(i64 i, i64 j) const { return C_.at(problem_, row0_ + i, j) * inv_eps_; }
+  OTDD_DEVICE static T power(double x) { return chip::exp2_fast(T(x * kLog2e)); }
+
+  // A warp has one row at a time.
+  template <bool kShift, bool kKeep>
+  OTDD_DEVICE void fill() {
+    chip::sync();
+    const int lane = thread_ % 32, warps = threads_ / 32;
+    for (i64 i = thread_ / 32; i < S.rows; i += warps) {
+      if (i >= count_) {
+        if constexpr (kKeep)
+          for (i64 j = lane; j < S.ld; j += 32) keep(i, j, T(0));
+        continue;
+      }
+      double shift = rows_[i].shift;
+      if constexpr (kShift) {
+        shift = -INFINITY;
+        for (i64 j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma_[j] - cost(i, j));
+        for (int mask = 16; mask > 0; mask /= 2) shift = ::fmax(shift, chip::shuffle_xor(shift, mask));
+      }
+      T total = 0, spent = 0;
+      for (i64 j = lane; j < S.ld; j += 32) {
+        const double c = j < M_ ? C_.at(problem_, row0_ + i, j) : 0;
+        const T e = j < M_ ? power(gamma_[j] - c * inv_eps_ - shift) : T(0);
+        total += e;
+        if constexpr (kKeep) keep(i, j, e);
+        else if (e > 0) spent += e * T(c);
+      }
+      for (int mask = 16; mask > 0; mask /= 2) total += chip::shuffle_xor(total, mask);
+      if constexpr (!kKeep)
+        for (int mask = 16; mask > 0; mask /= 2) spent += chip::shuffle_xor(spent, mask);
+      if (lane == 0) {
+        rows_[i].r_new = total;
+        if constexpr (kShift) rows_[i].shift = shift;
+        if constexpr (!kKeep) rows_[i].cost = spent;
+      }
+    }
+    chip::sync();
+  }
+};
+
+}  // namespace otdd::cuda
