@@ -10,6 +10,7 @@
 #include "otdd_build.h"  // written by setup.py: what was built, and why
 
 #ifdef OTDD_CUDA
+#include "cuda/bindings.h"
 #include "cuda/device.h"
 #endif
 
@@ -203,5 +204,6 @@ PYBIND11_MODULE(_native, m) {
   bind_kernels<double>(m, "f64");
 #ifdef OTDD_CUDA
   m.def("cuda_devices", &cuda_devices, "CUDA devices of this machine, and versions.");
+  otdd::cuda::bindings::bind_kernels(m);
 #endif
 }

@@ -52,18 +52,17 @@ def _why_not_cpu() -> str | None:
     return None
 
 
-def _why_not_cuda() -> str:
-    reason = "no kernels in this version of otdd"
+def _why_not_cuda() -> str | None:
     try:
         module = native()
     except BackendError:
-        return f"{reason}; no native module"
+        return "no native module"
     if not hasattr(module, "cuda_devices"):
-        return f"{reason}; built without CUDA ({module.build_info()['cuda_reason']})"
+        return f"built without CUDA ({module.build_info()['cuda_reason']})"
     found = module.cuda_devices()
     if not found["devices"]:
-        return f"{reason}; no CUDA device ({found['error'] or 'none found'})"
-    return reason
+        return f"no CUDA device ({found['error'] or 'none found'})"
+    return None
 
 
 def _why_not_triton() -> str:

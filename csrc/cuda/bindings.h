@@ -26,6 +26,10 @@ template <class T>
 Vectors<T> vectors(const Strided& t, T all = T()) {
   return {address<const T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), all};
 }
+template <class T>
+Matrices<T> matrices(const Strided& t) {
+  return {address<const T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
 
 #if defined(OTDD_EMULATED)
 
@@ -41,8 +45,7 @@ void announce(const Vectors<T>& v, i64 B, i64 count) {
 }
 template <class T>
 void announce(const Problems<T>& p) {
-  const i64 size = p.C.number == kFloat64 ? 8 : p.C.number == kFloat32 ? 4 : 2;
-  announce(p.C.data, p.B, p.C.batch, p.N, p.C.row, p.M, size);
+  announce(p.C.data, p.B, p.C.batch, p.N, p.C.row, p.M, sizeof(T));
   announce(p.a, p.B, p.N), announce(p.b, p.B, p.M);
   announce(p.eps, p.B, 1), announce(p.rho_a, p.B, 1), announce(p.rho_b, p.B, 1);
 }
@@ -85,22 +88,21 @@ int run(Call call) {
 // The problems: a and b may be missing (`each` is then a weight, 0 for 1 over their number), and the
 // penalties too.
 template <class T>
-Problems<T> problems(i64 B, i64 N, i64 M, const Strided& C, int number, const Strided& a,
+Problems<T> problems(i64 B, i64 N, i64 M, const Strided& C, const Strided& a,
                      const Strided& b, double each, const Strided& eps, const Strided& rho_a,
                      const Strided& rho_b) {
-  const Costs costs{address<const void>(std::get<0>(C)), std::get<1>(C), std::get<2>(C), number};
-  return {B, N, M, costs, vectors<T>(a, T(each ? each : 1.0 / double(N))),
+  return {B, N, M, matrices<T>(C), vectors<T>(a, T(each ? each : 1.0 / double(N))),
           vectors<T>(b, T(each ? each : 1.0 / double(M))), vectors<double>(eps, 1),
           vectors<double>(rho_a, HUGE_VAL), vectors<double>(rho_b, HUGE_VAL)};
 }
 
 template <class T>
-int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, int number, Strided a,
+int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, Strided a,
               Strided b, double each, Strided eps, Strided rho_a, Strided rho_b, Strided g0,
               i64 max_iter, double tol, Address f, Address g, Address value, Address cost,
               Address marginal_error, Address n_iter, Address history, Address space, i64 bytes) {
   const SinkhornArgs<T> args{
-      problems<T>(B, N, M, C, number, a, b, each, eps, rho_a, rho_b), vectors<T>(g0), max_iter, tol,
+      problems<T>(B, N, M, C, a, b, each, eps, rho_a, rho_b), vectors<T>(g0), max_iter, tol,
       address<T>(f), address<T>(g), address<T>(value), address<T>(cost), address<T>(marginal_error),
       address<i64>(n_iter), address<double>(history)};
   announce(static_cast<const Problems<T>&>(args)), announce(args.g0, B, M);
@@ -111,10 +113,10 @@ int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, int nu
 }
 
 template <class T>
-int plan_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, int number, Strided f, Strided g,
+int plan_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, Strided f, Strided g,
           Strided a, Strided b, double each, Strided eps, Strided scale, Address P) {
   const Strided none(0, 0, 0);
-  const PlanArgs<T> args{problems<T>(B, N, M, C, number, a, b, each, eps, none, none), vectors<T>(f),
+  const PlanArgs<T> args{problems<T>(B, N, M, C, a, b, each, eps, none, none), vectors<T>(f),
                          vectors<T>(g), vectors<T>(scale, T(1)), address<T>(P)};
   announce(static_cast<const Problems<T>&>(args)), announce(args.f, B, N), announce(args.g, B, M);
   announce(args.scale, B, 1), result(args.P, B * N * M);
@@ -122,9 +124,30 @@ int plan_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, int number
 }
 
 template <class T>
+int backward_(int device, Address stream, bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps,
+              Strided C, Strided a, Strided b, Strided eps, Strided rho_a, Strided rho_b,
+              Strided f, Strided g, Address history, Address n_iter, Strided df, Strided dg, Address dC,
+              Address da, Address db, Address space, i64 bytes) {
+  const BackwardArgs<T> args{problems<T>(B, N, M, C, a, b, 0, eps, rho_a, rho_b), steps,
+                             vectors<T>(f), vectors<T>(g), address<double>(history), address<i64>(n_iter),
+                             vectors<T>(df), vectors<T>(dg), address<T>(dC), address<T>(da),
+                             address<T>(db), rtol};
+  announce(static_cast<const Problems<T>&>(args));
+  announce(args.f, B, N), announce(args.g, B, M), announce(args.df, B, N), announce(args.dg, B, M);
+  announce(args.history, 1, 0, B * steps, N + M, N + M, 8), announce(args.n_iter, 1, 0, 1, 0, B, 8);
+  result(args.dC, B * N * M), result(args.da, B * N), result(args.db, B * M);
+  workspace(address<void>(space), bytes);
+  return run([&] {
+    return backward<T>(args, unrolled, device, address<void>(space), address<void>(stream));
+  });
+}
+
+template <class T>
 void bind_kernels_of(py::module_& m, const std::string& suffix) {
   m.def(("cuda_sinkhorn_workspace_" + suffix).c_str(), &sinkhorn_workspace<T>);
   m.def(("cuda_sinkhorn_" + suffix).c_str(), &sinkhorn_<T>);
+  m.def(("cuda_backward_workspace_" + suffix).c_str(), &backward_workspace<T>);
+  m.def(("cuda_backward_" + suffix).c_str(), &backward_<T>);
   m.def(("cuda_plan_" + suffix).c_str(), &plan_<T>);
 }
 

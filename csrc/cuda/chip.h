@@ -10,14 +10,13 @@
 #if defined(__CUDACC__)
 
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #define OTDD_KERNEL __global__ void
 #define OTDD_THREADS(count, blocks) __launch_bounds__(count, blocks)
 #define OTDD_DEVICE __device__ __forceinline__
 #define OTDD_BOTH __host__ __device__ __forceinline__
 #define OTDD_UNROLL _Pragma("unroll")
+#define OTDD_NO_UNROLL _Pragma("unroll 1")
 #define OTDD_ARGUMENT const __grid_constant__
 
 namespace otdd::cuda::chip {
@@ -35,6 +34,10 @@ OTDD_DEVICE void sync_warp() { __syncwarp(); }
 template <class T>
 OTDD_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+template <class T>
+OTDD_DEVICE T shuffle(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
 }
 OTDD_DEVICE bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
 
@@ -65,13 +68,6 @@ OTDD_DEVICE T fetch_fresh(const T* p) {
 template <class T>
 OTDD_DEVICE void put(T* p, T x) {
   *p = x;
-}
-
-OTDD_DEVICE double read_half(const void* p, long long index) {
-  return __half2float(static_cast<const __half*>(p)[index]);
-}
-OTDD_DEVICE double read_bfloat16(const void* p, long long index) {
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[index]);
 }
 
 // Clusters: blocks that can reach each other's shared memory (compute capability 9.0 and later).
@@ -124,8 +120,6 @@ OTDD_DEVICE double exp2_fast(double x) { return ::exp2(x); }
 namespace otdd::cuda::chip {
 template <class T>
 T read(const T* p);
-double read_half(const void* p, long long index);
-double read_bfloat16(const void* p, long long index);
 }  // namespace otdd::cuda::chip
 
 #endif

@@ -29,6 +29,7 @@
 #define OTDD_DEVICE inline
 #define OTDD_BOTH inline
 #define OTDD_UNROLL
+#define OTDD_NO_UNROLL
 #define OTDD_ARGUMENT const
 
 namespace otdd::cuda::emulator {
@@ -346,14 +347,18 @@ inline void sync_warp() { machine.wait(machine.warp().barrier); }
 
 // Two slots in turn: nobody can be two exchanges ahead.
 template <class T>
-T shuffle_xor(T x, int mask) {
+T shuffle(T x, int lane) {
   static_assert(sizeof(T) <= 16, "");
   emulator::Warp& w = machine.warp();
-  const int lane = thread() % 32, parity = machine.current->warp_parity ^= 1;
-  std::memcpy(w.slot[parity][lane], &x, sizeof(T));
+  const int parity = machine.current->warp_parity ^= 1;
+  std::memcpy(w.slot[parity][thread() % 32], &x, sizeof(T));
   sync_warp();
-  std::memcpy(&x, w.slot[parity][lane ^ mask], sizeof(T));
+  std::memcpy(&x, w.slot[parity][lane], sizeof(T));
   return x;
+}
+template <class T>
+T shuffle_xor(T x, int mask) {
+  return shuffle(x, thread() % 32 ^ mask);
 }
 inline bool any_of_warp(bool x) {
   for (int mask = 1; mask < 32; mask *= 2) x = shuffle_xor(int(x), mask) || x;
@@ -385,20 +390,6 @@ template <class T>
 void put(T* p, T x) {
   memory.wrote(p, sizeof(T), false);
   *p = x;
-}
-
-inline double read_bfloat16(const void* p, long long index) {
-  const std::uint32_t bits = std::uint32_t(read(static_cast<const std::uint16_t*>(p) + index)) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline double read_half(const void* p, long long index) {
-  const std::uint16_t bits = read(static_cast<const std::uint16_t*>(p) + index);
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  double x = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
-  if (exponent == 31) x = mantissa ? NAN : INFINITY;
-  return bits & 0x8000 ? -x : x;
 }
 
 inline int block_of_cluster() { return machine.current->block->rank; }

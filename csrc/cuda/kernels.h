@@ -18,4 +18,10 @@ int sinkhorn(const SinkhornArgs<T>& args, int device, void* workspace, void* str
 template <class T>
 int plan(const PlanArgs<T>& args, int device, void* stream);
 
+// The same for the derivatives.
+template <class T>
+i64 backward_workspace(int device, bool unrolled, i64 B, i64 N, i64 M, i64 steps);
+template <class T>
+int backward(const BackwardArgs<T>& args, bool unrolled, int device, void* workspace, void* stream);
+
 }  // namespace otdd::cuda

@@ -11,24 +11,30 @@ namespace otdd::cuda {
 constexpr int kWarps = 4;  // of a block, each with a problem of its own
 constexpr int kMaxThreads = 512;
 
+// Where a team's own part of the workspace is, and how large.
+struct TeamSpace {
+  i64 rows = 0, columns = 0, bytes = 0;  // of the outer products, after what the barriers need
+};
+
 struct Layout {
   bool warp = false, too_large = false;
   Team team = Team::kAlone;
   i64 teams = 0;
   SlabPlan slab;
 
-  Shape shape(i64 B) const {
-    if (warp) return {int((B + kWarps - 1) / kWarps), 32 * kWarps};
+  Shape shape() const {
+    if (warp) return {int((teams + kWarps - 1) / kWarps), 32 * kWarps, kWarps * kUniformBytes};
     return {int(teams * slab.peers), slab.threads, slab.shared, team == Team::kCluster ? slab.peers : 1,
             team == Team::kGroup};
   }
 };
 
-// Registers of a lane that hold K; the widest tile is 16 x 8 float or 16 x 4 double.
+// Elements of K that a lane holds in registers: of 255, half of them for float and a quarter for double,
+// whose every other number takes two as well.
 template <class T>
-constexpr int kTile = sizeof(T) == 4 ? 128 : 64;
+constexpr int kTile = sizeof(T) == 4 ? 128 : 32;
 
-inline int tile_rows(i64 N) { return N <= 8 ? 2 : N <= 16 ? 4 : N <= 32 ? 8 : 16; }
+inline int tile_rows(i64 N) { return N <= 16 ? 4 : N <= 32 ? 8 : 16; }
 inline int tile_columns(i64 M) { return M <= 16 ? 2 : M <= 32 ? 4 : 8; }
 
 template <class T>
@@ -39,17 +45,17 @@ inline bool fits_a_warp(i64 N, i64 M) {
 // A block's share is better not less than this, so that barriers don't outweigh it.
 constexpr i64 kLeastRows = 8, kLeastElements = 4096;
 
-template <class T>
+template <class T, class State>
 Layout layout_of(const Chip& chip, i64 B, i64 N, i64 M) {
   Layout l;
   if (fits_a_warp<T>(N, M)) {
-    l.warp = true;
+    l.warp = true, l.teams = B;
     return l;
   }
   const auto slab = [&](Team team, i64 peers, bool in_shared) {
     const i64 share = (N + peers - 1) / peers * M;
     const int threads = share < 8192 ? 128 : share < 16384 ? 256 : kMaxThreads;
-    l.team = team, l.slab = plan_slab<T>(N, M, team, int(peers), threads, in_shared);
+    l.team = team, l.slab = plan_slab<T, State>(N, M, team, int(peers), threads, in_shared);
     return l.slab.shared <= chip.shared;
   };
   const auto worth_more = [&](i64 peers) {
@@ -92,20 +98,20 @@ void try_tiles(i64 N, i64 M, Call& call, int& status) {
 template <class T, class Call>
 int with_tile(i64 N, i64 M, Call call) {
   int status = kTooLarge;
-  try_tiles<T, 2>(N, M, call, status), try_tiles<T, 4>(N, M, call, status);
-  try_tiles<T, 8>(N, M, call, status), try_tiles<T, 16>(N, M, call, status);
+  try_tiles<T, 4>(N, M, call, status), try_tiles<T, 8>(N, M, call, status);
+  try_tiles<T, 16>(N, M, call, status);
   return status;
 }
 
 template <class T, class Call>
-int with_team(const Layout& layout, void* workspace, void* stream, Call call) {
+int with_team(const Layout& layout, void* workspace, i64 pitch, void* stream, Call call) {
   using Yes = std::true_type;
   if (layout.team == Team::kAlone)
     return call(std::integral_constant<Team, Team::kAlone>(), Yes());
   if (layout.team == Team::kCluster)
     return call(std::integral_constant<Team, Team::kCluster>(), Yes());
   // The counters of the groups' barriers start at 0.
-  const int status = clear(workspace, layout.slab.workspace, 128, layout.teams, stream);
+  const int status = clear(workspace, pitch, 128, layout.teams, stream);
   if (status != kOk) return status;
   using Group = std::integral_constant<Team, Team::kGroup>;
   return layout.slab.in_shared ? call(Group(), Yes()) : call(Group(), std::false_type());

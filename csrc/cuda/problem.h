@@ -22,30 +22,20 @@ struct Vectors {
   }
 };
 
-enum Number : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
-
-// A batch of cost matrices whose rows are contiguous, in any kind of number.
-struct Costs {
-  const void* data;
+// A batch of matrices whose rows are contiguous.
+template <class T>
+struct Matrices {
+  const T* data;
   i64 batch, row;
-  int number;
 
-  OTDD_DEVICE double at(i64 problem, i64 i, i64 j) const {
-    const i64 k = problem * batch + i * row + j;
-    switch (number) {
-      case kFloat32: return chip::read(static_cast<const float*>(data) + k);
-      case kFloat64: return chip::read(static_cast<const double*>(data) + k);
-      case kFloat16: return chip::read_half(data, k);
-      default: return chip::read_bfloat16(data, k);
-    }
-  }
+  OTDD_DEVICE const T* row_of(i64 problem, i64 i) const { return data + problem * batch + i * row; }
 };
 
 // What a solve and its derivative have in common. rho is inf if a marginal is to be met.
 template <class T>
 struct Problems {
   i64 B, N, M;
-  Costs C;
+  Matrices<T> C;
   Vectors<T> a, b;
   Vectors<double> eps, rho_a, rho_b;
 };

@@ -9,24 +9,26 @@ template <class T, int kTR, int kTC>
 OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1) sinkhorn_warp(OTDD_ARGUMENT SinkhornArgs<T> args) {
   const i64 problem = i64(chip::block()) * kWarps + chip::thread() / 32;
   if (problem >= args.B) return;
-  WarpGrip<T, kTR, kTC> grip;
-  Solver<T, WarpGrip<T, kTR, kTC>>(args, grip, problem).solve();
+  using Grip = WarpGrip<T, Iterate<T>, kTR, kTC>;
+  Grip grip;
+  Solver<T, Grip>(args, grip, problem).solve();
 }
 
 template <class T, Team kTeam, bool kShared>
 OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
     sinkhorn_slab(OTDD_ARGUMENT SinkhornArgs<T> args, OTDD_ARGUMENT SlabPlan plan, char* workspace) {
   const int team = chip::block() / plan.peers, teams = chip::blocks() / plan.peers;
-  SlabGrip<T, kTeam, kShared> grip(plan, workspace + team * plan.workspace);
+  using Grip = SlabGrip<T, Iterate<T>, kTeam, kShared>;
+  Grip grip(plan, workspace + team * plan.workspace);
   for (i64 problem = team; problem < args.B; problem += teams)
-    Solver<T, SlabGrip<T, kTeam, kShared>>(args, grip, problem).solve();
+    Solver<T, Grip>(args, grip, problem).solve();
 }
 
 template <class T>
 i64 sinkhorn_workspace(int device, i64 B, i64 N, i64 M) {
   i64 bytes = -2;
   on_device(device, [&](const Chip& chip) {
-    const Layout layout = layout_of<T>(chip, B, N, M);
+    const Layout layout = layout_of<T, Iterate<T>>(chip, B, N, M);
     bytes = layout.too_large ? -1 : layout.warp ? 0 : layout.teams * layout.slab.workspace;
     return int(kOk);
   });
@@ -37,16 +39,16 @@ template <class T>
 int sinkhorn(const SinkhornArgs<T>& args, int device, void* workspace, void* stream) {
   if (args.B == 0) return kOk;
   return on_device(device, [&](const Chip& chip) {
-    const Layout layout = layout_of<T>(chip, args.B, args.N, args.M);
+    const Layout layout = layout_of<T, Iterate<T>>(chip, args.B, args.N, args.M);
     if (layout.too_large) return int(kTooLarge);
     if (layout.warp)
       return with_tile<T>(args.N, args.M, [&](auto rows, auto columns) {
         return launch(sinkhorn_warp<T, decltype(rows)::value, decltype(columns)::value>,
-                      layout.shape(args.B), stream, args);
+                      layout.shape(), stream, args);
       });
-    return with_team<T>(layout, workspace, stream, [&](auto team, auto in_shared) {
+    return with_team<T>(layout, workspace, layout.slab.workspace, stream, [&](auto team, auto in_shared) {
       return launch(sinkhorn_slab<T, decltype(team)::value, decltype(in_shared)::value>,
-                    layout.shape(args.B), stream, args, layout.slab, static_cast<char*>(workspace));
+                    layout.shape(), stream, args, layout.slab, static_cast<char*>(workspace));
     });
   });
 }
@@ -60,7 +62,7 @@ OTDD_KERNEL OTDD_THREADS(256, 1) plan_elements(OTDD_ARGUMENT PlanArgs<T> args) {
     const i64 problem = k / size, i = k % size / args.M, j = k % args.M;
     const double a = args.a.at(problem, i), b = args.b.at(problem, j);
     const double potentials = double(args.f.at(problem, i)) + double(args.g.at(problem, j));
-    const double x = (potentials - args.C.at(problem, i, j)) / args.eps.at(problem, 0);
+    const double x = (potentials - double(chip::read(args.C.row_of(problem, i) + j))) / args.eps.at(problem, 0);
     const double P = a > 0 && b > 0 ? chip::exp2_fast(T((x + ::log(a) + ::log(b)) * kLog2e)) : 0;
     chip::write(args.P + k, T(P * double(args.scale.at(problem, 0))));
   }

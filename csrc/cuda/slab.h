@@ -17,17 +17,19 @@ struct alignas(16) Four {
   T x, y, z, w;
 };
 
+constexpr i64 kUniformBytes = 160;
+
 // Where things are, in bytes from the start of shared memory and of a group's workspace.
 struct SlabPlan {
   int peers = 1, threads = 256, groups = 1;
   i64 rows = 0, ld = 0, own = 0;  // a block's rows (a multiple of 4), row length, a block's columns
   bool in_shared = true;          // K
   i64 K = 0, v = 0, gamma = 0, scratch = 0, partial = 0, row_states = 0, column_states = 0, sums = 0;
-  i64 slots = 0, shared = 0;
+  i64 slots = 0, uniform = 0, shared = 0;
   i64 w_counter = 0, w_partial = 0, w_v = 0, w_gamma = 0, w_lse = 0, w_slots = 0, w_K = 0, workspace = 0;
 };
 
-template <class T>
+template <class T, class State>
 inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, bool in_shared) {
   SlabPlan s;
   s.peers = peers, s.threads = threads, s.in_shared = in_shared;
@@ -46,9 +48,9 @@ inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, bool 
   s.v = take(m, s.ld * size), s.gamma = take(m, s.ld * 8);
   s.scratch = take(m, s.groups * s.ld * size);
   s.partial = take(m, team == Team::kCluster ? s.ld * size : 0);
-  s.row_states = take(m, s.rows * i64(sizeof(Row<T>)));
-  s.column_states = take(m, s.own * i64(sizeof(Column<T>)));
-  s.sums = take(m, 32 * 8), s.slots = take(m, 6 * 8);
+  s.row_states = take(m, s.rows * i64(sizeof(typename State::Row)));
+  s.column_states = take(m, s.own * i64(sizeof(typename State::Column)));
+  s.sums = take(m, 32 * 8), s.slots = take(m, 6 * 8), s.uniform = take(m, kUniformBytes);
   if (team != Team::kGroup) return s;
   i64& w = s.workspace;
   s.w_counter = take(w, 128), s.w_partial = take(w, peers * s.ld * size), s.w_v = take(w, s.ld * size);
@@ -58,8 +60,11 @@ inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, bool 
   return s;
 }
 
-template <class T, Team kTeam, bool kShared>
+template <class T, class State, Team kTeam, bool kShared>
 class SlabGrip {
+  using Row = typename State::Row;
+  using Column = typename State::Column;
+
  public:
   // `workspace` is the group's own; only its counter must be 0, at the launch.
   OTDD_DEVICE SlabGrip(const SlabPlan& plan, char* workspace)
@@ -72,7 +77,7 @@ class SlabGrip {
     v_ = at<T>(m + plan.v), gamma_ = at<double>(m + plan.gamma), scratch_ = at<T>(m + plan.scratch);
     partial_ = at<T>(m + plan.partial), sums_ = at<double>(m + plan.sums);
     slots_ = at<double>(m + plan.slots);
-    rows_ = at<Row<T>>(m + plan.row_states), columns_ = at<Column<T>>(m + plan.column_states);
+    rows_ = at<Row>(m + plan.row_states), columns_ = at<Column>(m + plan.column_states);
   }
 
   template <class Args>
@@ -82,10 +87,19 @@ class SlabGrip {
     count_ = within_(N_ - row0_, S.rows), own_ = within_(M_ - column0_, S.own);
     chip::sync();  // the problem before is done with
     for (i64 j = M_ + thread_; j < S.ld; j += threads_) v_[j] = 0, gamma_[j] = -INFINITY;
-    for (i64 i = count_ + thread_; i < S.rows; i += threads_) rows_[i] = Row<T>();
+    for (i64 i = count_ + thread_; i < S.rows; i += threads_) rows_[i] = Row();
   }
 
   OTDD_DEVICE bool first() const { return rank_ == 0 && thread_ == 0; }
+  // Of those that share shared memory.
+  OTDD_DEVICE bool leads() const { return thread_ == 0; }
+  OTDD_DEVICE void sync() const { chip::sync(); }
+
+  template <class Uniform>
+  OTDD_DEVICE Uniform& uniform() const {
+    static_assert(sizeof(Uniform) <= kUniformBytes, "");
+    return *at<Uniform>(chip::shared() + S.uniform);
+  }
 
   template <class Fn>
   OTDD_DEVICE void for_rows(Fn fn) {
@@ -102,22 +116,51 @@ class SlabGrip {
       else show_to_all(gamma_, S.w_gamma, column0_ + j, columns_[j].gamma);
     }
     flag = chip::any_of_block(flag);
-    if (kTeam == Team::kAlone) return flag;
-    if (thread_ == 0) set_slot(4, flag);
-    meet();
-    if (kTeam == Team::kGroup)
-      for (i64 j = thread_; j < M_; j += threads_) {
-        if (what == kV) v_[j] = chip::fetch_fresh(at<T>(workspace_ + S.w_v) + j);
-        else gamma_[j] = chip::fetch_fresh(at<double>(workspace_ + S.w_gamma) + j);
-      }
-    bool any = false;
-    for (int r = thread_; r < S.peers; r += threads_) any |= slot(4, r) != 0;
-    return chip::any_of_block(any);
+    if constexpr (kTeam != Team::kAlone) {
+      if (thread_ == 0) set_slot(4, flag);
+      meet();
+      if (kTeam == Team::kGroup)
+        for (i64 j = thread_; j < M_; j += threads_) {
+          if (what == kV) v_[j] = chip::fetch_fresh(at<T>(workspace_ + S.w_v) + j);
+          else gamma_[j] = chip::fetch_fresh(at<double>(workspace_ + S.w_gamma) + j);
+        }
+      bool any = false;
+      for (int r = thread_; r < S.peers; r += threads_) any |= slot(4, r) != 0;
+      flag = chip::any_of_block(any);
+    }
+    return flag;
   }
 
-  OTDD_DEVICE void make() { fill<true, true>(); }
-  OTDD_DEVICE void make_at_shifts() { fill<false, true>(); }
-  OTDD_DEVICE void plan_sums() { fill<false, false>(); }
+  // A warp has one row at a time.
+  OTDD_DEVICE void fill(bool fresh, bool keep) {
+    chip::sync();
+    const int lane = thread_ % 32, warps = threads_ / 32;
+    for (i64 i = thread_ / 32; i < S.rows; i += warps) {
+      if (i >= count_) {
+        for (i64 j = lane; keep && j < S.ld; j += 32) put(i, j, T(0));
+        continue;
+      }
+      double shift = rows_[i].shift;
+      if (fresh) {
+        shift = -INFINITY;
+        for (i64 j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma_[j] - exponent(i, j));
+        for (int mask = 16; mask > 0; mask /= 2) shift = ::fmax(shift, chip::shuffle_xor(shift, mask));
+      }
+      T total = 0, spent = 0;
+      for (i64 j = lane; j < S.ld; j += 32) {
+        const T c = j < M_ ? cost(i, j) : T(0);
+        const T e = j < M_ ? power(gamma_[j] - double(c) * inv_eps_ - shift) : T(0);
+        total += e, spent += e * c;
+        if (keep) put(i, j, e);
+      }
+      for (int mask = 16; mask > 0; mask /= 2) {
+        total += chip::shuffle_xor(total, mask);
+        spent += chip::shuffle_xor(spent, mask);
+      }
+      if (lane == 0) rows_[i].r_new = total, rows_[i].shift = shift, rows_[i].cost = spent;
+    }
+    chip::sync();
+  }
 
   // A warp has four rows at a time.
   OTDD_DEVICE void products() {
@@ -152,37 +195,36 @@ class SlabGrip {
     }
     flag = chip::any_of_block(flag);
     if (wanted) error = sum_of_block(error);
-    if (kTeam == Team::kAlone) {
+    if constexpr (kTeam == Team::kAlone) {
       for (i64 j = thread_; j < own_; j += threads_) columns_[j].c = over_groups(j);
-      return {flag, error};
+    } else {
+      for (i64 j = thread_; j < M_; j += threads_) {
+        if (kTeam == Team::kCluster) partial_[j] = over_groups(j);
+        else chip::put(at<T>(workspace_ + S.w_partial) + rank_ * S.ld + j, over_groups(j));
+      }
+      if (thread_ == 0) set_slot(0, flag), set_slot(1, error);
+      meet();
+      for (i64 j = thread_; j < own_; j += threads_) {
+        T c = 0;
+        for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0_ + j);
+        columns_[j].c = c;
+      }
+      bool any = false;
+      error = 0;
+      for (int r = thread_; r < S.peers; r += threads_) any |= slot(0, r) != 0, error += slot(1, r);
+      flag = chip::any_of_block(any);
+      if (wanted) error = sum_of_block(error);
     }
-    for (i64 j = thread_; j < M_; j += threads_) {
-      if (kTeam == Team::kCluster) partial_[j] = over_groups(j);
-      else chip::put(at<T>(workspace_ + S.w_partial) + rank_ * S.ld + j, over_groups(j));
-    }
-    if (thread_ == 0) set_slot(0, flag), set_slot(1, error);
-    meet();
-    for (i64 j = thread_; j < own_; j += threads_) {
-      T c = 0;
-      for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0_ + j);
-      columns_[j].c = c;
-    }
-    double any = 0, total = 0;
-    for (int r = thread_; r < S.peers; r += threads_) {
-      any += slot(0, r);
-      if (wanted) total += slot(1, r);
-    }
-    flag = chip::any_of_block(any != 0);
-    return {flag, wanted ? sum_of_block(total) : 0};
+    return {flag, error};
   }
 
   OTDD_DEVICE void column_lse() {
     chip::sync();
     for (i64 j = thread_; j < M_; j += threads_) {
       double top = -INFINITY, total = 0;
-      for (i64 i = 0; i < count_; ++i) top = ::fmax(top, rows_[i].shift - cost(i, j));
+      for (i64 i = 0; i < count_; ++i) top = ::fmax(top, rows_[i].shift - exponent(i, j));
       for (i64 i = 0; i < count_ && top > -INFINITY; ++i)
-        total += double(power(rows_[i].shift - cost(i, j) - top));
+        total += double(power(rows_[i].shift - exponent(i, j) - top));
       const double lse = top > -INFINITY ? top + ::log(total) : -INFINITY;
       if (kTeam == Team::kGroup) chip::put(at<double>(workspace_ + S.w_lse) + rank_ * S.ld + j, lse);
       else gamma_[j] = lse;
@@ -207,27 +249,61 @@ class SlabGrip {
     return over_all(x, [](double s, double t) { return ::fmax(s, t); }, -double(INFINITY));
   }
 
-  // Element by element, after a backward pass: fn(K_ij, i, j).
-  template <class Fn>
-  OTDD_DEVICE void for_elements(Fn fn) {
+  // dC = K_ij (u_i + v_j)
+  OTDD_DEVICE void write_sums(T* dC) {
     chip::sync();
     const int lane = thread_ % 32, warps = threads_ / 32;
     for (i64 i = thread_ / 32; i < count_; i += warps)
-      for (i64 j = lane; j < M_; j += 32) fn(element(i, j), row0_ + i, j);
+      for (i64 j = lane; j < M_; j += 32)
+        chip::write(dC + (row0_ + i) * M_ + j, element(i, j) * (rows_[i].u_new + v_[j]));
   }
+
+  // dC (+)= K_ij sum_k rows[k, i] columns[k, j]; a thread has four rows of four columns at a time.
+  OTDD_DEVICE void add_outer(const T* rows, const T* columns, i64 terms, T* dC, bool add) {
+    meet();
+    const i64 quads = S.ld / 4;
+    for (i64 tile = thread_; tile < S.rows / 4 * quads; tile += threads_) {
+      const i64 i0 = tile / quads * 4, j0 = tile % quads * 4;
+      T s[4][4] = {};
+      for (i64 k = 0; k < terms; ++k) {
+        const auto x = fetch4(rows + k * row_stride() + row0_ + i0);
+        const auto y = fetch4(columns + k * column_stride() + j0);
+        const T xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+        OTDD_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          OTDD_UNROLL
+          for (int c = 0; c < 4; ++c) s[r][c] += xs[r] * ys[c];
+        }
+      }
+      OTDD_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        OTDD_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          if (i0 + r >= count_ || j0 + c >= M_) continue;
+          T* out = dC + (row0_ + i0 + r) * M_ + j0 + c;
+          const T e = terms ? element(i0 + r, j0 + c) * s[r][c] : T(0);
+          if (add) chip::put(out, chip::fetch(out) + e);
+          else chip::write(out, e);
+        }
+      }
+    }
+    meet();
+  }
+  OTDD_DEVICE i64 row_stride() const { return S.peers * S.rows; }
+  OTDD_DEVICE i64 column_stride() const { return S.ld; }
 
  private:
   const SlabPlan& S;
   int thread_, threads_, rank_;
   char* workspace_;
   unsigned meetings_ = 0;
-  Costs C_;
+  Matrices<T> C_;
   i64 problem_, N_, M_, row0_, column0_, count_, own_;
   double inv_eps_;
   T *K_, *v_, *scratch_, *partial_;
   double *gamma_, *sums_, *slots_;
-  Row<T>* rows_;
-  Column<T>* columns_;
+  Row* rows_;
+  Column* columns_;
 
   template <class X>
   OTDD_DEVICE static X* at(char* p) {
@@ -284,16 +360,21 @@ class SlabGrip {
   template <class Op>
   OTDD_DEVICE double over_all(double x, Op op, double nothing) {
     x = over_block(x, op, nothing);
-    if (kTeam == Team::kAlone) return x;
-    if (thread_ == 0) set_slot(5, x);
-    meet();
-    double s = nothing;
-    for (int r = thread_; r < S.peers; r += threads_) s = op(s, slot(5, r));
-    s = over_block(s, op, nothing);
-    meet();
-    return s;
+    if constexpr (kTeam != Team::kAlone) {
+      if (thread_ == 0) set_slot(5, x);
+      meet();
+      x = nothing;
+      for (int r = thread_; r < S.peers; r += threads_) x = op(x, slot(5, r));
+      x = over_block(x, op, nothing);
+      meet();
+    }
+    return x;
   }
 
+  // Of what other blocks wrote.
+  OTDD_DEVICE static Four<T> fetch4(const T* p) {
+    return {chip::fetch_fresh(p), chip::fetch_fresh(p + 1), chip::fetch_fresh(p + 2), chip::fetch_fresh(p + 3)};
+  }
   OTDD_DEVICE static Four<T> four(const T* p) { return *reinterpret_cast<const Four<T>*>(p); }
   OTDD_DEVICE Four<T> element4(i64 i, i64 j) const {
     const T* p = K_ + i * S.ld + j;
@@ -304,7 +385,7 @@ class SlabGrip {
     if constexpr (kShared) return K_[i * S.ld + j];
     else return chip::fetch(K_ + i * S.ld + j);
   }
-  OTDD_DEVICE void keep(i64 i, i64 j, T e) {
+  OTDD_DEVICE void put(i64 i, i64 j, T e) {
     if constexpr (kShared) K_[i * S.ld + j] = e;
     else chip::put(K_ + i * S.ld + j, e);
   }
@@ -338,45 +419,9 @@ class SlabGrip {
     return s;
   }
 
-  OTDD_DEVICE double cost(i64 i, i64 j) const { return C_.at(problem_, row0_ + i, j) * inv_eps_; }
+  OTDD_DEVICE T cost(i64 i, i64 j) const { return chip::read(C_.row_of(problem_, row0_ + i) + j); }
+  OTDD_DEVICE double exponent(i64 i, i64 j) const { return double(cost(i, j)) * inv_eps_; }
   OTDD_DEVICE static T power(double x) { return chip::exp2_fast(T(x * kLog2e)); }
-
-  // A warp has one row at a time.
-  template <bool kShift, bool kKeep>
-  OTDD_DEVICE void fill() {
-    chip::sync();
-    const int lane = thread_ % 32, warps = threads_ / 32;
-    for (i64 i = thread_ / 32; i < S.rows; i += warps) {
-      if (i >= count_) {
-        if constexpr (kKeep)
-          for (i64 j = lane; j < S.ld; j += 32) keep(i, j, T(0));
-        continue;
-      }
-      double shift = rows_[i].shift;
-      if constexpr (kShift) {
-        shift = -INFINITY;
-        for (i64 j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma_[j] - cost(i, j));
-        for (int mask = 16; mask > 0; mask /= 2) shift = ::fmax(shift, chip::shuffle_xor(shift, mask));
-      }
-      T total = 0, spent = 0;
-      for (i64 j = lane; j < S.ld; j += 32) {
-        const double c = j < M_ ? C_.at(problem_, row0_ + i, j) : 0;
-        const T e = j < M_ ? power(gamma_[j] - c * inv_eps_ - shift) : T(0);
-        total += e;
-        if constexpr (kKeep) keep(i, j, e);
-        else if (e > 0) spent += e * T(c);
-      }
-      for (int mask = 16; mask > 0; mask /= 2) total += chip::shuffle_xor(total, mask);
-      if constexpr (!kKeep)
-        for (int mask = 16; mask > 0; mask /= 2) spent += chip::shuffle_xor(spent, mask);
-      if (lane == 0) {
-        rows_[i].r_new = total;
-        if constexpr (kShift) rows_[i].shift = shift;
-        if constexpr (!kKeep) rows_[i].cost = spent;
-      }
-    }
-    chip::sync();
-  }
 };
 
 }  // namespace otdd::cuda

@@ -7,16 +7,18 @@
 //                            a thread's own rows and columns; where several threads hold the same one,
 //                            one of them has it `counted`
 //   show(kGamma or kV, flag) makes the columns' values known to all; whether any thread has the flag
-//   make()                   K_ij = exp(gamma_j - C_ij / eps - shift_i), shift the row's maximum; r_new its sums
-//   make_at_shifts()         the same with the shifts that the rows have
-//   plan_sums()              of that K, without making it: r_new its sums, cost those of K C
+//   fill(fresh, keep)        K_ij = exp(gamma_j - C_ij / eps - shift_i), with new shifts at the rows'
+//                            maxima if `fresh`; r_new its sums; unless `keep`, K stays and cost is the
+//                            sums of this one times C
 //   products()               r_new = K v
-//   transposed(flag, error, wanted)  c = K' u_new; whether any thread has the flag, and if wanted the sum of
-//                            the errors
-//   column_lse()             lse_j = LSE_i(weight_i - C_ij / eps), weight in the row's `shift`
+//   transposed(flag, error, wanted)  c = K' u_new; whether any thread has the flag, and if wanted the
+//                            sum of the errors
+//   column_lse()             lse_j = LSE_i(shift_i - C_ij / eps)
 //   sum(x), least(x), most(x)  over all threads
+//   add_outer(..), write_sums(..)  what a backward pass makes of K (backward.h)
 //
-// Every thread of a grip runs the same code and takes the same branches.
+// Every thread of a grip runs the same code and takes the same branches. What works on all of K is
+// called from one place: it is unrolled, and copies of it would not fit the instruction cache.
 #pragma once
 
 #include "problem.h"
@@ -25,18 +27,19 @@ namespace otdd::cuda {
 
 constexpr double kLog2e = 1.442695040888963407, kLn2 = 0.693147180559945309417;
 
+// What a grip keeps of each row and column; every `State` has at least shift, r_new, u_new and cost of a
+// row and gamma, v and c of a column.
 template <class T>
-struct Row {
-  double phi = 0, shift = 0, log_a = -INFINITY;
-  T a = 0, r = 1, u = 0;   // as of the last whole iteration
-  T r_new = 1, u_new = 0;  // of the one at hand
-  T cost = 0;
-};
-
-template <class T>
-struct Column {
-  double gamma = -INFINITY, now = -INFINITY, lse = 0;  // gamma is K's own
-  T b = 0, v = 1, c = 1;
+struct Iterate {
+  struct Row {
+    double phi = 0, shift = 0;
+    T a = 0, r = 1;                    // r as of the last whole iteration
+    T r_new = 1, u_new = 0, cost = 0;  // of the one at hand
+  };
+  struct Column {
+    double gamma = -INFINITY, lse = 0;  // gamma is K's own
+    T b = 0, v = 1, c = 1;
+  };
 };
 
 enum Shown { kGamma, kV };
@@ -57,255 +60,278 @@ OTDD_DEVICE double log_of(double x) { return ::log(x); }
 
 template <class T, class Grip>
 class Solver {
+  using Row = typename Iterate<T>::Row;
+  using Column = typename Iterate<T>::Column;
+
  public:
+  // What all threads agree on; it has its place in shared memory.
+  struct Uniform {
+    double eps, tol, scale, log_scale;  // a and b are in units of scale
+    double top_u;                       // with a penalty u is relative to the heaviest row of a fresh K
+    Penalty rows, columns;
+    Bounds<T> bounds;
+    bool met, masked_columns;
+  };
+
   OTDD_DEVICE Solver(const SinkhornArgs<T>& args, Grip& grip, i64 problem)
-      : A(args), G(grip), problem_(problem) {}
+      : A(args), G(grip), U(grip.template uniform<Uniform>()), problem_(problem) {}
 
   OTDD_DEVICE void solve() {
     start();
+    const T v_low = T(::exp(-U.bounds.tau)), v_high = T(::exp(U.bounds.tau)), r_high = v_high * T(A.M);
     i64 done = 0;
-    while (done < A.max_iter) {
-      if (resident_ ? resident_step() : log_step(done)) break;
-      if (redo_) continue;
+    bool resident = false, last = A.max_iter == 0;
+    if (last) expect_end(false);
+    for (;;) {
+      if (resident) {
+        G.products();
+      } else {
+        G.show(kGamma, false);
+        G.fill(!last, !last);
+      }
+      int columns = last && U.masked_columns ? kLost : kGood;
+      if (last) {
+        sum_rows();
+      } else {
+        if (!resident && !U.met) find_top();
+        const Seen seen = weigh_rows(resident, v_low, r_high);
+        if (U.tol > 0 && (resident || done > 0) && seen.error <= U.tol) {  // of the state before
+          expect_end(resident);
+          resident = false, last = true;
+          continue;
+        }
+        if (resident && seen.flag) {
+          absorb();
+          resident = false;
+          continue;
+        }
+        take_rows();
+        columns = move_columns(!resident, v_low, v_high);
+        resident = true;
+      }
+      if (columns == kLost) {
+        settle_rows(!last && U.met);
+        G.for_rows([&](Row& row, i64, bool) { row.shift = log_a(row) + U.log_scale + row.phi; });
+        G.column_lse();
+        resident = false;
+      }
+      if (last) break;
+      if (columns == kLost)
+        G.for_columns([&](Column& column, i64, bool) {
+          if (column.b > 0) column.gamma = log_b(column) - U.columns.lambda * column.lse;
+          column.v = 1;
+        });
+      if (columns == kOutside) {
+        absorb();
+        resident = false;
+      }
       ++done;
-      if (A.history) record(done);
+      if (A.history) record(done, resident);
+      if (done == A.max_iter) {
+        expect_end(resident);
+        resident = false, last = true;
+      }
     }
-    finish(done);
+    write(done);
   }
 
  private:
+  enum Columns { kGood, kOutside, kLost };  // beyond the bounds of v; without a mass
+
   const SinkhornArgs<T>& A;
   Grip& G;
+  Uniform& U;
   i64 problem_;
-  double eps_, inv_eps_, tol_, mass_, scale_, log_scale_, top_u_ = 0;  // a and b are in units of scale
-  Penalty rows_, columns_;
-  Bounds<T> bounds_;
-  T v_low_, v_high_, r_high_;
-  bool met_, masked_columns_, resident_ = false, redo_ = false;
+  double error_ = 0, cost_ = 0;
 
   OTDD_DEVICE void start() {
-    eps_ = A.eps.at(problem_, 0), inv_eps_ = 1 / eps_;
-    rows_ = Penalty(A.rho_a.at(problem_, 0), eps_), columns_ = Penalty(A.rho_b.at(problem_, 0), eps_);
-    met_ = !(rows_.rho < INFINITY) && !(columns_.rho < INFINITY);
-    G.begin(A, problem_, inv_eps_);
-    double mass = 0;
-    G.for_rows([&](Row<T>& row, i64 i, bool counted) {
-      row = Row<T>();
+    const double eps = A.eps.at(problem_, 0), inv_eps = 1 / eps;
+    const Penalty rows(A.rho_a.at(problem_, 0), eps), columns(A.rho_b.at(problem_, 0), eps);
+    const bool met = !(rows.rho < INFINITY) && !(columns.rho < INFINITY);
+    G.begin(A, problem_, inv_eps);
+    double mass = 0, least_b = INFINITY, masked = 0;
+    G.for_rows([&](Row& row, i64 i, bool counted) {
+      row = Row();
       row.a = A.a.at(problem_, i);
       if (counted) mass += double(row.a);
     });
     mass = G.sum(mass);
     const int exponent = mass > 0 && mass < INFINITY ? ::ilogb(mass) : 0;
-    scale_ = ::ldexp(1.0, exponent), log_scale_ = exponent * kLn2, mass_ = mass / scale_;
-    const double unscale = 1 / scale_;
-    G.for_rows([&](Row<T>& row, i64 i, bool counted) {
+    const double scale = ::ldexp(1.0, exponent), unscale = 1 / scale, log_scale = exponent * kLn2;
+    G.for_rows([&](Row& row, i64 i, bool counted) {
       row.a = T(double(row.a) * unscale);
-      row.log_a = row.a > 0 ? ::log(double(row.a)) : -INFINITY;
       if (A.history && counted) chip::write(history(0) + i, 0.0);
     });
-    double least_b = INFINITY, masked = 0;
-    G.for_columns([&](Column<T>& column, i64 j, bool counted) {
-      column = Column<T>();
+    G.for_columns([&](Column& column, i64 j, bool counted) {
+      column = Column();
       column.b = T(double(A.b.at(problem_, j)) * unscale);
       const double g = A.g0.at(problem_, j);
-      if (column.b > 0) least_b = ::fmin(least_b, double(column.b));
-      else masked = 1;
-      column.gamma = column.now = log_b(column) + g * inv_eps_;
+      if (column.b > 0) {
+        least_b = ::fmin(least_b, double(column.b));
+        column.gamma = ::log(double(column.b)) + log_scale + g * inv_eps;
+      } else {
+        masked = 1;
+      }
       if (A.history && counted) chip::write(history(0) + A.N + j, g);
     });
-    least_b = G.least(least_b), masked_columns_ = G.most(masked) > 0;
-    bounds_ = met_ ? Bounds<T>::met(double(A.M), mass_, least_b)
-                   : Bounds<T>::penalised(double(A.N), double(A.M));
-    v_low_ = T(::exp(-bounds_.tau)), v_high_ = T(::exp(bounds_.tau)), r_high_ = v_high_ * T(A.M);
-    tol_ = within<T>(A.tol, mass);
+    least_b = G.least(least_b), masked = G.most(masked);
+    if (G.leads()) {
+      U.eps = eps, U.tol = within<T>(A.tol, mass) * unscale, U.scale = scale, U.log_scale = log_scale;
+      U.rows = rows, U.columns = columns, U.met = met, U.masked_columns = masked > 0;
+      U.bounds = met ? Bounds<T>::met(double(A.M), mass * unscale, least_b)
+                     : Bounds<T>::penalised(double(A.N), double(A.M));
+    }
+    G.sync();
   }
 
   OTDD_DEVICE double* history(i64 done) const {
     return A.history + (problem_ * (A.max_iter + 1) + done) * (A.N + A.M);
   }
 
-  OTDD_DEVICE double log_b(const Column<T>& column) const {
-    return column.b > 0 ? ::log(double(column.b)) + log_scale_ : -INFINITY;
+  OTDD_DEVICE static double log_a(const Row& row) {
+    return row.a > 0 ? ::log(double(row.a)) : -INFINITY;
+  }
+  OTDD_DEVICE double log_b(const Column& column) const {
+    return column.b > 0 ? ::log(double(column.b)) + U.log_scale : -INFINITY;
   }
 
-  // One iteration on the resident K. Returns true if the state before it already met tol.
-  OTDD_DEVICE bool resident_step() {
-    G.products();
+  OTDD_DEVICE void find_top() {
+    double heaviest = -INFINITY;
+    G.for_rows([&](Row& row, i64, bool) {
+      heaviest = ::fmax(heaviest, log_a(row) + U.rows.rest * row.shift);
+    });
+    heaviest = G.most(heaviest);
+    if (G.leads()) U.top_u = heaviest;
+    G.sync();
+  }
+
+  // u of every row from its product with v, and c of every column; by how much the state before missed
+  // the rows' weights; whether a product is out of bounds.
+  OTDD_DEVICE Seen weigh_rows(bool resident, T r_low, T r_high) {
     bool outside = false;
     double error = 0;
-    G.for_rows([&](Row<T>& row, i64, bool counted) {
-      outside |= row.r_new < v_low_ || row.r_new > r_high_;
-      const double missed = weigh(row);
+    G.for_rows([&](Row& row, i64, bool counted) {
+      outside |= row.r_new < r_low || row.r_new > r_high;
+      const double missed = U.met ? weigh(row, resident) : weigh_penalised(row);
       if (counted) error += missed;
     });
-    const Seen seen = G.transposed(outside, error, tol_ > 0);
-    if (tol_ > 0 && scale_ * seen.error <= tol_) return true;
-    redo_ = seen.flag;
-    if (redo_) absorb();
-    else take_rows(), columns(false);
-    return false;
+    return G.transposed(outside, error, U.tol > 0);
   }
 
-  // One iteration from the potentials alone; K is made on the way.
-  OTDD_DEVICE bool log_step(i64 done) {
-    G.show(kGamma, false);
-    G.make();
-    if (!met_) {
-      double heaviest = -INFINITY;
-      G.for_rows([&](Row<T>& row, i64, bool) {
-        heaviest = ::fmax(heaviest, row.log_a + rows_.rest * row.shift);
-      });
-      top_u_ = G.most(heaviest);
-    }
-    double error = 0;
-    G.for_rows([&](Row<T>& row, i64, bool counted) {
-      double missed = weigh(row);
-      if (met_ && tol_ > 0 && row.a > 0)  // u is another K's: of the potentials
-        missed = double(row.a) * ::fabs(::exp(row.phi + row.shift + log_of(row.r_new)) - 1);
-      if (counted) error += missed;
-    });
-    const Seen seen = G.transposed(false, error, tol_ > 0);
-    redo_ = false;
-    if (tol_ > 0 && done > 0 && scale_ * seen.error <= tol_) return true;
-    take_rows();
-    resident_ = true;
-    columns(true);
-    return false;
+  OTDD_DEVICE double weigh(Row& row, bool resident) {
+    row.u_new = row.a > 0 ? row.a / row.r_new : T(0);
+    if (!(U.tol > 0) || !(row.a > 0)) return 0;
+    if (resident) return ::fabs(double(row.a / row.r * row.r_new - row.a));
+    // r is another K's: of the potentials
+    return double(row.a) * ::fabs(::exp(row.phi + row.shift + log_of(row.r_new)) - 1);
   }
 
-  // u of a row from its product with v, and by how much the row before missed its weight.
-  OTDD_DEVICE double weigh(Row<T>& row) {
-    if (met_) {
-      row.u_new = row.a > 0 ? row.a / row.r_new : T(0);
-      return tol_ > 0 ? ::fabs(double(row.u * row.r_new - row.a)) : 0;
-    }
-    // u = a exp(phi + shift), relative to the heaviest row of a fresh K.
-    const double lse = row.shift + log_of(row.r_new), before = row.phi;
-    const double phi = -rows_.lambda * lse;
-    row.u_new = T(::exp(row.log_a + phi + row.shift - top_u_));
-    if (!(tol_ > 0)) return 0;
-    const double target = ::exp(row.log_a - before * (eps_ / rows_.rho));
-    return row.a > 0 ? ::fabs(::exp(row.log_a + before + lse) - target) : 0;
+  OTDD_DEVICE double weigh_penalised(Row& row) {
+    const double lse = row.shift + log_of(row.r_new), before = row.phi, a = row.a;
+    row.u_new = T(a * ::exp(-U.rows.lambda * lse + row.shift - U.top_u));
+    if (!(U.tol > 0)) return 0;
+    return a * ::fabs(::exp(before + lse) - ::exp(-before * (U.eps / U.rows.rho)));
   }
 
   OTDD_DEVICE void take_rows() {
-    G.for_rows([&](Row<T>& row, i64, bool) {
-      row.r = row.r_new, row.u = row.u_new;
-      if (!met_) row.phi = -rows_.lambda * (row.shift + log_of(row.r));
+    G.for_rows([&](Row& row, i64, bool) {
+      row.r = row.r_new;
+      if (!U.met) row.phi = -U.rows.lambda * (row.shift + log_of(row.r));
     });
   }
 
-  // v = b / c; K is given up where it must not be kept for the next iteration.
-  OTDD_DEVICE void columns(bool fresh) {
-    double outside = 0;  // 1: a column left its bounds, 2: its mass is lost
-    G.for_columns([&](Column<T>& column, i64, bool) {
-      if (!(column.b > 0)) {
-        if (!met_) column.lse = log_of(column.c) + (top_u_ + log_scale_) - column.gamma;
-        return;
-      }
-      if (met_) {
-        column.v = column.b / column.c;
-      } else {
-        column.lse = log_of(column.c) + (top_u_ + log_scale_) - column.gamma;
-        column.now = log_b(column) - columns_.lambda * column.lse;
-        column.v = T(::exp(column.now - column.gamma));
-      }
-      if (!(column.v >= v_low_ && column.v <= v_high_)) outside = ::fmax(outside, 1.0);
-      if ((fresh || !met_) && !(column.c >= T(bounds_.low_mass))) outside = 2;
+  // v = b / c, known to all; whether K may be kept for the next iteration.
+  OTDD_DEVICE int move_columns(bool fresh, T v_low, T v_high) {
+    double outside = 0;
+    G.for_columns([&](Column& column, i64, bool) {
+      if (!U.met) column.lse = log_of(column.c) + (U.top_u + U.log_scale) - column.gamma;
+      if (!(column.b > 0)) return;
+      column.v = U.met ? column.b / column.c : T(::exp(now(column) - column.gamma));
+      if (!(column.v >= v_low && column.v <= v_high)) outside = ::fmax(outside, double(kOutside));
+      if ((fresh || !U.met) && !(column.c >= T(U.bounds.low_mass))) outside = kLost;
     });
-    if (!G.show(kV, outside > 0 || !bounds_.can_stay)) return;
-    if (G.most(outside) > 1) columns_in_log_domain();
-    else absorb();
+    if (!G.show(kV, outside > 0 || !U.bounds.can_stay)) return kGood;
+    return G.most(outside) == kLost ? kLost : kOutside;
   }
 
-  // gamma from phi by a log-sum-exp down every column.
-  OTDD_DEVICE void columns_in_log_domain() {
-    settle_rows();
-    column_lse();
-    G.for_columns([&](Column<T>& column, i64, bool) {
-      if (column.b > 0) column.gamma = column.now = log_b(column) - columns_.lambda * column.lse;
-      column.v = 1;
-    });
-    resident_ = false;
-  }
-
-  OTDD_DEVICE void column_lse() {
-    G.for_rows([&](Row<T>& row, i64, bool) { row.shift = row.log_a + log_scale_ + row.phi; });
-    G.column_lse();
+  // gamma as it is by now, of a column with weight.
+  OTDD_DEVICE double now(const Column& column) const {
+    return U.met ? column.gamma + log_of(column.v) : log_b(column) - U.columns.lambda * column.lse;
   }
 
   // phi from the resident rows' state.
-  OTDD_DEVICE void settle_rows() {
-    if (met_)
-      G.for_rows([&](Row<T>& row, i64, bool) { row.phi = -row.shift - log_of(row.r); });
-  }
-
-  OTDD_DEVICE void settle_columns() {
-    if (met_)
-      G.for_columns([&](Column<T>& column, i64, bool) {
-        if (column.b > 0) column.now = column.gamma + log_of(column.v);
-      });
+  OTDD_DEVICE void settle_rows(bool resident) {
+    if (resident && U.met)
+      G.for_rows([&](Row& row, i64, bool) { row.phi = -row.shift - log_of(row.r); });
   }
 
   // All of the state into the potentials; K is to be made anew.
   OTDD_DEVICE void absorb() {
-    settle_rows();
-    settle_columns();
-    G.for_columns([&](Column<T>& column, i64, bool) { column.gamma = column.now, column.v = 1; });
-    resident_ = false;
+    settle_rows(true);
+    G.for_columns([&](Column& column, i64, bool) {
+      if (column.b > 0) column.gamma = now(column);
+      column.v = 1;
+    });
+  }
+
+  // The plan itself is next.
+  OTDD_DEVICE void expect_end(bool resident) {
+    if (resident) absorb();
+    G.for_rows([&](Row& row, i64, bool) { row.shift = -(log_a(row) + row.phi); });
   }
 
   // g_j where there is weight. Under a light penalty it is too small to be told from gamma.
-  OTDD_DEVICE double potential(const Column<T>& column) const {
-    return met_ ? eps_ * (column.now - log_b(column)) : -eps_ * columns_.lambda * column.lse;
+  OTDD_DEVICE double potential(const Column& column) const {
+    return U.met ? U.eps * (now(column) - log_b(column)) : -U.eps * U.columns.lambda * column.lse;
   }
 
-  OTDD_DEVICE void record(i64 done) {
+  OTDD_DEVICE void record(i64 done, bool resident) {
     double* h = history(done);
-    if (resident_) settle_rows(), settle_columns();
-    G.for_rows([&](Row<T>& row, i64 i, bool counted) {
-      if (counted) chip::write(h + i, eps_ * row.phi);
+    settle_rows(resident);
+    G.for_rows([&](Row& row, i64 i, bool counted) {
+      if (counted) chip::write(h + i, U.eps * row.phi);
     });
-    G.for_columns([&](Column<T>& column, i64 j, bool counted) {
+    G.for_columns([&](Column& column, i64 j, bool counted) {
       if (counted) chip::write(h + A.N + j, column.b > 0 ? potential(column) : 0.0);
     });
   }
 
-  // Outputs; the plan's row sums and its cost need one more pass.
-  OTDD_DEVICE void finish(i64 done) {
-    if (resident_) settle_rows(), settle_columns();
-    G.for_columns([&](Column<T>& column, i64, bool) { column.gamma = column.now; });
-    G.for_rows([&](Row<T>& row, i64, bool) { row.shift = -(row.log_a + row.phi); });
-    G.show(kGamma, false);
-    G.plan_sums();
-    double error = 0, cost = 0, value = 0, mass_a = 0, mass_b = 0, plan = 0;
-    G.for_rows([&](Row<T>& row, i64 i, bool counted) {
-      if (counted) chip::write(A.f + problem_ * A.N + i, T(eps_ * row.phi));
+  // Marginal error and cost of the plan.
+  OTDD_DEVICE void sum_rows() {
+    G.for_rows([&](Row& row, i64, bool counted) {
       if (!counted || !(row.a > 0)) return;
-      const double a = row.a, target = met_ ? a : a * ::exp(-row.phi * eps_ / rows_.rho);
-      error += ::fabs(double(row.r_new) - target), cost += double(row.cost);
-      value += a * rows_.worth(eps_ * row.phi), mass_a += a;
+      const double a = row.a, target = U.met ? a : a * ::exp(-row.phi * U.eps / U.rows.rho);
+      error_ += ::fabs(double(row.r_new) - target), cost_ += double(row.cost);
     });
-    if (masked_columns_) column_lse();
-    G.for_columns([&](Column<T>& column, i64 j, bool counted) {
+  }
+
+  OTDD_DEVICE void write(i64 done) {
+    double value = 0, mass_a = 0, mass_b = 0, plan = 0;
+    G.for_rows([&](Row& row, i64 i, bool counted) {
+      if (!counted) return;
+      const double f = U.eps * row.phi;
+      chip::write(A.f + problem_ * A.N + i, T(f));
+      if (row.a > 0) value += double(row.a) * U.rows.worth(f), mass_a += double(row.a);
+    });
+    G.for_columns([&](Column& column, i64 j, bool counted) {
       if (!counted) return;
       const bool used = column.b > 0;
-      const double g = used ? potential(column) : -eps_ * columns_.lambda * column.lse;
+      const double g = used ? potential(column) : -U.eps * U.columns.lambda * column.lse;
       chip::write(A.g + problem_ * A.M + j, T(g));
       if (!used) return;
       const double b = column.b;
-      value += b * columns_.worth(g), mass_b += b;
-      if (!met_) plan += b * ::exp(-g / columns_.rho);
+      value += b * U.columns.worth(g), mass_b += b;
+      if (!U.met) plan += b * ::exp(-g / U.columns.rho);
     });
-    error = G.sum(error), cost = G.sum(cost), value = G.sum(value);
-    if (!met_) {
+    value = G.sum(value), error_ = G.sum(error_), cost_ = G.sum(cost_);
+    if (!U.met) {
       mass_a = G.sum(mass_a), mass_b = G.sum(mass_b), plan = G.sum(plan);
-      value -= eps_ * (plan - mass_a * mass_b * scale_);
+      value -= U.eps * (plan - mass_a * mass_b * U.scale);
     }
     if (!G.first()) return;
-    chip::write(A.value + problem_, T(scale_ * value));
-    chip::write(A.cost + problem_, T(scale_ * cost));
-    chip::write(A.marginal_error + problem_, T(scale_ * error));
+    chip::write(A.value + problem_, T(U.scale * value));
+    chip::write(A.cost + problem_, T(U.scale * cost_));
+    chip::write(A.marginal_error + problem_, T(U.scale * error_));
     chip::write(A.n_iter + problem_, done);
   }
 };

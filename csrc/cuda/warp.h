@@ -2,16 +2,18 @@
 //
 // Lanes stand in 4 rows of 8. Lane (p, q) has the elements (4 t + p, 8 s + q) of K. Sums over a row's 8
 // lanes are folded: at each of three exchanges a lane gives away half of its sums and adds what it
-// gets to the other half, so that in the end it has its own rows' alone; the way back spreads what it
-// made of them. Nothing waits for another warp.
+// gets to the other half, so that in the end it has its own rows' alone; what it makes of them the others
+// fetch from it. Nothing waits for another warp.
 #pragma once
 
 #include "solver.h"
 
 namespace otdd::cuda {
 
-template <class T, int kTR, int kTC>
+template <class T, class State, int kTR, int kTC>
 class WarpGrip {
+  using Row = typename State::Row;
+  using Column = typename State::Column;
   static constexpr int kOwnRows = kTR >= 8 ? kTR / 8 : 1, kOwnColumns = kTC >= 4 ? kTC / 4 : 1;
 
  public:
@@ -19,16 +21,24 @@ class WarpGrip {
 
   template <class Args>
   OTDD_DEVICE void begin(const Args& args, i64 problem, double inv_eps) {
-    C_ = args.C, problem_ = problem, inv_eps_ = inv_eps, N_ = int(args.N), M_ = int(args.M);
-    lane_ = chip::thread() % 32;
+    C_ = args.C.row_of(problem, 0), row_ = args.C.row, inv_eps_ = inv_eps;
+    N_ = int(args.N), M_ = int(args.M), lane_ = chip::thread() % 32;
     first_row_ = first_of<kTR, 4>(0), first_column_ = first_of<kTC, 16>(0);
     OTDD_UNROLL
-    for (int k = 0; k < kOwnRows; ++k) rows_[k] = Row<T>();
+    for (int k = 0; k < kOwnRows; ++k) rows_[k] = Row();
     OTDD_UNROLL
-    for (int k = 0; k < kOwnColumns; ++k) columns_[k] = Column<T>();
+    for (int k = 0; k < kOwnColumns; ++k) columns_[k] = Column();
   }
 
   OTDD_DEVICE bool first() const { return lane_ == 0; }
+  // Of those that share shared memory.
+  OTDD_DEVICE bool leads() const { return lane_ == 0; }
+  OTDD_DEVICE void sync() const { chip::sync_warp(); }
+
+  template <class Uniform>
+  OTDD_DEVICE Uniform& uniform() const {
+    return reinterpret_cast<Uniform*>(chip::shared())[chip::thread() / 32];
+  }
 
   template <class Fn>
   OTDD_DEVICE void for_rows(Fn fn) {
@@ -53,15 +63,49 @@ class WarpGrip {
   OTDD_DEVICE bool show(Shown what, bool flag) {
     if (what == kV) {
       OTDD_UNROLL
-      for (int k = 0; k < kOwnColumns; ++k) v_[k] = columns_[k].v;
-      spread<kTC, 16>(v_);
+      for (int c = 0; c < kTC; ++c) v_[c] = of_column(c, columns_[c % kOwnColumns].v);
     }
     return chip::any_of_warp(flag);
   }
 
-  OTDD_DEVICE void make() { fill<true, true>(); }
-  OTDD_DEVICE void make_at_shifts() { fill<false, true>(); }
-  OTDD_DEVICE void plan_sums() { fill<false, false>(); }
+  OTDD_DEVICE void fill(bool fresh, bool keep) {
+    double gamma[kTC];
+    OTDD_UNROLL
+    for (int c = 0; c < kTC; ++c) gamma[c] = of_column(c, columns_[c % kOwnColumns].gamma);
+    OTDD_UNROLL
+    for (int t = 0; t < kTR; ++t) {
+      const int i = 4 * t + p();
+      T costs[kTC];
+      double x[kTC], shift = of_row(t, rows_[t % kOwnRows].shift);
+      OTDD_UNROLL
+      for (int c = 0; c < kTC; ++c) {
+        costs[c] = cost(i, 8 * c + q());
+        x[c] = exponent(gamma[c], costs[c], i, 8 * c + q());
+      }
+      if (fresh) {
+        shift = -INFINITY;
+        OTDD_UNROLL
+        for (int c = 0; c < kTC; ++c) shift = ::fmax(shift, x[c]);
+        for (int mask = 1; mask < 8; mask *= 2) shift = ::fmax(shift, chip::shuffle_xor(shift, mask));
+      }
+      if (i >= N_) shift = 0;  // padding: its x are -inf
+      T total = 0, spent = 0;
+      OTDD_UNROLL
+      for (int c = 0; c < kTC; ++c) {
+        const T e = power(x[c] - shift);
+        total += e, spent += e * costs[c];
+        K_[t][c] = keep ? e : K_[t][c];
+      }
+      for (int mask = 1; mask < 8; mask *= 2) {
+        total += chip::shuffle_xor(total, mask);
+        spent += chip::shuffle_xor(spent, mask);
+      }
+      OTDD_UNROLL
+      for (int k = 0; k < kOwnRows; ++k)
+        if (t == first_row_ + k && i < N_)
+          rows_[k].r_new = total, rows_[k].shift = shift, rows_[k].cost = spent;
+    }
+  }
 
   OTDD_DEVICE void products() {
     T s[kTR];
@@ -80,8 +124,7 @@ class WarpGrip {
   OTDD_DEVICE Seen transposed(bool flag, double error, bool wanted) {
     T u[kTR], s[kTC];
     OTDD_UNROLL
-    for (int k = 0; k < kOwnRows; ++k) u[k] = rows_[k].u_new;
-    spread<kTR, 4>(u);
+    for (int t = 0; t < kTR; ++t) u[t] = of_row(t, rows_[t % kOwnRows].u_new);
     OTDD_UNROLL
     for (int c = 0; c < kTC; ++c) {
       s[c] = K_[0][c] * u[0];
@@ -95,20 +138,16 @@ class WarpGrip {
   }
 
   OTDD_DEVICE void column_lse() {
-    double weight[kTR];
-    OTDD_UNROLL
-    for (int k = 0; k < kOwnRows; ++k) weight[k] = rows_[k].shift;
-    spread<kTR, 4>(weight);
-    OTDD_UNROLL
+    OTDD_NO_UNROLL
     for (int c = 0; c < kTC; ++c) {
       const int j = 8 * c + q();
       double top = -INFINITY;
       OTDD_UNROLL
-      for (int t = 0; t < kTR; ++t) top = ::fmax(top, exponent(weight[t], 4 * t + p(), j));
+      for (int t = 0; t < kTR; ++t) top = ::fmax(top, weighted(t, j));
       for (int mask = 8; mask < 32; mask *= 2) top = ::fmax(top, chip::shuffle_xor(top, mask));
       T total = 0;
       OTDD_UNROLL
-      for (int t = 0; t < kTR; ++t) total += power(exponent(weight[t], 4 * t + p(), j) - top);
+      for (int t = 0; t < kTR; ++t) total += power(weighted(t, j) - top);
       for (int mask = 8; mask < 32; mask *= 2) total += chip::shuffle_xor(total, mask);
       OTDD_UNROLL
       for (int k = 0; k < kOwnColumns; ++k)
@@ -126,27 +165,72 @@ class WarpGrip {
   }
   OTDD_DEVICE double most(double x) const { return -least(-x); }
 
-  // Element by element, after a backward pass: fn(K_ij, i, j).
-  template <class Fn>
-  OTDD_DEVICE void for_elements(Fn fn) {
+  // dC = K_ij (u_i + v_j)
+  OTDD_DEVICE void write_sums(T* dC) {
+    T u[kTR];
+    OTDD_UNROLL
+    for (int t = 0; t < kTR; ++t) u[t] = of_row(t, rows_[t % kOwnRows].u_new);
     OTDD_UNROLL
     for (int t = 0; t < kTR; ++t) {
       OTDD_UNROLL
       for (int c = 0; c < kTC; ++c) {
         const int i = 4 * t + p(), j = 8 * c + q();
-        if (i < N_ && j < M_) fn(K_[t][c], i64(i), i64(j));
+        if (i < N_ && j < M_) chip::write(dC + i64(i) * M_ + j, K_[t][c] * (u[t] + v_[c]));
       }
     }
   }
 
+  // dC (+)= K_ij sum_k rows[k, i] columns[k, j], some rows at a time: the sums need registers too.
+  OTDD_DEVICE void add_outer(const T* rows, const T* columns, i64 terms, T* dC, bool add) {
+    constexpr int kSome = kTR * kTC > 32 ? 32 / kTC : kTR;
+    chip::sync_warp();
+    OTDD_UNROLL
+    for (int first = 0; first < kTR; first += kSome) {
+      T s[kSome][kTC] = {};
+      for (i64 k = 0; k < terms; ++k) {
+        T x[kSome], y[kTC];
+        OTDD_UNROLL
+        for (int t = 0; t < kSome; ++t) {
+          const int i = 4 * (first + t) + p();
+          x[t] = i < N_ ? chip::fetch(rows + k * row_stride() + i) : T(0);
+        }
+        OTDD_UNROLL
+        for (int c = 0; c < kTC; ++c) {
+          const int j = 8 * c + q();
+          y[c] = j < M_ ? chip::fetch(columns + k * column_stride() + j) : T(0);
+        }
+        OTDD_UNROLL
+        for (int t = 0; t < kSome; ++t) {
+          OTDD_UNROLL
+          for (int c = 0; c < kTC; ++c) s[t][c] += x[t] * y[c];
+        }
+      }
+      OTDD_UNROLL
+      for (int t = 0; t < kSome; ++t) {
+        OTDD_UNROLL
+        for (int c = 0; c < kTC; ++c) {
+          const int i = 4 * (first + t) + p(), j = 8 * c + q();
+          if (i >= N_ || j >= M_) continue;
+          T* at = dC + i64(i) * M_ + j;
+          const T x = terms ? K_[first + t][c] * s[t][c] : T(0);
+          if (add) chip::put(at, chip::fetch(at) + x);
+          else chip::write(at, x);
+        }
+      }
+    }
+    chip::sync_warp();
+  }
+  OTDD_DEVICE i64 row_stride() const { return kRows; }
+  OTDD_DEVICE i64 column_stride() const { return kColumns; }
+
  private:
-  Costs C_;
-  i64 problem_;
+  const T* C_;
+  i64 row_;  // of C
   double inv_eps_;
   int N_, M_, lane_, first_row_, first_column_;
   T K_[kTR][kTC], v_[kTC];
-  Row<T> rows_[kOwnRows];
-  Column<T> columns_[kOwnColumns];
+  Row rows_[kOwnRows];
+  Column columns_[kOwnColumns];
 
   OTDD_DEVICE int p() const { return lane_ >> 3; }
   OTDD_DEVICE int q() const { return lane_ & 7; }
@@ -175,71 +259,27 @@ class WarpGrip {
     if constexpr (mask != 1 && mask != 8) return first_of<(n > 1 ? n / 2 : 1), mask / 2>(first);
     else return first;
   }
-  // The way back: from a lane's own share to all n.
-  template <int n, int mask, class S>
-  OTDD_DEVICE void spread(S* s) const {
-    if constexpr (mask != 1 && mask != 8) spread<(n > 1 ? n / 2 : 1), mask / 2>(s);
-    if constexpr (n > 1) {
-      constexpr int half = n / 2;
-      const bool upper = lane_ & mask;
-      OTDD_UNROLL
-      for (int k = 0; k < half; ++k) {
-        const S own = s[k], other = chip::shuffle_xor(own, mask);
-        s[k] = upper ? other : own, s[k + half] = upper ? own : other;
-      }
-    }
+  // What a row's or a column's own lane has, for all lanes that need it.
+  template <class X>
+  OTDD_DEVICE X of_row(int t, X own) const {
+    return chip::shuffle(own, 8 * p() + (kTR >= 8 ? t / kOwnRows : t * 8 / kTR));
+  }
+  template <class X>
+  OTDD_DEVICE X of_column(int c, X own) const {
+    return chip::shuffle(own, 8 * (kTC >= 4 ? c / kOwnColumns : c * 4 / kTC) + q());
   }
 
-  OTDD_DEVICE double exponent(double from, int i, int j) const {
-    return i < N_ && j < M_ ? from - C_.at(problem_, i, j) * inv_eps_ : -INFINITY;
+  OTDD_DEVICE T cost(int i, int j) const {
+    return i < N_ && j < M_ ? chip::read(C_ + i * row_ + j) : T(0);
+  }
+  OTDD_DEVICE double exponent(double from, T cost, int i, int j) const {
+    return i < N_ && j < M_ ? from - double(cost) * inv_eps_ : -INFINITY;
+  }
+  OTDD_DEVICE double weighted(int t, int j) const {
+    const int i = 4 * t + p();
+    return exponent(of_row(t, rows_[t % kOwnRows].shift), cost(i, j), i, j);
   }
   OTDD_DEVICE static T power(double x) { return chip::exp2_fast(T(x * kLog2e)); }
-
-  template <bool kShift, bool kKeep>
-  OTDD_DEVICE void fill() {
-    double gamma[kTC], shifts[kTR];
-    OTDD_UNROLL
-    for (int k = 0; k < kOwnColumns; ++k) gamma[k] = columns_[k].gamma;
-    spread<kTC, 16>(gamma);
-    if constexpr (!kShift) {
-      OTDD_UNROLL
-      for (int k = 0; k < kOwnRows; ++k) shifts[k] = rows_[k].shift;
-      spread<kTR, 4>(shifts);
-    }
-    OTDD_UNROLL
-    for (int t = 0; t < kTR; ++t) {
-      const int i = 4 * t + p();
-      double x[kTC], shift = -INFINITY;
-      OTDD_UNROLL
-      for (int c = 0; c < kTC; ++c) x[c] = exponent(gamma[c], i, 8 * c + q());
-      if constexpr (kShift) {
-        OTDD_UNROLL
-        for (int c = 0; c < kTC; ++c) shift = ::fmax(shift, x[c]);
-        for (int mask = 1; mask < 8; mask *= 2) shift = ::fmax(shift, chip::shuffle_xor(shift, mask));
-        if (!(shift > -INFINITY)) shift = 0;  // a row of padding
-      } else {
-        shift = i < N_ ? shifts[t] : 0;
-      }
-      T total = 0, cost = 0;
-      OTDD_UNROLL
-      for (int c = 0; c < kTC; ++c) {
-        const T e = power(x[c] - shift);
-        total += e;
-        if constexpr (kKeep) K_[t][c] = e;
-        else if (e > 0) cost += e * T(C_.at(problem_, i, 8 * c + q()));
-      }
-      for (int mask = 1; mask < 8; mask *= 2) total += chip::shuffle_xor(total, mask);
-      if constexpr (!kKeep)
-        for (int mask = 1; mask < 8; mask *= 2) cost += chip::shuffle_xor(cost, mask);
-      OTDD_UNROLL
-      for (int k = 0; k < kOwnRows; ++k) {
-        if (t != first_row_ + k || i >= N_) continue;
-        rows_[k].r_new = total;
-        if constexpr (kShift) rows_[k].shift = shift;
-        if constexpr (!kKeep) rows_[k].cost = cost;
-      }
-    }
-  }
 };
 
 }  // namespace otdd::cuda

@@ -79,8 +79,7 @@ def barycentric(
     except RuntimeError:
         fits = False
     checks.require(fits, "y", f"shape {tuple(y.shape)}", f"{(*batch, M)} + (D,) or broadcastable")
-    refusals = {"cpu": pointers.refusal(C), "reference": None}
-    chosen = backends.choose("barycentric", refusals, chosen)
+    chosen = backends.choose("barycentric", pointers.refusals(C), chosen)
     return _barycentric(C, f, g, a, b, eps, y, chosen)
 
 

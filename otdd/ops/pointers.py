@@ -13,26 +13,32 @@ from otdd import backends
 Strided = tuple[int, int, int]
 
 
-def refusal(t: Tensor) -> str | None:
-    """Why native CPU code cannot take `t`, or None; whether it is built is not looked at here."""
+# Stands in for the native module, and CPU tensors for CUDA ones, where tests run emulated kernels.
+emulated: ModuleType | None = None
+
+
+def refusals(t: Tensor, cuda: str | None = None) -> dict[str, str | None]:
+    """For `backends.choose`: what the native backends of an op have against `t`, best first.
+
+    Whether they are built is not looked at here. `cuda` is what the op's CUDA kernels have against
+    anything else.
+    """
+    return {"cuda": cuda_refusal(t) or cuda, "cpu": cpu_refusal(t), "reference": None}
+
+
+def cpu_refusal(t: Tensor) -> str | None:
     return None if t.device.type == "cpu" else f"the inputs are on {t.device}, not on the CPU"
+
+
+def cuda_refusal(t: Tensor) -> str | None:
+    if emulated is not None or t.device.type == "cuda":
+        return None
+    return f"the inputs are on {t.device}, not on a CUDA device"
 
 
 @functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
     return getattr(backends.native(), f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
-
-
-# Stands in for the native module, and CPU tensors for CUDA ones, where tests run emulated kernels.
-emulated: ModuleType | None = None
-NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-
-def cuda_refusal(t: Tensor) -> str | None:
-    """Why the CUDA kernels cannot take `t`, or None; whether they are built is not looked at here."""
-    if emulated is not None or t.device.type == "cuda":
-        return None
-    return f"the inputs are on {t.device}, not on a CUDA device"
 
 
 def cuda_kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
@@ -46,11 +52,6 @@ def place(t: Tensor) -> tuple[int, int]:
     if emulated is not None:
         return 0, 0
     return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
-
-
-def number(t: Tensor) -> int:
-    """The kind of number, as csrc/cuda/problem.h has it."""
-    return NUMBERS[t.dtype]
 
 
 def workspace(t: Tensor, name: str, *sizes: int) -> Tensor:

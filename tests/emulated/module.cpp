@@ -1,4 +1,5 @@
 // Python module of the CUDA kernels run by the emulator: every .cu file but the one that asks the driver.
+#include "cuda/backward.cu"
 #include "cuda/bindings.h"
 #include "cuda/sinkhorn.cu"
 

@@ -11,7 +11,7 @@ from references import cost_oracle, sinkhorn_oracle
 from otdd.losses import SinkhornLoss
 from otdd.ops import METRICS, sinkhorn_divergence
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 
 
 def clouds(N: int, M: int, D: int, seed: int = 0, dtype: torch.dtype = torch.float64):

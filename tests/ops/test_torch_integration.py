@@ -16,7 +16,7 @@ from otdd.ops import (
     sinkhorn_points,
 )
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 OPS = torch.ops.otdd
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -7,7 +7,7 @@ from torch.func import grad, jacrev, jvp, vmap
 
 from otdd.ops import barycentric, sinkhorn
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 GRADS = ("envelope", "unrolled", "implicit")
 
 

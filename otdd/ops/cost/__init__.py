@@ -68,8 +68,8 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
             f"with those of x, {tuple(x.shape[:-2])}"
         ) from None
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-    refusals = {"cpu": pointers.refusal(x), "reference": None}
-    return _cost_matrix(x, y, metric, backends.choose("cost_matrix", refusals, backend))
+    chosen = backends.choose("cost_matrix", pointers.refusals(x), backend)
+    return _cost_matrix(x, y, metric, chosen)
 
 
 def _cost(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:

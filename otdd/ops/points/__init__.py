@@ -214,7 +214,7 @@ def sinkhorn_points(
         )
         solved = r.value, r.cost, r.f, r.g, r.n_iter, r.marginal_error
         return PointsResult(*solved, x, y, r.a, r.b, eps, metric, r.tol, grad, r.backend)
-    refusals = {"cpu": pointers.refusal(x), "reference": None}
+    refusals = {"cpu": pointers.cpu_refusal(x), "reference": None}
     chosen = backends.choose("sinkhorn_points", refusals, backend)
     f, g, value, cost, marginal_error, n_iter = solve(
         x, y, a, b, eps, rho_a, rho_b, g, metric, *options.values(), chosen

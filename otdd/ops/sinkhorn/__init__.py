@@ -9,6 +9,7 @@ from torch import Tensor
 
 from otdd import backends
 from otdd.ops import checks, pointers
+from otdd.ops.sinkhorn.cuda import refusal as cuda_refusal
 from otdd.ops.sinkhorn.gradients import solve
 from otdd.ops.sinkhorn.op import equal_weights, plan_op
 from otdd.ops.sinkhorn.reference import plan_from_potentials
@@ -146,7 +147,8 @@ def sinkhorn(
         accelerate: None, or ``anderson``: every third iteration starts where Anderson acceleration,
             with a guard, puts it, so that fewer meet `tol`. The result is still that of an
             iteration: columns are met exactly. Neither this nor `schedule` goes with ``unrolled``.
-        backend: ``reference``, ``cpu``, or None for the first that can.
+        backend: ``reference``, ``cpu``, ``cuda``, or None for the first that can; ``cuda`` has neither
+            schedule nor accelerate.
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, no rows or columns,
@@ -166,7 +168,8 @@ def sinkhorn(
             None if rho is None else _per_problem(rho, name, C, or_inf=True)
             for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
         )
-    chosen = backends.choose("sinkhorn", {"cpu": pointers.refusal(C), "reference": None}, backend)
+    refusals = pointers.refusals(C, cuda_refusal(C, schedule, accelerate))
+    chosen = backends.choose("sinkhorn", refusals, backend)
     f, g, value, cost, marginal_error, n_iter, _ = solve(
         C,
         a,

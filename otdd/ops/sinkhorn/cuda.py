@@ -7,7 +7,18 @@ from torch import Tensor
 
 from otdd.ops import pointers
 from otdd.ops.pointers import matrices, per_point, per_problem
-from otdd.ops.sinkhorn.reference import Solution
+from otdd.ops.sinkhorn.reference import Solution, implicit_tolerance
+
+
+MOST_COLUMNS = {torch.float32: 8192, torch.float64: 6144}  # a block holds a few numbers of each
+
+
+def refusal(C: Tensor, schedule: float | None, accelerate: str | None) -> str | None:
+    """What the kernels have against a problem, wherever it is."""
+    if schedule is not None or accelerate is not None:
+        return "the CUDA kernels have neither schedule nor accelerate"
+    most = MOST_COLUMNS[C.dtype]
+    return None if C.shape[-1] <= most else f"{C.shape[-1]} columns; the CUDA kernels take {most}"
 
 
 def sinkhorn_cuda(
@@ -48,7 +59,6 @@ def sinkhorn_cuda(
         N,
         M,
         matrices(C),
-        pointers.number(C),
         per_point(a),
         per_point(b),
         1.0 if sinkd else 0.0,
@@ -95,7 +105,6 @@ def plan_cuda(
         N,
         M,
         matrices(C),
-        pointers.number(C),
         per_point(f),
         per_point(g),
         per_point(a),
@@ -107,3 +116,62 @@ def plan_cuda(
     )
     pointers.check_cuda(status, "sinkhorn's plan")
     return P
+
+
+def potentials_backward_cuda(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    history: Tensor,
+    n_iter: Tensor,
+    df: Tensor,
+    dg: Tensor,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `potentials_backward_reference`; the implicit system is solved in float64."""
+    *batch, N, M = C.shape
+    B, unrolled = math.prod(batch), mode == "unrolled"
+    dtype = C.dtype if unrolled else torch.float64
+    given, (C, a, b, f, g, df, dg) = C.dtype, (t.to(dtype) for t in (C, a, b, f, g, df, dg))
+    history, n_iter = history.contiguous(), n_iter.contiguous()
+    shapes = C.shape, C.shape[:-1], (*batch, M)
+    dC, da, db = (C.new_empty(shape, dtype=dtype) for shape in shapes)
+    tensors = pointers.with_rows(C), a, b, eps, rho_a, rho_b, f, g, df, dg
+    C, a, b, eps, rho_a, rho_b, f, g, df, dg = pointers.flat(len(batch), *tensors)
+    device, stream = pointers.place(C)
+    steps = history.shape[-2]
+    space = pointers.workspace(dC, "backward", unrolled, B, N, M, steps)
+    status = pointers.cuda_kernel("backward", dtype)(
+        device,
+        stream,
+        unrolled,
+        implicit_tolerance(given),
+        B,
+        N,
+        M,
+        steps,
+        matrices(C),
+        per_point(a),
+        per_point(b),
+        per_problem(eps),
+        per_problem(rho_a),
+        per_problem(rho_b),
+        per_point(f),
+        per_point(g),
+        history.data_ptr(),
+        n_iter.data_ptr(),
+        per_point(df),
+        per_point(dg),
+        dC.data_ptr(),
+        da.data_ptr(),
+        db.data_ptr(),
+        space.data_ptr(),
+        space.numel(),
+    )
+    pointers.check_cuda(status, "sinkhorn's backward")
+    return dC.to(given), da.to(given), db.to(given)

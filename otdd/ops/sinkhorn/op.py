@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otdd.ops import checks
 from otdd.ops.dispatch import custom_op
-from otdd.ops.sinkhorn import cpu
+from otdd.ops.sinkhorn import cpu, cuda
 from otdd.ops.sinkhorn.reference import (
     kept,
     over,
@@ -75,6 +75,10 @@ def _solve(
         return cpu.sinkhorn_cpu(C, a, b, eps, rho_a, rho_b, g, *options)
     if checks.values_are_checked(C):
         checks.problem(C, a, b, eps, rho_a, rho_b, g, sinkd)
+    if backend == "cuda":
+        return cuda.sinkhorn_cuda(
+            C, a, b, eps, rho_a, rho_b, g, max_iter, tol, keep_history, sinkd
+        )
     problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
     g = torch.zeros_like(problem[2]) if g is None else g
     options = max_iter, tol, keep_history, schedule, accelerate
@@ -109,6 +113,8 @@ def _plan(
     """``scale * P`` with ``scale (...)``, for all rows of a problem or some of them."""
     if backend == "cpu":
         return cpu.plan_cpu(C, f, g, a, b, eps, scale, sinkd)
+    if backend == "cuda":
+        return cuda.plan_cuda(C, f, g, a, b, eps, scale, sinkd)
     C, a, b, *_ = filled(C, a, b, eps, eps, eps, sinkd)
     P = plan_from_potentials(C, f, g, a, b, eps)
     return P if scale is None else P * scale[..., None, None]
@@ -156,7 +162,11 @@ def _backward(
         in_columns = k * dcost.unsqueeze(-1) * torch.where(b > 0, kept(g, rho_b), 0)
         df, dg = df + to_rows / e, dg + to_columns / e
         dg = dg - in_columns * b / rho_b.to(C.dtype).unsqueeze(-1)
-    run = cpu.potentials_backward_cpu if backend == "cpu" else potentials_backward_reference
+    run = {
+        "cpu": cpu.potentials_backward_cpu,
+        "cuda": cuda.potentials_backward_cuda,
+        "reference": potentials_backward_reference,
+    }[backend]
     dC, da, db = run(*problem, f, g, history, n_iter, df, dg, mode)
     if dcost is not None:
         dC = dC + flow - weighted / e.unsqueeze(-1)

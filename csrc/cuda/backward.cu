@@ -1,0 +1,134 @@
+// Derivatives of whole solves in one launch, laid out like the solves.
+#include "backward.h"
+
+#include "layout.h"
+#include "slab.h"
+#include "warp.h"
+
+namespace otdd::cuda {
+
+template <class T, int kTR, int kTC>
+OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1)
+    unrolled_warp(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT TeamSpace space, char* workspace) {
+  using Grip = WarpGrip<T, Unroll<T>, kTR, kTC>;
+  const i64 team = i64(chip::block()) * kWarps + chip::thread() / 32, teams = i64(chip::blocks()) * kWarps;
+  char* own = workspace + team * space.bytes;
+  Grip grip;
+  for (i64 problem = team; problem < args.B; problem += teams)
+    Unrolled<T, Grip>(args, grip, problem, reinterpret_cast<T*>(own + space.rows),
+                      reinterpret_cast<T*>(own + space.columns)).run();
+}
+
+template <class T, Team kTeam, bool kShared>
+OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
+    unrolled_slab(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT SlabPlan plan,
+                  OTDD_ARGUMENT TeamSpace space, char* workspace) {
+  using Grip = SlabGrip<T, Unroll<T>, kTeam, kShared>;
+  const int team = chip::block() / plan.peers, teams = chip::blocks() / plan.peers;
+  char* own = workspace + team * space.bytes;
+  Grip grip(plan, own);
+  for (i64 problem = team; problem < args.B; problem += teams)
+    Unrolled<T, Grip>(args, grip, problem, reinterpret_cast<T*>(own + space.rows),
+                      reinterpret_cast<T*>(own + space.columns)).run();
+}
+
+template <class T, int kTR, int kTC>
+OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1) implicit_warp(OTDD_ARGUMENT BackwardArgs<T> args) {
+  const i64 problem = i64(chip::block()) * kWarps + chip::thread() / 32;
+  if (problem >= args.B) return;
+  using Grip = WarpGrip<T, Conjugate<T>, kTR, kTC>;
+  Grip grip;
+  Implicit<T, Grip>(args, grip, problem).run();
+}
+
+template <class T, Team kTeam, bool kShared>
+OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
+    implicit_slab(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT SlabPlan plan, char* workspace) {
+  using Grip = SlabGrip<T, Conjugate<T>, kTeam, kShared>;
+  const int team = chip::block() / plan.peers, teams = chip::blocks() / plan.peers;
+  Grip grip(plan, workspace + team * plan.workspace);
+  for (i64 problem = team; problem < args.B; problem += teams)
+    Implicit<T, Grip>(args, grip, problem).run();
+}
+
+// No more teams than run at the same time, about: each has a workspace of its own.
+template <class T>
+Layout unrolled_layout(const Chip& chip, i64 B, i64 N, i64 M) {
+  Layout l = layout_of<T, Unroll<T>>(chip, B, N, M);
+  const i64 together = l.warp ? 12 * i64(chip.multiprocessors) : 4 * i64(chip.multiprocessors) / l.slab.peers;
+  const i64 most = together < 1 ? 1 : together;
+  if (l.team != Team::kGroup && l.teams > most) l.teams = most;
+  if (l.warp) l.teams = (l.teams + kWarps - 1) / kWarps * kWarps;
+  return l;
+}
+
+template <class T>
+TeamSpace space_of(const Layout& l, i64 N, i64 M, i64 steps) {
+  const i64 row = l.warp ? 4 * tile_rows(N) : l.slab.peers * l.slab.rows;
+  const i64 column = l.warp ? 8 * tile_columns(M) : l.slab.ld;
+  const auto padded = [](i64 bytes) { return (bytes + 127) / 128 * 128; };
+  TeamSpace s;
+  s.rows = l.slab.workspace, s.columns = s.rows + padded(2 * steps * row * i64(sizeof(T)));
+  s.bytes = s.columns + padded(2 * steps * column * i64(sizeof(T)));
+  return s;
+}
+
+template <class T>
+i64 backward_workspace(int device, bool unrolled, i64 B, i64 N, i64 M, i64 steps) {
+  i64 bytes = -2;
+  on_device(device, [&](const Chip& chip) {
+    const Layout l = unrolled ? unrolled_layout<T>(chip, B, N, M)
+                              : layout_of<T, Conjugate<T>>(chip, B, N, M);
+    const i64 each = unrolled ? space_of<T>(l, N, M, steps).bytes : l.slab.workspace;
+    bytes = l.too_large ? -1 : l.teams * each;
+    return int(kOk);
+  });
+  return bytes;
+}
+
+// The implicit system is solved in float64 only.
+template <class T>
+int backward(const BackwardArgs<T>& args, bool unrolled, int device, void* workspace, void* stream) {
+  if (args.B == 0) return kOk;
+  char* own = static_cast<char*>(workspace);
+  const auto run_unrolled = [&](const Chip& chip) {
+    const Layout l = unrolled_layout<T>(chip, args.B, args.N, args.M);
+    const TeamSpace space = space_of<T>(l, args.N, args.M, args.steps);
+    if (l.too_large) return int(kTooLarge);
+    if (l.warp)
+      return with_tile<T>(args.N, args.M, [&](auto rows, auto columns) {
+        return launch(unrolled_warp<T, decltype(rows)::value, decltype(columns)::value>, l.shape(),
+                      stream, args, space, own);
+      });
+    return with_team<T>(l, workspace, space.bytes, stream, [&](auto team, auto in_shared) {
+      return launch(unrolled_slab<T, decltype(team)::value, decltype(in_shared)::value>, l.shape(),
+                    stream, args, l.slab, space, own);
+    });
+  };
+  if (unrolled) return on_device(device, run_unrolled);
+  if constexpr (sizeof(T) == 8) {
+    const auto run_implicit = [&](const Chip& chip) {
+      const Layout l = layout_of<T, Conjugate<T>>(chip, args.B, args.N, args.M);
+      if (l.too_large) return int(kTooLarge);
+      if (l.warp)
+        return with_tile<T>(args.N, args.M, [&](auto rows, auto columns) {
+          return launch(implicit_warp<T, decltype(rows)::value, decltype(columns)::value>, l.shape(),
+                        stream, args);
+        });
+      return with_team<T>(l, workspace, l.slab.workspace, stream, [&](auto team, auto in_shared) {
+        return launch(implicit_slab<T, decltype(team)::value, decltype(in_shared)::value>, l.shape(),
+                      stream, args, l.slab, own);
+      });
+    };
+    return on_device(device, run_implicit);
+  } else {
+    return kFailed;
+  }
+}
+
+template i64 backward_workspace<float>(int, bool, i64, i64, i64, i64);
+template i64 backward_workspace<double>(int, bool, i64, i64, i64, i64);
+template int backward<float>(const BackwardArgs<float>&, bool, int, void*, void*);
+template int backward<double>(const BackwardArgs<double>&, bool, int, void*, void*);
+
+}  // namespace otdd::cuda
