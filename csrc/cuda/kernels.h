@@ -18,4 +18,16 @@ int sinkhorn(const SinkhornArgs<T>& args, int device, void* workspace, void* str
 template <class T>
 int plan(const PlanArgs<T>& args, int device, void* stream);
 
+// The L1 cost and its gradients. Bytes of device memory needed beside the arguments, of any value; -2 if
+// something failed.
+template <class T>
+i64 cost_workspace(int device, i64 B, i64 N, i64 M, i64 D);
+template <class T>
+i64 cost_backward_workspace(int device, i64 B, i64 N, i64 M, i64 D);
+
+template <class T>
+int cost(const CostArgs<T>& args, int device, void* workspace, void* stream);
+template <class T>
+int cost_backward(const CostBackwardArgs<T>& args, int device, void* workspace, void* stream);
+
 }  // namespace otdd::cuda
