@@ -269,7 +269,6 @@ OTDD_KERNEL OTDD_THREADS(kCostThreads, 2)
       }
     }
     deliver_sums(end, true);
-    chip::sync();
   }
 }
 
