@@ -50,6 +50,10 @@ void announce(const Problems<T>& p) {
   announce(p.eps, p.B, 1), announce(p.rho_a, p.B, 1), announce(p.rho_b, p.B, 1);
 }
 template <class T>
+void announce(const Matrices<T>& p, i64 B, i64 count, i64 D) {
+  announce(p.data, B, p.batch, count, p.row, D, sizeof(T));
+}
+template <class T>
 void result(T* p, i64 count) {
   memory.output(p, count * sizeof(T), sizeof(T));
 }
@@ -143,12 +147,39 @@ int backward_(int device, Address stream, bool unrolled, double rtol, i64 B, i64
 }
 
 template <class T>
+int cost_(int device, Address stream, i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, Address C,
+          Address space, i64 bytes) {
+  const CostArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), address<T>(C)};
+  announce(args.x, B, N, D), announce(args.y, B, M, D), result(args.C, B * N * M);
+  workspace(address<void>(space), bytes);
+  return run([&] { return cost<T>(args, device, address<void>(space), address<void>(stream)); });
+}
+
+// G: (address, batch stride, row stride, column stride).
+template <class T>
+int cost_backward_(int device, Address stream, i64 B, i64 N, i64 M, i64 D, Strided x, Strided y,
+                   std::tuple<Address, i64, i64, i64> G, Address dx, Address dy, Address space,
+                   i64 bytes) {
+  const auto [data, batch, row, column] = G;
+  const CostBackwardArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), address<const T>(data),
+                                 batch, row, column, address<T>(dx), address<T>(dy)};
+  announce(args.x, B, N, D), announce(args.y, B, M, D);
+  announce(args.G, B, batch, N, row, (M - 1) * column + 1, sizeof(T));
+  result(args.dx, B * N * D), result(args.dy, B * M * D), workspace(address<void>(space), bytes);
+  return run([&] { return cost_backward<T>(args, device, address<void>(space), address<void>(stream)); });
+}
+
+template <class T>
 void bind_kernels_of(py::module_& m, const std::string& suffix) {
   m.def(("cuda_sinkhorn_workspace_" + suffix).c_str(), &sinkhorn_workspace<T>);
   m.def(("cuda_sinkhorn_" + suffix).c_str(), &sinkhorn_<T>);
   m.def(("cuda_backward_workspace_" + suffix).c_str(), &backward_workspace<T>);
   m.def(("cuda_backward_" + suffix).c_str(), &backward_<T>);
   m.def(("cuda_plan_" + suffix).c_str(), &plan_<T>);
+  m.def(("cuda_cost_workspace_" + suffix).c_str(), &cost_workspace<T>);
+  m.def(("cuda_cost_" + suffix).c_str(), &cost_<T>);
+  m.def(("cuda_cost_backward_workspace_" + suffix).c_str(), &cost_backward_workspace<T>);
+  m.def(("cuda_cost_backward_" + suffix).c_str(), &cost_backward_<T>);
 }
 
 inline void bind_kernels(py::module_& m) {

@@ -52,6 +52,15 @@ template <class T>
 OTDD_DEVICE T read(const T* p) {
   return __ldg(p);
 }
+// 16 bytes at once, at a multiple of 16.
+template <class T>
+OTDD_DEVICE T read_16(const T* p) {
+  static_assert(sizeof(T) == 16, "");
+  const int4 bits = __ldg(reinterpret_cast<const int4*>(p));
+  T x;
+  memcpy(&x, &bits, 16);
+  return x;
+}
 template <class T>
 OTDD_DEVICE void write(T* p, T x) {
   *p = x;
@@ -68,6 +77,12 @@ OTDD_DEVICE T fetch_fresh(const T* p) {
 template <class T>
 OTDD_DEVICE void put(T* p, T x) {
   *p = x;
+}
+
+// x, so that what is computed from it is computed here, not kept in registers from before a loop.
+OTDD_DEVICE long long fresh(long long x) {
+  asm volatile("" : "+l"(x));
+  return x;
 }
 
 // Clusters: blocks that can reach each other's shared memory (compute capability 9.0 and later).

@@ -58,7 +58,7 @@ class Memory {
   void workspace(void* p, std::size_t bytes) { add(p, bytes, 0, true); }
   // Filled with bytes that are NaN as a number; every element is to be written exactly once.
   void output(void* p, std::size_t bytes, std::size_t item) {
-    std::memset(p, 0xff, bytes);
+    if (p) std::memset(p, 0xff, bytes);
     add(p, bytes, item, true);
   }
 
@@ -373,6 +373,13 @@ T read(const T* p) {
   return *p;
 }
 template <class T>
+T read_16(const T* p) {
+  static_assert(sizeof(T) == 16, "");
+  memory.of(p, 16, "read");
+  if (reinterpret_cast<std::uintptr_t>(p) % 16) throw emulator::Error("read of 16 bytes astride of them");
+  return *p;
+}
+template <class T>
 void write(T* p, T x) {
   memory.wrote(p, sizeof(T), true);
   *p = x;
@@ -391,6 +398,8 @@ void put(T* p, T x) {
   memory.wrote(p, sizeof(T), false);
   *p = x;
 }
+
+inline long long fresh(long long x) { return x; }
 
 inline int block_of_cluster() { return machine.current->block->rank; }
 inline int blocks_of_cluster() { return int(machine.current->block->cluster->blocks.size()); }

@@ -24,4 +24,16 @@ i64 backward_workspace(int device, bool unrolled, i64 B, i64 N, i64 M, i64 steps
 template <class T>
 int backward(const BackwardArgs<T>& args, bool unrolled, int device, void* workspace, void* stream);
 
+// The L1 cost and its gradients. Bytes of device memory needed beside the arguments, of any value; -2 if
+// something failed.
+template <class T>
+i64 cost_workspace(int device, i64 B, i64 N, i64 M, i64 D);
+template <class T>
+i64 cost_backward_workspace(int device, i64 B, i64 N, i64 M, i64 D);
+
+template <class T>
+int cost(const CostArgs<T>& args, int device, void* workspace, void* stream);
+template <class T>
+int cost_backward(const CostBackwardArgs<T>& args, int device, void* workspace, void* stream);
+
 }  // namespace otdd::cuda

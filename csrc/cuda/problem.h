@@ -68,4 +68,22 @@ struct BackwardArgs : Problems<T> {
   double rtol;      // implicit: residual and curvature below which there is only rounding
 };
 
+// C_ij = sum_d |x_id - y_jd|
+template <class T>
+struct CostArgs {
+  i64 B, N, M, D;
+  Matrices<T> x, y;
+  T* C;  // contiguous
+};
+
+// dx_id = sum_j G_ij sign(x_id - y_jd), dy_jd = -sum_i G_ij sign(x_id - y_jd)
+template <class T>
+struct CostBackwardArgs {
+  i64 B, N, M, D;
+  Matrices<T> x, y;
+  const T* G;
+  i64 G_batch, G_row, G_column;
+  T *dx, *dy;  // contiguous; null where not wanted
+};
+
 }  // namespace otdd::cuda

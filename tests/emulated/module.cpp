@@ -1,6 +1,7 @@
 // Python module of the CUDA kernels run by the emulator: every .cu file but the one that asks the driver.
 #include "cuda/backward.cu"
 #include "cuda/bindings.h"
+#include "cuda/cost.cu"
 #include "cuda/sinkhorn.cu"
 
 namespace py = pybind11;

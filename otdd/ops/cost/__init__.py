@@ -8,6 +8,7 @@ from torch import Tensor
 from otdd import backends
 from otdd.ops import checks, pointers
 from otdd.ops.cost.cpu import cost_backward_cpu, cost_matrix_cpu
+from otdd.ops.cost.cuda import cost_backward_cuda, cost_matrix_cuda
 from otdd.ops.cost.reference import (
     cost_backward_reference,
     cost_matrix_reference,
@@ -39,7 +40,7 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
         x: Sources, ``(..., N, D)``; float16 and bfloat16 are computed, and returned, in float32.
         y: Targets, ``(..., M, D)``; leading dimensions broadcast against those of `x`.
         metric: One of ``l1``, ``l2``, ``sqeuclidean``, ``cosine``.
-        backend: ``reference``, ``cpu``, or None for the first that can.
+        backend: ``reference``, ``cpu``, ``cuda``, or None for the first that can.
 
     Returns:
         Cost, ``(..., N, M)``, float32 or float64.
@@ -73,8 +74,13 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
 
 
 def _cost(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
-    native = backend == "cpu" and metric != "cosine"
-    C = (cost_matrix_cpu if native else cost_matrix_reference)(x, y, metric)
+    # The CUDA kernels are for l1 alone: the other metrics are products, the library's own ground.
+    if backend == "cpu" and metric != "cosine":
+        C = cost_matrix_cpu(x, y, metric)
+    elif backend == "cuda" and metric == "l1":
+        C = cost_matrix_cuda(x, y, metric)
+    else:
+        C = cost_matrix_reference(x, y, metric)
     # NaN and inf show in the cost, and it is mostly much smaller than the points are.
     if checks.values_are_checked(x) and not math.isfinite(C.sum().item()):
         checks.finite(x, "x")
@@ -90,7 +96,11 @@ def _gradients(
     grad: Tensor, x: Tensor, y: Tensor, metric: str, need_x: bool, need_y: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and y under ``l1`` or ``sqeuclidean``; one not needed has D = 0."""
-    run = cost_backward_cpu if backend == "cpu" else cost_backward_reference
+    run = cost_backward_reference
+    if backend == "cpu":
+        run = cost_backward_cpu
+    elif backend == "cuda" and metric == "l1":
+        run = cost_backward_cuda
     return run(grad, x, y, metric, need_x, need_y)
 
 

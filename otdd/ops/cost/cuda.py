@@ -1,0 +1,49 @@
+"""The `cuda` backend of `cost_matrix`: CUDA C++ over raw pointers, in the current stream."""
+
+import math
+
+from torch import Tensor
+
+from otdd.ops import pointers
+
+
+def cost_matrix_cuda(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """Cost ``l1`` from differences: no cancellation, no ``(N, M, D)`` buffer."""
+    assert metric == "l1"
+    C = x.new_empty(*x.shape[:-1], y.shape[-2])
+    sizes = _sizes(x, y)
+    x, y = map(pointers.with_rows, pointers.flat(x.dim() - 2, x, y))
+    device, stream = pointers.place(x)
+    space = pointers.workspace(x, "cost", *sizes)
+    clouds = pointers.matrices(x), pointers.matrices(y)
+    run = pointers.cuda_kernel("cost", x.dtype)
+    status = run(device, stream, *sizes, *clouds, C.data_ptr(), space.data_ptr(), space.numel())
+    pointers.check_cuda(status, "cost_matrix")
+    return C
+
+
+def cost_backward_cuda(
+    grad: Tensor, x: Tensor, y: Tensor, metric: str, need_x: bool, need_y: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``l1``, in an order of sums that the sizes alone fix."""
+    assert metric == "l1"
+    dx = x.new_empty(x.shape if need_x else (*x.shape[:-1], 0))
+    dy = y.new_empty(y.shape if need_y else (*y.shape[:-1], 0))
+    outputs = dx.data_ptr() if need_x else 0, dy.data_ptr() if need_y else 0
+    sizes = _sizes(x, y)
+    x, y, grad = pointers.flat(x.dim() - 2, x, y, grad)
+    x, y = pointers.with_rows(x), pointers.with_rows(y)
+    device, stream = pointers.place(x)
+    space = pointers.workspace(x, "cost_backward", *sizes)
+    clouds = pointers.matrices(x), pointers.matrices(y)
+    weights = *pointers.matrices(grad), grad.stride(-1)
+    run = pointers.cuda_kernel("cost_backward", x.dtype)
+    memory = space.data_ptr(), space.numel()
+    status = run(device, stream, *sizes, *clouds, weights, *outputs, *memory)
+    pointers.check_cuda(status, "cost_matrix's backward")
+    return dx, dy
+
+
+def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int]:
+    """Problems, points of x, points of y, features."""
+    return math.prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1]
