@@ -34,6 +34,7 @@ AVX2 = "-mavx2 -mfma"
 AVX512 = f"{AVX2} -mavx512f -mavx512dq -mavx512vl -mavx512bw -mprefer-vector-width=512"
 ISA_FLAGS = {"baseline": [], "avx2": AVX2.split(), "avx512": AVX512.split()}
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden"
 
 
 class BuildError(RuntimeError):
@@ -218,7 +219,7 @@ def ninja_file(plan: Plan, root: Path, includes: Sequence[str], target: str) -> 
         nvcc = shlex.quote(str(plan.cuda.home / "bin/nvcc"))
         lines += ["rule nvcc", f"  command = {nvcc} $flags -MMD -MF $out.d -c $in -o $out"]
         lines += ["  depfile = $out.d", "  deps = gcc"]
-        flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{root / 'csrc'}"]
+        flags = [*NVCC_FLAGS.split(), f"-I{root / 'csrc'}"]
         for source in sorted((root / "csrc/cuda").glob("*.cu")):
             archs = gencode_flags(plan.cuda.archs)
             compile_("nvcc", source, f"cuda_{source.stem}.o", [*flags, *archs])

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="few rounds, small cases, no result file")
     group.addoption("--threads", default="1,2", help="numbers of threads, separated by commas")
     group.addoption("--results", type=Path, help="JSON file to write, or to renew rows of")
+    group.addoption("--gpu-results", type=Path, help="the same for test_gpu.py, which needs it")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

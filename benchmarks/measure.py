@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import cases
@@ -124,8 +124,18 @@ def clock(run: Run, warm: bool = False) -> float:
     return time.perf_counter() - start
 
 
+def by_wall_clock(run: Run, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
 def interleaved(
-    runs: dict[str, Run], single: dict[str, float], budget: Budget
+    runs: dict[str, Run],
+    single: dict[str, float],
+    budget: Budget,
+    seconds_per_call: Callable[[Run, int], float] = by_wall_clock,
 ) -> dict[str, list[float]]:
     """Seconds per call, round by round: A B C A B C ...
 
@@ -143,10 +153,7 @@ def interleaved(
         for name in (name for name in runs if i < rounds[name]):
             if single[name] < budget.seconds:
                 runs[name]()
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                runs[name]()
-            times[name].append((time.perf_counter() - start) / calls[name])
+            times[name].append(seconds_per_call(runs[name], calls[name]))
     return times
 
 

@@ -132,14 +132,18 @@ def compiled_step() -> Callable:
     return torch.compile(step, dynamic=False)
 
 
-def compiled_envelope(
-    C: Tensor, data: Data, iterations: int
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    body, eps = compiled_step(), torch.tensor(data.eps, dtype=C.dtype)
+def compiled_loop(C: Tensor, data: Data, iterations: int) -> tuple[Tensor, Tensor]:
+    body, eps = compiled_step(), C.new_full((), data.eps)
     log_a, log_b, g = data.a.log(), data.b.log(), torch.zeros_like(data.b)
     for _ in range(iterations):
         f, g = body(C, g, log_a, log_b, eps)
-    return solved(C, f, g, data)
+    return f, g
+
+
+def compiled_envelope(
+    C: Tensor, data: Data, iterations: int
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    return solved(C, *compiled_loop(C, data, iterations), data)
 
 
 CONTENDERS = [

@@ -1,0 +1,148 @@
+"""The contenders of the GPU benchmark: those of the CPU's that run there, and CUDA graphs of them.
+
+Everything follows the device of its inputs, so that all but the graphs is tested on the CPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import peers
+import torch
+from cases import Case, Data
+from contender import Contender, Output, Run, by_autograd, by_plan, leaves_of, read_torch, refuse
+from libraries import LIBRARIES
+from torch import Tensor
+
+
+def otdd_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """L1 by the native kernels; the squared one, of large products, by what otdd chooses."""
+    from otdd.ops import cost_matrix
+
+    return cost_matrix(x, y, metric, backend=x.device.type if metric == "l1" else None)
+
+
+def otdd(grad: str) -> Callable[[Case, Data, str, int], Run]:
+    def value(C: Tensor, data: Data, iterations: int) -> Tensor:
+        from otdd.ops import sinkhorn
+
+        options = {"eps": data.eps, "max_iter": iterations, "grad": grad}
+        return sinkhorn(C, data.a, data.b, **options, backend=C.device.type).value
+
+    def loss(C: Tensor, data: Data, iterations: int) -> Tensor:
+        from otdd.ops import sinkhorn
+
+        options = {"eps": data.eps, "max_iter": iterations, "grad": grad}
+        return sinkhorn(C, **options, marginals="sinkd", backend=C.device.type).cost
+
+    def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
+        if grad == "unrolled":
+            refuse(direction == "forward", "forward is that of otdd")
+            refuse(case.kind == "metric", "is not for this kind of case")
+        solve = None if case.kind == "metric" else value
+        return by_autograd(solve, otdd_cost, loss)(case, data, direction, iterations)
+
+    return build
+
+
+def compiled_value(C: Tensor, data: Data, iterations: int) -> Tensor:
+    return peers.solved(C, *peers.compiled_loop(C, data, iterations), data)[0]
+
+
+def compiled_loss(C: Tensor, data: Data, iterations: int) -> Tensor:
+    plan = peers.solved(C, *peers.compiled_loop(C, data, iterations), data)[1]()
+    return C.shape[-2] * (plan * C).sum((-1, -2))
+
+
+def flash(allow_tf32: bool) -> Callable[[Case, Data, str, int], Run]:
+    """Its alternating solver at one eps; a loop over problems, as its own is."""
+
+    def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
+        clouds = case.kind == "points" and case.metric == "sqeuclidean"
+        refuse(not clouds, "takes points under the squared distance alone: no given cost, no L1")
+        from flash_sinkhorn import SamplesLoss
+
+        loss = SamplesLoss(
+            "sinkhorn", backend="alternating", use_epsilon_scaling=False, eps=data.eps,
+            n_iters=iterations, debias=False, normalize=False, allow_tf32=allow_tf32,
+        )  # fmt: skip
+        leaf = leaves_of(case, data, direction)[0]
+
+        def run() -> Output:
+            problems = zip(data.a, leaf, data.b, data.y, strict=True)
+            value = torch.stack([loss(*problem).squeeze() for problem in problems])
+            gradients = [] if direction == "forward" else torch.autograd.grad(value.sum(), leaf)
+            return value, list(gradients)
+
+        return run
+
+    return build
+
+
+_pool: tuple[int, int] | None = None
+
+
+def new_pool() -> None:
+    """For the graphs captured from now on: they share memory, as no two of them run at a time."""
+    global _pool
+    _pool = torch.cuda.graph_pool_handle()
+
+
+def captured(run: Run) -> Run:
+    """A replay of `run` as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool):
+        output = run()
+
+    def replay() -> Output:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def graphed(contender: Contender) -> Contender:
+    def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
+        return captured(contender.build(case, data, direction, iterations))
+
+    return replace(contender, name=f"{contender.name}, graph", build=build)
+
+
+def torch_contender(name: str, build: Callable, gradient: str = "unrolled") -> Contender:
+    return Contender(name, "torch", build, read_torch, gradient=gradient)
+
+
+EAGER = [
+    Contender("otdd", "otdd", otdd("envelope"), read_torch),
+    Contender("otdd, unrolled", "otdd", otdd("unrolled"), read_torch, gradient="unrolled"),
+    torch_contender("torch.cdist", by_autograd(None)),
+    torch_contender(
+        "torch loop", by_autograd(peers.torch_unrolled, loss=peers.torch_unrolled_loss, kept=2)
+    ),
+    torch_contender(
+        "torch loop, envelope", by_plan(peers.torch_envelope, "torch loop"), "envelope"
+    ),
+    torch_contender("torch.compile", by_autograd(compiled_value, loss=compiled_loss, kept=2)),
+    torch_contender(
+        "torch.compile, envelope", by_plan(peers.compiled_envelope, "torch.compile"), "envelope"
+    ),
+]
+OF_LIBRARIES = (
+    "POT log, detach",
+    "POT log, envelope",
+    "POT solve_sample_batch",
+    "geomloss SamplesLoss",
+)
+FLASH = {"module": "flash_sinkhorn", "read": read_torch, "same_iterates": False}
+CONTENDERS = [
+    *EAGER,
+    *(contender for contender in LIBRARIES if contender.name in OF_LIBRARIES),
+    Contender("flash-sinkhorn", build=flash(False), **FLASH),
+    Contender("flash-sinkhorn, TF32", build=flash(True), **FLASH),
+    *map(graphed, EAGER),
+]

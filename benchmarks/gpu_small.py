@@ -1,0 +1,117 @@
+"""Small problems through every CUDA kernel, for compute-sanitizer; each is compared with the CPU.
+
+    python benchmarks/gpu_small.py [part of a name ...]
+
+A line each: ok, wrong, or refused with the reason. Exit code 1 if one is wrong or none is ok.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from otdd import ops
+from otdd.backends import BackendError
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+TOLERANCE = {"float32": 1e-3, "float64": 1e-7}  # relative, in L1
+
+# B, N, M; the larger ones are chosen for 132 multiprocessors of 227 KB (csrc/cuda/layout.h).
+SHAPES = {
+    "warp": {"float32": (5, 64, 61), "float64": (5, 61, 32)},
+    "warp of narrow rows": {"float32": (3, 7, 9), "float64": (3, 7, 9)},
+    "block": {"float32": (3, 70, 101), "float64": (3, 70, 101)},
+    "cluster of 8": {"float32": (1, 190, 201), "float64": (1, 190, 201)},
+    "cluster of 16": {"float32": (1, 700, 701), "float64": (1, 500, 501)},
+    "group": {"float32": (2, 1000, 1001), "float64": (1, 1000, 1001)},
+    "group in a workspace": {"float32": (1, 2900, 2901), "float64": (1, 2000, 2001)},
+}
+SMALL = 50_000  # elements up to which a shape goes through all options
+OPTIONS = {
+    "envelope": {"max_iter": 3},
+    "unrolled": {"max_iter": 3, "grad": "unrolled"},
+    "implicit": {"max_iter": 200, "grad": "implicit"},
+    "stops by itself": {"max_iter": 100, "tol": 1e-3},
+    "small eps": {"max_iter": 5, "strength": 1e-3},
+    "penalties": {"max_iter": 5, "rho_a": 0.5, "rho_b": 2.0},
+    "sinkd": {"max_iter": 5, "marginals": "sinkd"},
+    "weights and masks": {"max_iter": 5, "weights": True},
+}
+COSTS = {"few": (1, 5, 7, 3), "tiles": (2, 33, 70, 50), "wide": (2, 17, 130, 1001)}
+
+
+def programs() -> Iterator[tuple[str, str]]:
+    """Names of all problems, with their dtypes."""
+    for dtype in DTYPES:
+        for shape, sizes in SHAPES.items():
+            B, N, M = sizes[dtype]
+            options = list(OPTIONS) if B * N * M <= SMALL else ["envelope", "weights and masks"]
+            yield from ((f"{shape}, {option}", dtype) for option in options)
+        yield from ((f"cost, {shape}", dtype) for shape in COSTS)
+
+
+def solve(shape: str, option: str, dtype: str, device: str, backend: str) -> list[Tensor]:
+    B, N, M = SHAPES[shape][dtype]
+    generator = torch.Generator().manual_seed(N)
+    options = dict(OPTIONS[option])
+    C = torch.rand(B, N, M, generator=generator, dtype=DTYPES[dtype])
+    a = b = None
+    if options.pop("weights", False):
+        a, b = (torch.rand(B, n, generator=generator, dtype=C.dtype) for n in (N, M))
+        a[:, N // 2], b[:, 1] = 0, 0
+        a, b = (w / w.sum(-1, keepdim=True) for w in (a, b))
+    C, a, b = (None if t is None else t.to(device).requires_grad_() for t in (C, a, b))
+    eps = options.pop("strength", 0.1)
+    result = ops.sinkhorn(C, a, b, eps=eps, **options, backend=backend)
+    leaves = [t for t in (C, a, b) if t is not None]
+    gradients = torch.autograd.grad(result.value.sum() + result.cost.sum(), leaves)
+    return [result.value, result.cost, result.plan, *gradients]
+
+
+def cost(shape: str, dtype: str, device: str, backend: str) -> list[Tensor]:
+    B, N, M, D = COSTS[shape]
+    generator = torch.Generator().manual_seed(D)
+    x, y = (torch.randn(B, n, D, generator=generator, dtype=DTYPES[dtype]) for n in (N, M))
+    G = torch.randn(B, N, M, generator=generator, dtype=x.dtype)
+    x, y = (t.to(device).requires_grad_() for t in (x, y))
+    C = ops.cost_matrix(x, y, "l1", backend=backend)
+    return [C, *torch.autograd.grad(C, (x, y), G.to(device))]
+
+
+def run(name: str, dtype: str, device: str, backend: str) -> list[Tensor]:
+    shape, option = name.rsplit(", ", 1)
+    if shape == "cost":
+        return cost(option, dtype, device, backend)
+    return solve(shape, option, dtype, device, backend)
+
+
+def check(name: str, dtype: str, device: str = "cuda", backend: str = "cuda") -> str:
+    """Compares a problem on `device` with the reference on the CPU: a line of how it went."""
+    try:
+        got = run(name, dtype, device, backend)
+    except (BackendError, NotImplementedError) as error:
+        return f"refused: {name}, {dtype}: {error}"
+    except Exception as error:
+        return f"wrong: {name}, {dtype}: {type(error).__name__}: {error}"
+    want = run(name, dtype, "cpu", "reference")
+    errors = [
+        ((g.cpu() - w).abs().sum() / w.abs().sum()).item() for g, w in zip(got, want, strict=True)
+    ]
+    good = all(error <= TOLERANCE[dtype] for error in errors)
+    return f"{'ok' if good else 'wrong'}: {name}, {dtype}: errors {errors}"
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or [""]
+    lines = []
+    for name, dtype in programs():
+        if any(part in name for part in wanted):
+            lines.append(check(name, dtype))
+            print(lines[-1], flush=True)
+    good, wrong = (sum(line.startswith(start) for line in lines) for start in ("ok", "wrong"))
+    raise SystemExit(1 if wrong or not good else 0)
+
+
+if __name__ == "__main__":
+    main()
