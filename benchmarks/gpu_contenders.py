@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def otdd_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
-    """L1 by the native kernels; the squared one, of large products, by what otdd chooses."""
+    """L1 by the kernels of the device; the squared one, of large products, by what otdd chooses."""
     from otdd.ops import cost_matrix
 
     return cost_matrix(x, y, metric, backend=x.device.type if metric == "l1" else None)

@@ -339,6 +339,7 @@ LAYOUTS = """
 
 #include "cuda/emulator.h"
 #include "cuda/layout.h"
+#include "cuda/solver.h"
 
 using namespace otdd::cuda;
 
@@ -346,7 +347,7 @@ template <class T>
 void say(i64 B, i64 N, i64 M) {
   Chip chip = emulated_chip;
   chip.multiprocessors = 132;
-  const Layout l = layout_of<T>(chip, B, N, M);
+  const Layout l = layout_of<T, Iterate<T>>(chip, B, N, M);
   const char* team = l.team == Team::kCluster ? "cluster" : "group";
   team = l.team == Team::kAlone ? "block" : team;
   std::printf("%s %d %d\\n", l.warp ? "warp" : team, l.slab.peers, l.slab.in_shared);
