@@ -33,9 +33,10 @@ def module() -> ModuleType:
     target = folder / f"otdd_emulated_{sys.implementation.cache_tag}_{newest}.so"
     if not target.exists():
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        includes = [f"-I{CSRC}", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+        folders = CSRC, sysconfig.get_path("include"), pybind11.get_include()
+        flags = [*FLAGS.split(), *(f"-I{folder}" for folder in folders)]
         partial = target.with_suffix(f".{os.getpid()}")
-        command = [*compiler, *FLAGS.split(), *includes, str(HERE / "module.cpp"), "-o", str(partial)]
+        command = [*compiler, *flags, str(HERE / "module.cpp"), "-o", str(partial)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-20000:]}")

@@ -20,6 +20,6 @@ def emulated_cuda(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _emulated_where_asked_for(request):
-    params = getattr(request.node, "callspec", None)
-    if params and "cuda" in [value for value in params.params.values() if isinstance(value, str)]:
+    case = getattr(request.node, "callspec", None)
+    if case and case.params.get("backend") == "cuda":
         request.getfixturevalue("emulated_cuda")

@@ -32,7 +32,7 @@ def test_total_weight(backend, mass, decades, dtype, tol, grad):
             assert (seen.double() / unit - exact / unit).abs().max() <= 10 * tol
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("op", [sinkhorn, sinkhorn_points])
 @pytest.mark.parametrize(
     ("dtype", "weight", "message"),

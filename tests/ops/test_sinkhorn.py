@@ -112,7 +112,7 @@ def test_masked_potentials_are_soft_c_transforms():
     C, a, b = problem(2, 6, 5)
     a[:, 4:], b[:, 3:] = 0, 0
     a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
-    seen = [sinkhorn(C, a, b, eps=0.2, max_iter=9, backend=name) for name in BACKENDS]
+    seen = [sinkhorn(C, a, b, eps=0.2, max_iter=9, backend=name) for name in BACKENDS[:2]]
     torch.testing.assert_close(seen[0].f, seen[1].f)
     torch.testing.assert_close(seen[0].g, seen[1].g)
 

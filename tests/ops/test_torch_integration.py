@@ -148,7 +148,7 @@ def test_a_bad_problem_does_not_poison_its_batch(backend, monkeypatch):
     torch.testing.assert_close(result.value[::2], clean.value[::2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
 def test_products_with_the_plan_keep_their_precision_inside_autocast(backend, grad):
     torch.manual_seed(0)

@@ -147,8 +147,8 @@ def sinkhorn(
         accelerate: None, or ``anderson``: every third iteration starts where Anderson acceleration,
             with a guard, puts it, so that fewer meet `tol`. The result is still that of an
             iteration: columns are met exactly. Neither this nor `schedule` goes with ``unrolled``.
-        backend: ``reference``, ``cpu``, ``cuda``, or None for the first that can; ``cuda`` has neither
-            schedule nor accelerate.
+        backend: ``reference``, ``cpu``, ``cuda``, or None for the first that can; ``cuda`` has
+            neither `schedule` nor `accelerate`.
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, no rows or columns,

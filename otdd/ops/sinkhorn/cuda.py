@@ -9,7 +9,6 @@ from otdd.ops import pointers
 from otdd.ops.pointers import matrices, per_point, per_problem
 from otdd.ops.sinkhorn.reference import Solution, implicit_tolerance
 
-
 MOST_COLUMNS = {torch.float32: 8192, torch.float64: 6144}  # a block holds a few numbers of each
 
 

@@ -76,9 +76,7 @@ def _solve(
     if checks.values_are_checked(C):
         checks.problem(C, a, b, eps, rho_a, rho_b, g, sinkd)
     if backend == "cuda":
-        return cuda.sinkhorn_cuda(
-            C, a, b, eps, rho_a, rho_b, g, max_iter, tol, keep_history, sinkd
-        )
+        return cuda.sinkhorn_cuda(C, a, b, eps, rho_a, rho_b, g, max_iter, tol, keep_history, sinkd)
     problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
     g = torch.zeros_like(problem[2]) if g is None else g
     options = max_iter, tol, keep_history, schedule, accelerate
