@@ -31,14 +31,26 @@ SMALL = 50_000  # elements up to which a shape goes through all options
 OPTIONS = {
     "envelope": {"max_iter": 3},
     "unrolled": {"max_iter": 3, "grad": "unrolled"},
-    "implicit": {"max_iter": 200, "grad": "implicit"},
+    "implicit": {"max_iter": 30, "grad": "implicit"},
     "stops by itself": {"max_iter": 100, "tol": 1e-3},
     "small eps": {"max_iter": 5, "strength": 1e-3},
     "penalties": {"max_iter": 5, "rho_a": 0.5, "rho_b": 2.0},
     "sinkd": {"max_iter": 5, "marginals": "sinkd"},
     "weights and masks": {"max_iter": 5, "weights": True},
 }
-COSTS = {"few": (1, 5, 7, 3), "tiles": (2, 33, 70, 50), "wide": (2, 17, 130, 1001)}
+LARGE = ("envelope", "unrolled", "implicit", "weights and masks")
+COSTS = {  # B, N, M, D, of each kernel and tile in csrc/cuda/cost.cu
+    "tiny": (1, 5, 7, 3),
+    "one row": (2, 1, 90, 300),
+    "two rows": (1, 2, 50, 301),
+    "three columns": (1, 90, 3, 2000),
+    "seven rows": (2, 7, 64, 64),
+    "small tiles": (2, 33, 70, 50),
+    "small tiles in slices": (2, 17, 130, 1001),
+    "tiles": (4, 300, 301, 20),
+    "large tiles": (1, 2048, 2047, 8),
+    "many features": (1, 2048, 64, 1024),
+}
 
 
 def programs() -> Iterator[tuple[str, str]]:
@@ -46,7 +58,7 @@ def programs() -> Iterator[tuple[str, str]]:
     for dtype in DTYPES:
         for shape, sizes in SHAPES.items():
             B, N, M = sizes[dtype]
-            options = list(OPTIONS) if B * N * M <= SMALL else ["envelope", "weights and masks"]
+            options = OPTIONS if B * N * M <= SMALL else LARGE
             yield from ((f"{shape}, {option}", dtype) for option in options)
         yield from ((f"cost, {shape}", dtype) for shape in COSTS)
 
