@@ -62,7 +62,7 @@ def test_solve(calls, grad, eps):
 
 
 def test_unbalanced(calls):
-    result = sinkhorn(fake(2, 8, 9), eps=0.1, rho_a=0.5, max_iter=5, init=fake(2, 9))
+    result = sinkhorn(fake(2, 8, 9), eps=0.1, rho_a=0.5, max_iter=5, init=(fake(2, 8), fake(2, 9)))
     assert result.backend == "cuda"
 
 
@@ -71,7 +71,7 @@ def test_logit_loss(calls):
 
 
 def test_what_moves_is_seen(calls):
-    with pytest.raises(Exception, match=r"(?i)data.dependent|item"):
+    with pytest.raises(Exception, match="_local_scalar_dense"):
         fake(3).sum().item()
     calls.moves.clear()
     torch.ones(3).to("cuda")
