@@ -398,7 +398,7 @@ class FlushDenormals {
 // A thread's last block of memory, for its next call: fresh pages of a matrix cost as much as ten
 // iterations on it. All threads together keep at most kMost bytes.
 struct Kept {
-  static constexpr i64 kMost = i64(256) << 20;
+  static constexpr i64 kMost = i64(320) << 20;
   static inline i64 all = 0;
   char* base = nullptr;
   i64 size = 0;
