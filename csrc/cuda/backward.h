@@ -39,9 +39,9 @@ class Unrolled {
     for (i64 half = 2 * chip::read(A.n_iter + problem_);; --half) {
       const bool for_columns = half % 2 == 0;
       const double* now = h + (half + 1) / 2 * length;
-      int made = 0;
+      int made = 0;  // twice at most: potentials that are NaN are far from everything
       for (bool far = half == 0 || apart;;) {
-        if (half > 0 && for_columns) far = far_columns(now, now - length, made > 0);
+        if (half > 0 && for_columns) far = far_columns(now, now - length, made > 0) && made < 2;
         if (half == 0 || (for_columns ? G.show(kV, far) : far)) {
           if (terms_ > 0 || (half == 0 && !written_)) flush();
           if (half == 0) break;

@@ -22,6 +22,7 @@ OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
   Grip grip(plan, workspace + team * plan.workspace);
   for (i64 problem = team; problem < args.B; problem += teams)
     Solver<T, Grip>(args, grip, problem).solve();
+  grip.leave();
 }
 
 template <class T>

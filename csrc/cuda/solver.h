@@ -10,7 +10,7 @@
 //   fill(fresh, keep)        K_ij = exp(gamma_j - C_ij / eps - shift_i), with new shifts at the rows'
 //                            maxima if `fresh`; r_new its sums; unless `keep`, K stays and cost is the
 //                            sums of this one times C
-//   products()               r_new = K v
+//   products()               r_new = K v; like fill right after a show, whose barrier is theirs too
 //   transposed(flag, error, wanted)  c = K' u_new; whether any thread has the flag, and if wanted the
 //                            sum of the errors
 //   column_lse()             lse_j = LSE_i(shift_i - C_ij / eps)
