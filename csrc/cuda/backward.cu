@@ -77,6 +77,7 @@ TeamSpace space_of(const Layout& l, i64 N, i64 M, i64 steps) {
 
 template <class T>
 i64 backward_workspace(int device, bool unrolled, i64 B, i64 N, i64 M, i64 steps) {
+  if (B == 0) return 0;
   i64 bytes = -2;
   on_device(device, [&](const Chip& chip) {
     const Layout l = unrolled ? unrolled_layout<T>(chip, B, N, M)

@@ -311,14 +311,14 @@ class Solver {
       if (!counted) return;
       const double f = U.eps * row.phi;
       chip::write(A.f + problem_ * A.N + i, T(f));
-      if (row.a > 0) value += double(row.a) * U.rows.worth(f), mass_a += double(row.a);
+      if (row.a != 0) value += double(row.a) * U.rows.worth(f), mass_a += double(row.a);
     });
     G.for_columns([&](Column& column, i64 j, bool counted) {
       if (!counted) return;
       const bool used = column.b > 0;
       const double g = used ? potential(column) : -U.eps * U.columns.lambda * column.lse;
       chip::write(A.g + problem_ * A.M + j, T(g));
-      if (!used) return;
+      if (column.b == 0) return;
       const double b = column.b;
       value += b * U.columns.worth(g), mass_b += b;
       if (!U.met) plan += b * ::exp(-g / U.columns.rho);
