@@ -21,7 +21,7 @@ constexpr i64 kUniformBytes = 160;
 
 // Numbers of each block that the others read after a barrier. Where the next use may come without
 // another barrier there are two in turn: whoever writes the first again has met all that read it.
-enum Slot { kFlagSlot, kErrorSlot, kShowSlot, kSumSlot = kShowSlot + 2, kSlots = kSumSlot + 2 };
+enum Slot { kErrorSlot, kShowSlot, kSumSlot = kShowSlot + 2, kSlots = kSumSlot + 2 };
 
 // Where things are, in bytes from the start of shared memory and of a group's workspace.
 struct SlabPlan {
@@ -158,7 +158,7 @@ class SlabGrip {
       T total = 0, spent = 0;
       for (i64 j = lane; j < S.ld; j += 32) {
         const T c = j < M_ ? cost(i, j) : T(0);
-        const T e = j < M_ ? power(gamma_[j] - double(c) * inv_eps_ - shift) : T(0);
+        const T e = power(gamma_[j] - double(c) * inv_eps_ - shift);  // 0 in the padding
         total += e, spent += e * c;
         if (keep) put(i, j, e);
       }
@@ -191,7 +191,7 @@ class SlabGrip {
   }
 
   // A thread has four columns and, where there are threads enough, some of the rows.
-  OTDD_DEVICE Seen transposed(bool flag, double error, bool wanted) {
+  OTDD_DEVICE double transposed(double error, bool wanted) {
     chip::sync();
     const i64 quads = S.ld / 4;
     if (S.groups == 1) {
@@ -201,8 +201,8 @@ class SlabGrip {
       sum_columns(thread_ % quads, S.rows * group / S.groups, S.rows * (group + 1) / S.groups,
                   scratch_ + group * S.ld);
     }
-    flag = chip::any_of_block(flag);
     if (wanted) error = sum_of_block(error);
+    else chip::sync();
     if constexpr (kTeam == Team::kAlone) {
       for (i64 j = thread_; j < own_; j += threads_) columns_[j].c = over_groups(j);
     } else {
@@ -210,20 +210,20 @@ class SlabGrip {
         if (kTeam == Team::kCluster) partial_[j] = over_groups(j);
         else chip::put(at<T>(workspace_ + S.w_partial) + rank_ * S.ld + j, over_groups(j));
       }
-      if (thread_ == 0) set_slot(kFlagSlot, flag), set_slot(kErrorSlot, error);
+      if (thread_ == 0) set_slot(kErrorSlot, error);
       meet();
       for (i64 j = thread_; j < own_; j += threads_) {
         T c = 0;
         for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0_ + j);
         columns_[j].c = c;
       }
-      bool any = false;
-      error = 0;
-      for (int r = thread_; r < S.peers; r += threads_) any |= slot(kFlagSlot, r) != 0, error += slot(kErrorSlot, r);
-      flag = chip::any_of_block(any);
-      if (wanted) error = sum_of_block(error);
+      if (wanted) {
+        error = 0;
+        for (int r = thread_; r < S.peers; r += threads_) error += slot(kErrorSlot, r);
+        error = sum_of_block(error);
+      }
     }
-    return {flag, error};
+    return error;
   }
 
   OTDD_DEVICE void column_lse() {
@@ -233,7 +233,7 @@ class SlabGrip {
       for (i64 i = 0; i < count_; ++i) top = ::fmax(top, rows_[i].shift - exponent(i, j));
       for (i64 i = 0; i < count_ && top > -INFINITY; ++i)
         total += double(power(rows_[i].shift - exponent(i, j) - top));
-      const double lse = top > -INFINITY ? top + ::log(total) : -INFINITY;
+      const double lse = top + ::log(total);  // -inf where no row has weight
       if (kTeam == Team::kGroup) chip::put(at<double>(workspace_ + S.w_lse) + rank_ * S.ld + j, lse);
       else gamma_[j] = lse;
     }
@@ -294,7 +294,6 @@ class SlabGrip {
         }
       }
     }
-    meet();
   }
   OTDD_DEVICE i64 row_stride() const { return S.peers * S.rows; }
   OTDD_DEVICE i64 column_stride() const { return S.ld; }
