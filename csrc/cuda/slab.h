@@ -226,6 +226,7 @@ class SlabGrip {
     return error;
   }
 
+  // gamma's place is used; a block then looks at its own columns alone, and none but it shows these.
   OTDD_DEVICE void column_lse() {
     chip::sync();
     for (i64 j = thread_; j < M_; j += threads_) {
@@ -244,7 +245,6 @@ class SlabGrip {
       for (int r = 0; r < S.peers; ++r) total += ::exp(lse_of(r, column0_ + j) - top);
       columns_[j].lse = top + ::log(total);
     }
-    meet();
   }
 
   OTDD_DEVICE double sum(double x) {

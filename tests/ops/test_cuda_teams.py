@@ -58,6 +58,7 @@ def in_every_order(module, run):
 def test_solves(emulated_cuda, team, size, eps, rho, dtype, backend):
     emulated_cuda.set_chip(*TEAMS[team][0])
     C, a, b = problem(size, dtype)
+    C[:, :, size[1] // 2] += size[1] > 1  # a column that K loses where eps is small
     options = {"eps": eps, "max_iter": 8, "rho_a": rho, "rho_b": rho}
 
     def solve():
