@@ -30,6 +30,7 @@ OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
   for (i64 problem = team; problem < args.B; problem += teams)
     Unrolled<T, Grip>(args, grip, problem, reinterpret_cast<T*>(own + space.rows),
                       reinterpret_cast<T*>(own + space.columns)).run();
+  grip.leave();
 }
 
 template <class T, int kTR, int kTC>
@@ -49,6 +50,7 @@ OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
   Grip grip(plan, workspace + team * plan.workspace);
   for (i64 problem = team; problem < args.B; problem += teams)
     Implicit<T, Grip>(args, grip, problem).run();
+  grip.leave();
 }
 
 // No more teams than run at the same time, about: each has a workspace of its own.
@@ -75,6 +77,7 @@ TeamSpace space_of(const Layout& l, i64 N, i64 M, i64 steps) {
 
 template <class T>
 i64 backward_workspace(int device, bool unrolled, i64 B, i64 N, i64 M, i64 steps) {
+  if (B == 0) return 0;
   i64 bytes = -2;
   on_device(device, [&](const Chip& chip) {
     const Layout l = unrolled ? unrolled_layout<T>(chip, B, N, M)

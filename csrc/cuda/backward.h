@@ -39,9 +39,9 @@ class Unrolled {
     for (i64 half = 2 * chip::read(A.n_iter + problem_);; --half) {
       const bool for_columns = half % 2 == 0;
       const double* now = h + (half + 1) / 2 * length;
-      int made = 0;
+      int made = 0;  // twice at most: potentials that are NaN are far from everything
       for (bool far = half == 0 || apart;;) {
-        if (half > 0 && for_columns) far = far_columns(now, now - length, made > 0);
+        if (half > 0 && for_columns) far = far_columns(now, now - length, made > 0) && made < 2;
         if (half == 0 || (for_columns ? G.show(kV, far) : far)) {
           if (terms_ > 0 || (half == 0 && !written_)) flush();
           if (half == 0) break;
@@ -157,7 +157,7 @@ class Unrolled {
       row.u_new = alpha(row, row.F_rows) * (T(lambda_a_) * row.df), row.df = 0;
       chip::put(outer_rows_ + terms_ * G.row_stride() + i, row.u_new);
     });
-    G.transposed(false, 0, false);
+    G.transposed(0, false);
     G.for_columns([&](Column& column, i64 j, bool) {
       const T scale = beta(column, column.G_before), flow = column.b > 0 ? scale * column.c : T(0);
       column.dg = -flow;
@@ -208,7 +208,7 @@ class Implicit {
         const T through = stage == kStep ? row.r_new : stage == kWrite ? row.df - row.r_new : row.df;
         row.u_new = stage == kSums ? T(1) : through * row.over_r;
       });
-      G.transposed(false, 0, false);
+      G.transposed(0, false);
       if (stage == kSums) {
         take_sums();
         stage = kRight;

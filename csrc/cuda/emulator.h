@@ -1,10 +1,13 @@
 // Kernels on the CPU, thread for thread, with what chip.h promises them: barriers, shuffles, shared
 // memory, clusters. Slow and strict; for tests.
 //
-// Every thread is a fiber. A fiber runs until it has to wait for others, so that a barrier that is
-// missing shows as a wrong result under one of the orders in which fibers are taken (forward,
-// backward, random). Shared memory and results start as NaN. Arguments must have been announced as
-// `Memory`: a read outside them, a second write of a result or one that never comes is an error.
+// Every thread is a fiber. A fiber runs until it has to wait for others, then others of its warp do, and
+// only when all of them wait other warps, and then other blocks: so a barrier that is missing shows as
+// a wrong result under one of the orders in which they are taken (forward, backward, random). Shared
+// memory and results start as NaN. Arguments must have been announced as `Memory`: a read outside them, a
+// second write of a result or one that never comes is an error. So are a look at another block's
+// shared memory before it has started or after it has ended, and a plain read of what another
+// block wrote.
 #pragma once
 
 #include <sys/mman.h>
@@ -15,6 +18,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -47,6 +51,7 @@ struct Region {
   std::size_t bytes, item;  // item: size of a result's elements, 0 for what may be written often
   bool writable;
   std::vector<unsigned char> writes;
+  std::vector<int> writers;  // of memory written often: block of the last write to each 4 bytes, or -1
 };
 
 class Memory {
@@ -71,13 +76,21 @@ class Memory {
       text += " [" + std::to_string(at - r.base) + " of " + std::to_string(r.bytes) + "]";
     throw Error(text);
   }
-  void wrote(const void* p, std::size_t bytes, bool once) {
+  void wrote(const void* p, std::size_t bytes, bool once, int block) {
     Region& r = of(p, bytes, "write");
     if (!r.writable) throw Error("write to an input");
+    for (std::size_t k = first_of(r, p); k < r.writers.size() && k < first_of(r, p) + bytes / 4; ++k)
+      r.writers[k] = block;
     if (!r.item || !once) return;
     const std::size_t index = (static_cast<const char*>(p) - r.base) / r.item;
     for (std::size_t k = index; k < index + bytes / r.item; ++k)
       if (++r.writes[k] > 1) throw Error("element " + std::to_string(k) + " is written twice");
+  }
+  // A plain read: what another block wrote may not be seen by it.
+  void looked_at(const void* p, std::size_t bytes, int block) {
+    const Region& r = of(p, bytes, "read");
+    for (std::size_t k = first_of(r, p); k < r.writers.size() && k < first_of(r, p) + bytes / 4; ++k)
+      if (r.writers[k] >= 0 && r.writers[k] != block) throw Error("plain read of what another block wrote");
   }
   void all_written() const {
     for (const Region& r : regions)
@@ -90,8 +103,12 @@ class Memory {
  private:
   void add(const void* p, std::size_t bytes, std::size_t item, bool writable) {
     if (!p || !bytes) return;
-    regions.push_back({static_cast<const char*>(p), bytes, item, writable, {}});
+    regions.push_back({static_cast<const char*>(p), bytes, item, writable, {}, {}});
     if (item) regions.back().writes.assign(bytes / item, 0);
+    if (writable) regions.back().writers.assign(bytes / 4, -1);
+  }
+  static std::size_t first_of(const Region& r, const void* p) {
+    return (static_cast<const char*>(p) - r.base) / 4;
   }
 };
 
@@ -106,14 +123,14 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   alignas(16) unsigned char slot[2][32][16];
-  bool any[2] = {false, false};
 };
 
 struct Cluster;
 struct Block {
-  int index = 0, rank = 0;
+  int index = 0, rank = 0, unfinished = 0;
+  bool started = false;
   Barrier barrier;
-  bool any[2] = {false, false};
+  bool any[3] = {false, false, false};
   std::vector<Warp> warps;
   char* shared = nullptr;
   Cluster* cluster = nullptr;
@@ -131,7 +148,7 @@ struct Fiber {
 #endif
   char* stack = nullptr;
   Block* block = nullptr;
-  int thread = 0, warp_parity = 0, block_parity = 0;
+  int thread = 0, warp_parity = 0, votes = 0;
   bool finished = false;
   const Barrier* waits_at = nullptr;  // for its generation to leave `generation`
   long generation = 0;
@@ -222,7 +239,7 @@ class Machine {
       Block& b = all[k];
       b.index = first + k, b.rank = k % cluster, b.cluster = &clusters[k / cluster];
       b.cluster->blocks.push_back(&b);
-      b.barrier.expected = threads, b.cluster->barrier.expected = cluster * threads;
+      b.barrier.expected = b.unfinished = threads, b.cluster->barrier.expected = cluster * threads;
       b.shared = arenas.back().begin;
       b.warps = std::vector<Warp>(threads / 32);
       for (Warp& w : b.warps) w.barrier.expected = 32;
@@ -232,23 +249,50 @@ class Machine {
         prepare(f, std::size_t(k) * threads + t);
       }
     }
-    std::vector<Fiber*> queue;
-    for (Fiber& f : fibers) queue.push_back(&f);
-    if (order == Order::kBackward) std::reverse(queue.begin(), queue.end());
-    while (!queue.empty()) {
-      if (order == Order::kRandom) std::shuffle(queue.begin(), queue.end(), random_);
-      bool progress = false;
-      for (Fiber* f : queue) {
-        if (!failed && !f->ready()) continue;
-        progress = true;
-        resume(*f);
-      }
+    std::vector<int> order_of_blocks(count);
+    std::iota(order_of_blocks.begin(), order_of_blocks.end(), 0);
+    std::size_t left = fibers.size();
+    while (left > 0) {
+      const bool progress = in_order(order_of_blocks, [&](int k) {
+        return until_all_wait([&] { return run_block(fibers.data() + std::size_t(k) * threads, left); });
+      });
       if (!progress) failed = true, reason = "threads wait for each other at different barriers";
-      queue.erase(std::remove_if(queue.begin(), queue.end(), [](Fiber* f) { return f->finished; }),
-                  queue.end());
     }
     current = nullptr;
     if (failed) throw Error(reason);
+  }
+
+  // Whether fn(k) is true for any of some numbers; it is called for all, in the order that is set.
+  template <class Fn>
+  bool in_order(std::vector<int>& numbers, Fn fn) {
+    if (order == Order::kRandom) std::shuffle(numbers.begin(), numbers.end(), random_);
+    bool any = false;
+    for (std::size_t k = 0; k < numbers.size(); ++k)
+      any |= fn(numbers[order == Order::kBackward ? numbers.size() - 1 - k : k]);
+    return any;
+  }
+  template <class Fn>
+  static bool until_all_wait(Fn run) {
+    bool any = false;
+    while (run()) any = true;
+    return any;
+  }
+  // One round of a block: every warp goes on until all its lanes wait. Whether any did something.
+  bool run_block(Fiber* fibers, std::size_t& left) {
+    std::vector<int> warps(threads / 32), lanes(32);
+    std::iota(warps.begin(), warps.end(), 0), std::iota(lanes.begin(), lanes.end(), 0);
+    return in_order(warps, [&](int w) {
+      return until_all_wait([&] {
+        return in_order(lanes, [&](int lane) {
+          Fiber& f = fibers[32 * w + lane];
+          if (f.finished || (!failed && !f.ready())) return false;
+          f.block->started = true;
+          resume(f);
+          if (f.finished) --left, --f.block->unfinished;
+          return true;
+        });
+      });
+    });
   }
 
   static void enter();
@@ -333,15 +377,13 @@ inline int block() { return machine.current->block->index; }
 inline int blocks() { return machine.blocks; }
 
 inline void sync() { machine.wait(machine.current->block->barrier); }
+// Three in turn: of the next vote's no one reads any more, and no one writes yet.
 inline bool any_of_block(bool x) {
   emulator::Block& b = *machine.current->block;
-  const int parity = machine.current->block_parity ^= 1;
-  b.any[parity] |= x;
+  const int vote = machine.current->votes++;
+  b.any[vote % 3] |= x, b.any[(vote + 1) % 3] = false;
   sync();
-  const bool found = b.any[parity];
-  sync();
-  b.any[parity] = false;
-  return found;
+  return b.any[vote % 3];
 }
 inline void sync_warp() { machine.wait(machine.warp().barrier); }
 
@@ -381,21 +423,22 @@ T read_16(const T* p) {
 }
 template <class T>
 void write(T* p, T x) {
-  memory.wrote(p, sizeof(T), true);
+  memory.wrote(p, sizeof(T), true, block());
   *p = x;
 }
 template <class T>
 T fetch(const T* p) {
-  memory.of(p, sizeof(T), "read");
+  memory.looked_at(p, sizeof(T), block());
   return *p;
 }
 template <class T>
 T fetch_fresh(const T* p) {
-  return fetch(p);
+  memory.of(p, sizeof(T), "read");
+  return *p;
 }
 template <class T>
 void put(T* p, T x) {
-  memory.wrote(p, sizeof(T), false);
+  memory.wrote(p, sizeof(T), false, block());
   *p = x;
 }
 
@@ -406,15 +449,17 @@ inline int blocks_of_cluster() { return int(machine.current->block->cluster->blo
 inline void sync_cluster() { machine.wait(machine.current->block->cluster->barrier); }
 template <class T>
 T* of_block(T* p, int rank) {
-  emulator::Block& b = *machine.current->block;
-  return reinterpret_cast<T*>(b.cluster->blocks[rank]->shared + (reinterpret_cast<char*>(p) - b.shared));
+  const emulator::Block &own = *machine.current->block, &other = *own.cluster->blocks[rank];
+  if (!other.started) throw emulator::Error("memory of a block that may not have started");
+  if (other.unfinished == 0) throw emulator::Error("memory of a block that may have ended");
+  return reinterpret_cast<T*>(other.shared + (reinterpret_cast<char*>(p) - own.shared));
 }
 
 inline void sync_blocks(unsigned* arrived, int count, unsigned& meetings) {
   meetings += 1;
   sync();
   if (thread() == 0) {
-    put(arrived, fetch(arrived) + 1);
+    put(arrived, fetch_fresh(arrived) + 1);
     machine.wait_for(arrived, meetings * count);
   }
   sync();

@@ -40,16 +40,7 @@ inline int status_of(cudaError_t error) {
   return error == cudaErrorMemoryAllocation ? kNoMemory : kFailed;
 }
 
-inline int chip_of(int device, Chip& chip) {
-  int major = 0, shared = 0, processors = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  chip = {processors, shared, major == 9 || major == 10 ? 16 : 1};
-  return status_of(error);
-}
+int chip_of(int device, Chip& chip);  // of the current device; device.cu
 
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), const Shape& shape, void* stream, const Args&... args) {
@@ -85,13 +76,17 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     status_ = status_of(cudaGetDevice(&before_));
-    if (status_ == kOk && before_ != device) status_ = status_of(cudaSetDevice(device));
+    moved_ = status_ == kOk && before_ != device;
+    if (moved_) status_ = status_of(cudaSetDevice(device));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (moved_) cudaSetDevice(before_);
+  }
   int status() const { return status_; }
 
  private:
   int before_ = 0, status_;
+  bool moved_;
 };
 
 #else  // the emulator

@@ -22,10 +22,12 @@ OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
   Grip grip(plan, workspace + team * plan.workspace);
   for (i64 problem = team; problem < args.B; problem += teams)
     Solver<T, Grip>(args, grip, problem).solve();
+  grip.leave();
 }
 
 template <class T>
 i64 sinkhorn_workspace(int device, i64 B, i64 N, i64 M) {
+  if (B == 0) return 0;
   i64 bytes = -2;
   on_device(device, [&](const Chip& chip) {
     const Layout layout = layout_of<T, Iterate<T>>(chip, B, N, M);

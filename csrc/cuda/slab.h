@@ -19,6 +19,10 @@ struct alignas(16) Four {
 
 constexpr i64 kUniformBytes = 160;
 
+// Numbers of each block that the others read after a barrier. Where the next use may come without
+// another barrier there are two in turn: whoever writes the first again has met all that read it.
+enum Slot { kErrorSlot, kShowSlot, kSumSlot = kShowSlot + 2, kSlots = kSumSlot + 2 };
+
 // Where things are, in bytes from the start of shared memory and of a group's workspace.
 struct SlabPlan {
   int peers = 1, threads = 256, groups = 1;
@@ -50,11 +54,11 @@ inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, bool 
   s.partial = take(m, team == Team::kCluster ? s.ld * size : 0);
   s.row_states = take(m, s.rows * i64(sizeof(typename State::Row)));
   s.column_states = take(m, s.own * i64(sizeof(typename State::Column)));
-  s.sums = take(m, 32 * 8), s.slots = take(m, 6 * 8), s.uniform = take(m, kUniformBytes);
+  s.sums = take(m, 32 * 8), s.slots = take(m, kSlots * 8), s.uniform = take(m, kUniformBytes);
   if (team != Team::kGroup) return s;
   i64& w = s.workspace;
   s.w_counter = take(w, 128), s.w_partial = take(w, peers * s.ld * size), s.w_v = take(w, s.ld * size);
-  s.w_gamma = take(w, s.ld * 8), s.w_lse = take(w, peers * s.ld * 8), s.w_slots = take(w, peers * 6 * 8);
+  s.w_gamma = take(w, s.ld * 8), s.w_lse = take(w, peers * s.ld * 8), s.w_slots = take(w, peers * kSlots * 8);
   s.w_K = take(w, in_shared ? 0 : peers * s.rows * s.ld * size);
   s.workspace = (w + 127) / 128 * 128;
   return s;
@@ -85,9 +89,14 @@ class SlabGrip {
     C_ = args.C, problem_ = problem, inv_eps_ = inv_eps, N_ = args.N, M_ = args.M;
     row0_ = S.rows * rank_, column0_ = S.own * rank_;
     count_ = within_(N_ - row0_, S.rows), own_ = within_(M_ - column0_, S.own);
-    chip::sync();  // the problem before is done with
+    meet();  // the problem before is done with, and all blocks have started
     for (i64 j = M_ + thread_; j < S.ld; j += threads_) v_[j] = 0, gamma_[j] = -INFINITY;
     for (i64 i = count_ + thread_; i < S.rows; i += threads_) rows_[i] = Row();
+  }
+
+  // At the end of a kernel: no block ends while others may still look at its shared memory.
+  OTDD_DEVICE void leave() {
+    if (kTeam == Team::kCluster) chip::sync_cluster();
   }
 
   OTDD_DEVICE bool first() const { return rank_ == 0 && thread_ == 0; }
@@ -117,7 +126,8 @@ class SlabGrip {
     }
     flag = chip::any_of_block(flag);
     if constexpr (kTeam != Team::kAlone) {
-      if (thread_ == 0) set_slot(4, flag);
+      const int k = kShowSlot + (show_turn_ ^= 1);
+      if (thread_ == 0) set_slot(k, flag);
       meet();
       if (kTeam == Team::kGroup)
         for (i64 j = thread_; j < M_; j += threads_) {
@@ -125,7 +135,7 @@ class SlabGrip {
           else gamma_[j] = chip::fetch_fresh(at<double>(workspace_ + S.w_gamma) + j);
         }
       bool any = false;
-      for (int r = thread_; r < S.peers; r += threads_) any |= slot(4, r) != 0;
+      for (int r = thread_; r < S.peers; r += threads_) any |= slot(k, r) != 0;
       flag = chip::any_of_block(any);
     }
     return flag;
@@ -133,7 +143,6 @@ class SlabGrip {
 
   // A warp has one row at a time.
   OTDD_DEVICE void fill(bool fresh, bool keep) {
-    chip::sync();
     const int lane = thread_ % 32, warps = threads_ / 32;
     for (i64 i = thread_ / 32; i < S.rows; i += warps) {
       if (i >= count_) {
@@ -149,7 +158,7 @@ class SlabGrip {
       T total = 0, spent = 0;
       for (i64 j = lane; j < S.ld; j += 32) {
         const T c = j < M_ ? cost(i, j) : T(0);
-        const T e = j < M_ ? power(gamma_[j] - double(c) * inv_eps_ - shift) : T(0);
+        const T e = power(gamma_[j] - double(c) * inv_eps_ - shift);  // 0 in the padding
         total += e, spent += e * c;
         if (keep) put(i, j, e);
       }
@@ -164,7 +173,6 @@ class SlabGrip {
 
   // A warp has four rows at a time.
   OTDD_DEVICE void products() {
-    chip::sync();
     const int lane = thread_ % 32, warps = threads_ / 32;
     for (i64 i = 4 * (thread_ / 32); i < S.rows; i += 4 * warps) {
       T s[4] = {0, 0, 0, 0};
@@ -183,7 +191,7 @@ class SlabGrip {
   }
 
   // A thread has four columns and, where there are threads enough, some of the rows.
-  OTDD_DEVICE Seen transposed(bool flag, double error, bool wanted) {
+  OTDD_DEVICE double transposed(double error, bool wanted) {
     chip::sync();
     const i64 quads = S.ld / 4;
     if (S.groups == 1) {
@@ -193,8 +201,8 @@ class SlabGrip {
       sum_columns(thread_ % quads, S.rows * group / S.groups, S.rows * (group + 1) / S.groups,
                   scratch_ + group * S.ld);
     }
-    flag = chip::any_of_block(flag);
     if (wanted) error = sum_of_block(error);
+    else chip::sync();
     if constexpr (kTeam == Team::kAlone) {
       for (i64 j = thread_; j < own_; j += threads_) columns_[j].c = over_groups(j);
     } else {
@@ -202,22 +210,23 @@ class SlabGrip {
         if (kTeam == Team::kCluster) partial_[j] = over_groups(j);
         else chip::put(at<T>(workspace_ + S.w_partial) + rank_ * S.ld + j, over_groups(j));
       }
-      if (thread_ == 0) set_slot(0, flag), set_slot(1, error);
+      if (thread_ == 0) set_slot(kErrorSlot, error);
       meet();
       for (i64 j = thread_; j < own_; j += threads_) {
         T c = 0;
         for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0_ + j);
         columns_[j].c = c;
       }
-      bool any = false;
-      error = 0;
-      for (int r = thread_; r < S.peers; r += threads_) any |= slot(0, r) != 0, error += slot(1, r);
-      flag = chip::any_of_block(any);
-      if (wanted) error = sum_of_block(error);
+      if (wanted) {
+        error = 0;
+        for (int r = thread_; r < S.peers; r += threads_) error += slot(kErrorSlot, r);
+        error = sum_of_block(error);
+      }
     }
-    return {flag, error};
+    return error;
   }
 
+  // gamma's place is used; a block then looks at its own columns alone, and none but it shows these.
   OTDD_DEVICE void column_lse() {
     chip::sync();
     for (i64 j = thread_; j < M_; j += threads_) {
@@ -225,7 +234,7 @@ class SlabGrip {
       for (i64 i = 0; i < count_; ++i) top = ::fmax(top, rows_[i].shift - exponent(i, j));
       for (i64 i = 0; i < count_ && top > -INFINITY; ++i)
         total += double(power(rows_[i].shift - exponent(i, j) - top));
-      const double lse = top > -INFINITY ? top + ::log(total) : -INFINITY;
+      const double lse = top + ::log(total);  // -inf where no row has weight
       if (kTeam == Team::kGroup) chip::put(at<double>(workspace_ + S.w_lse) + rank_ * S.ld + j, lse);
       else gamma_[j] = lse;
     }
@@ -236,7 +245,6 @@ class SlabGrip {
       for (int r = 0; r < S.peers; ++r) total += ::exp(lse_of(r, column0_ + j) - top);
       columns_[j].lse = top + ::log(total);
     }
-    meet();
   }
 
   OTDD_DEVICE double sum(double x) {
@@ -251,7 +259,6 @@ class SlabGrip {
 
   // dC = K_ij (u_i + v_j)
   OTDD_DEVICE void write_sums(T* dC) {
-    chip::sync();
     const int lane = thread_ % 32, warps = threads_ / 32;
     for (i64 i = thread_ / 32; i < count_; i += warps)
       for (i64 j = lane; j < M_; j += 32)
@@ -287,7 +294,6 @@ class SlabGrip {
         }
       }
     }
-    meet();
   }
   OTDD_DEVICE i64 row_stride() const { return S.peers * S.rows; }
   OTDD_DEVICE i64 column_stride() const { return S.ld; }
@@ -297,6 +303,7 @@ class SlabGrip {
   int thread_, threads_, rank_;
   char* workspace_;
   unsigned meetings_ = 0;
+  int show_turn_ = 0, sum_turn_ = 0;
   Matrices<T> C_;
   i64 problem_, N_, M_, row0_, column0_, count_, own_;
   double inv_eps_;
@@ -334,14 +341,13 @@ class SlabGrip {
     if (kTeam == Team::kCluster) return chip::of_block(gamma_, rank)[j];
     return chip::fetch_fresh(at<double>(workspace_ + S.w_lse) + rank * S.ld + j);
   }
-  // Six numbers of each block that the others read after a barrier.
   OTDD_DEVICE void set_slot(int k, double x) {
     if (kTeam == Team::kCluster) slots_[k] = x;
-    else chip::put(at<double>(workspace_ + S.w_slots) + rank_ * 6 + k, x);
+    else chip::put(at<double>(workspace_ + S.w_slots) + rank_ * kSlots + k, x);
   }
   OTDD_DEVICE double slot(int k, int rank) {
     if (kTeam == Team::kCluster) return chip::of_block(slots_, rank)[k];
-    return chip::fetch_fresh(at<double>(workspace_ + S.w_slots) + rank * 6 + k);
+    return chip::fetch_fresh(at<double>(workspace_ + S.w_slots) + rank * kSlots + k);
   }
 
   template <class Op>
@@ -361,12 +367,12 @@ class SlabGrip {
   OTDD_DEVICE double over_all(double x, Op op, double nothing) {
     x = over_block(x, op, nothing);
     if constexpr (kTeam != Team::kAlone) {
-      if (thread_ == 0) set_slot(5, x);
+      const int k = kSumSlot + (sum_turn_ ^= 1);
+      if (thread_ == 0) set_slot(k, x);
       meet();
       x = nothing;
-      for (int r = thread_; r < S.peers; r += threads_) x = op(x, slot(5, r));
+      for (int r = thread_; r < S.peers; r += threads_) x = op(x, slot(k, r));
       x = over_block(x, op, nothing);
-      meet();
     }
     return x;
   }

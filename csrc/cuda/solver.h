@@ -10,9 +10,8 @@
 //   fill(fresh, keep)        K_ij = exp(gamma_j - C_ij / eps - shift_i), with new shifts at the rows'
 //                            maxima if `fresh`; r_new its sums; unless `keep`, K stays and cost is the
 //                            sums of this one times C
-//   products()               r_new = K v
-//   transposed(flag, error, wanted)  c = K' u_new; whether any thread has the flag, and if wanted the
-//                            sum of the errors
+//   products()               r_new = K v; like fill right after a show, whose barrier is theirs too
+//   transposed(error, wanted)  c = K' u_new; the sum of the errors if wanted
 //   column_lse()             lse_j = LSE_i(shift_i - C_ij / eps)
 //   sum(x), least(x), most(x)  over all threads
 //   add_outer(..), write_sums(..)  what a backward pass makes of K (backward.h)
@@ -44,11 +43,6 @@ struct Iterate {
 
 enum Shown { kGamma, kV };
 
-struct Seen {
-  bool flag;
-  double error;
-};
-
 // log(x) in double of a number whose own logarithm would lose digits.
 OTDD_DEVICE double log_of(float x) {
   int exponent;
@@ -78,7 +72,7 @@ class Solver {
 
   OTDD_DEVICE void solve() {
     start();
-    const T v_low = T(::exp(-U.bounds.tau)), v_high = T(::exp(U.bounds.tau)), r_high = v_high * T(A.M);
+    const T v_low = T(::exp(-U.bounds.tau)), v_high = T(::exp(U.bounds.tau));
     i64 done = 0;
     bool resident = false, last = A.max_iter == 0;
     if (last) expect_end(false);
@@ -94,15 +88,10 @@ class Solver {
         sum_rows();
       } else {
         if (!resident && !U.met) find_top();
-        const Seen seen = weigh_rows(resident, v_low, r_high);
-        if (U.tol > 0 && (resident || done > 0) && seen.error <= U.tol) {  // of the state before
+        const double error = weigh_rows(resident);
+        if (U.tol > 0 && (resident || done > 0) && error <= U.tol) {  // of the state before
           expect_end(resident);
           resident = false, last = true;
-          continue;
-        }
-        if (resident && seen.flag) {
-          absorb();
-          resident = false;
           continue;
         }
         take_rows();
@@ -206,16 +195,14 @@ class Solver {
   }
 
   // u of every row from its product with v, and c of every column; by how much the state before missed
-  // the rows' weights; whether a product is out of bounds.
-  OTDD_DEVICE Seen weigh_rows(bool resident, T r_low, T r_high) {
-    bool outside = false;
+  // the rows' weights. A product needs no bounds but those of v: the largest element of a row is 1.
+  OTDD_DEVICE double weigh_rows(bool resident) {
     double error = 0;
     G.for_rows([&](Row& row, i64, bool counted) {
-      outside |= row.r_new < r_low || row.r_new > r_high;
       const double missed = U.met ? weigh(row, resident) : weigh_penalised(row);
       if (counted) error += missed;
     });
-    return G.transposed(outside, error, U.tol > 0);
+    return G.transposed(error, U.tol > 0);
   }
 
   OTDD_DEVICE double weigh(Row& row, bool resident) {
@@ -311,14 +298,14 @@ class Solver {
       if (!counted) return;
       const double f = U.eps * row.phi;
       chip::write(A.f + problem_ * A.N + i, T(f));
-      if (row.a > 0) value += double(row.a) * U.rows.worth(f), mass_a += double(row.a);
+      if (row.a != 0) value += double(row.a) * U.rows.worth(f), mass_a += double(row.a);
     });
     G.for_columns([&](Column& column, i64 j, bool counted) {
       if (!counted) return;
       const bool used = column.b > 0;
       const double g = used ? potential(column) : -U.eps * U.columns.lambda * column.lse;
       chip::write(A.g + problem_ * A.M + j, T(g));
-      if (!used) return;
+      if (column.b == 0) return;
       const double b = column.b;
       value += b * U.columns.worth(g), mass_b += b;
       if (!U.met) plan += b * ::exp(-g / U.columns.rho);

@@ -121,7 +121,7 @@ class WarpGrip {
       if (4 * (first_row_ + k) + p() < N_) rows_[k].r_new = s[k];
   }
 
-  OTDD_DEVICE Seen transposed(bool flag, double error, bool wanted) {
+  OTDD_DEVICE double transposed(double error, bool wanted) {
     T u[kTR], s[kTC];
     OTDD_UNROLL
     for (int t = 0; t < kTR; ++t) u[t] = of_row(t, rows_[t % kOwnRows].u_new);
@@ -134,7 +134,7 @@ class WarpGrip {
     fold<kTC, 16>(s);
     OTDD_UNROLL
     for (int k = 0; k < kOwnColumns; ++k) columns_[k].c = s[k];
-    return {chip::any_of_warp(flag), wanted ? sum(error) : 0};
+    return wanted ? sum(error) : 0;
   }
 
   OTDD_DEVICE void column_lse() {

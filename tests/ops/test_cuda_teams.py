@@ -12,13 +12,17 @@ import torch
 from references import sinkhorn_oracle
 
 from otdd.ops import pointers, sinkhorn
+from otdd.ops.sinkhorn.cuda import potentials_backward_cuda, sinkhorn_cuda
 
 SHARED = 227 << 10
 # Multiprocessors, bytes of shared memory, blocks of a cluster; sizes that then take this team.
 TEAMS = {
-    "warp": ((4, SHARED, 16), [(1, 1), (3, 5), (16, 16), (17, 9), (33, 20), (64, 64), (5, 64)]),
-    "block": ((4, SHARED, 16), [(65, 3), (70, 90), (1, 300), (300, 1)]),
-    "cluster": ((132, SHARED, 8), [(90, 70), (67, 129)]),
+    "warp": (
+        (4, SHARED, 16),
+        [(1, 1), (3, 5), (16, 16), (17, 9), (33, 16), (33, 20), (64, 64), (5, 64)],
+    ),
+    "block": ((4, SHARED, 16), [(65, 3), (70, 90), (1, 300), (300, 1), (3, 600)]),
+    "cluster": ((132, SHARED, 8), [(90, 100), (67, 129)]),
     "large cluster": ((8, 40 << 10, 16), [(150, 61), (130, 70)]),
     "group": ((4, 30 << 10, 1), [(100, 70), (66, 130)]),
     "workspace": ((4, 20 << 10, 1), [(100, 110), (67, 130)]),
@@ -54,6 +58,7 @@ def in_every_order(module, run):
 def test_solves(emulated_cuda, team, size, eps, rho, dtype, backend):
     emulated_cuda.set_chip(*TEAMS[team][0])
     C, a, b = problem(size, dtype)
+    C[:, :, size[1] // 2] += size[1] > 1  # a column that K loses where eps is small
     options = {"eps": eps, "max_iter": 8, "rho_a": rho, "rho_b": rho}
 
     def solve():
@@ -117,6 +122,48 @@ def test_each_problem_stops_by_itself(emulated_cuda, team, size, backend):
     assert (error[n_iter < 300] <= 1e-6).all()
     assert torch.equal(n_iter, expected.n_iter)
     torch.testing.assert_close(f, expected.f, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rho", [None, 0.4])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize(("team", "size"), CASES)
+def test_costs_that_are_no_numbers_stay_in_their_problem(emulated_cuda, team, size, bad, rho):
+    emulated_cuda.set_chip(*TEAMS[team][0])
+    C, a, b = problem(size, torch.float32)
+    C[0, -1, -1] = bad
+    eps = torch.full((2,), 0.1, dtype=torch.float64)
+    rho = None if rho is None else torch.full_like(eps, rho)
+    with_penalty = rho, rho
+    result = sinkhorn_cuda(C, a, b, eps, *with_penalty, None, 5, 1e-9, True, False)
+    assert [x.isfinite() for x in result.value] == [False, True]
+    if rho is None:
+        with_penalty = eps * math.inf, eps * math.inf
+    potentials = result.f, result.g, result.history, result.n_iter
+    for mode in ("unrolled", "implicit"):
+        upstream = torch.ones_like(a), torch.ones_like(b)
+        grads = potentials_backward_cuda(C, a, b, eps, *with_penalty, *potentials, *upstream, mode)
+        assert all(grad[1].isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("team", TEAMS)
+def test_a_start_that_is_the_solution_takes_an_iteration(emulated_cuda, team, backend):
+    emulated_cuda.set_chip(*TEAMS[team][0])
+    C = torch.zeros(1, *TEAMS[team][1][0])
+    n_iter = [sinkhorn(C, eps=1, tol=1e-3, backend=b).n_iter.item() for b in (backend, "reference")]
+    assert n_iter[0] == n_iter[1]
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("grad", ["unrolled", "implicit"])
+@pytest.mark.parametrize("team", TEAMS)
+def test_empty_batches(emulated_cuda, team, grad, backend):
+    emulated_cuda.set_chip(*TEAMS[team][0])
+    C = torch.zeros(0, *TEAMS[team][1][-1], requires_grad=True)
+    result = sinkhorn(C, eps=0.1, grad=grad, max_iter=3, backend=backend)
+    (dC,) = torch.autograd.grad(result.value.sum(), C)
+    assert result.value.shape == (0,)
+    assert dC.shape == C.shape
 
 
 def test_a_mistake_in_a_kernel_is_seen(emulated_cuda):
