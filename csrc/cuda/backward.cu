@@ -15,8 +15,8 @@ OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1)
   char* own = workspace + team * space.bytes;
   Grip grip;
   for (i64 problem = team; problem < args.B; problem += teams)
-    Unrolled<T, Grip>(args, grip, problem, reinterpret_cast<T*>(own + space.rows),
-                      reinterpret_cast<T*>(own + space.columns)).run();
+    Unrolled<T, Grip>(args, grip, problem)
+        .run(reinterpret_cast<T*>(own + space.rows), reinterpret_cast<T*>(own + space.columns));
 }
 
 template <class T, Team kTeam, bool kShared>
@@ -28,8 +28,8 @@ OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
   char* own = workspace + team * space.bytes;
   Grip grip(plan, own);
   for (i64 problem = team; problem < args.B; problem += teams)
-    Unrolled<T, Grip>(args, grip, problem, reinterpret_cast<T*>(own + space.rows),
-                      reinterpret_cast<T*>(own + space.columns)).run();
+    Unrolled<T, Grip>(args, grip, problem)
+        .run(reinterpret_cast<T*>(own + space.rows), reinterpret_cast<T*>(own + space.columns));
   grip.leave();
 }
 

@@ -11,11 +11,11 @@ namespace otdd::cuda {
 template <class T>
 struct Unroll {
   struct Row {
-    double shift = 0, base = INFINITY, F = 0, F_rows = 0;  // K's own potential, and the step's
+    double shift = 0, base = INFINITY;  // base: the potential that K is made at
     T a = 0, df = 0, da = 0, r_new = 1, u_new = 0, cost = 0;
   };
   struct Column {
-    double gamma = -INFINITY, base = INFINITY, G = 0, G_before = 0;
+    double gamma = -INFINITY, base = INFINITY;
     T b = 0, dg = 0, db = 0, v = 0, c = 0;
   };
 };
@@ -26,22 +26,22 @@ class Unrolled {
   using Column = typename Unroll<T>::Column;
 
  public:
+  OTDD_DEVICE Unrolled(const BackwardArgs<T>& args, Grip& grip, i64 problem)
+      : A(args), G(grip), U(grip.template uniform<Uniform>()), problem_(problem) {}
+
   // `rows` (2 steps, grip.row_stride()) and `columns` (2 steps, grip.column_stride()) take the outer
   // products.
-  OTDD_DEVICE Unrolled(const BackwardArgs<T>& args, Grip& grip, i64 problem, T* rows, T* columns)
-      : A(args), G(grip), problem_(problem), outer_rows_(rows), outer_columns_(columns) {}
-
-  OTDD_DEVICE void run() {
-    start();
+  OTDD_DEVICE void run(T* rows, T* columns) {
+    start(rows, columns);
     const i64 length = A.N + A.M;
     const double* h = A.history + problem_ * A.steps * length;
     bool apart = false;  // the step is wider than K's digits: K is made for each half of it
     for (i64 half = 2 * chip::read(A.n_iter + problem_);; --half) {
       const bool for_columns = half % 2 == 0;
-      const double* now = h + (half + 1) / 2 * length;
+      now_ = h + (half + 1) / 2 * length;
       int made = 0;  // twice at most: potentials that are NaN are far from everything
       for (bool far = half == 0 || apart;;) {
-        if (half > 0 && for_columns) far = far_columns(now, now - length, made > 0) && made < 2;
+        if (half > 0 && for_columns) far = far_columns(made > 0) && made < 2;
         if (half == 0 || (for_columns ? G.show(kV, far) : far)) {
           if (terms_ > 0 || (half == 0 && !written_)) flush();
           if (half == 0) break;
@@ -66,18 +66,31 @@ class Unrolled {
   }
 
  private:
+  // What all threads agree on; it has its place in shared memory.
+  struct Uniform {
+    double inv_eps, to_a, to_b;  // from a potential to its exponent: 1 / eps, 1 / (lambda eps)
+    T eps, lambda_a, lambda_b;
+    T *rows, *columns;  // of the outer products
+  };
+
   const BackwardArgs<T>& A;
   Grip& G;
+  Uniform& U;
   i64 problem_, terms_ = 0;
-  T *outer_rows_, *outer_columns_;
-  double eps_, inv_eps_, lambda_a_, lambda_b_;
+  const double* now_;     // the potentials after the step
   bool written_ = false;  // dC
 
-  OTDD_DEVICE void start() {
-    eps_ = A.eps.at(problem_, 0), inv_eps_ = 1 / eps_;
-    lambda_a_ = Penalty(A.rho_a.at(problem_, 0), eps_).lambda;
-    lambda_b_ = Penalty(A.rho_b.at(problem_, 0), eps_).lambda;
-    G.begin(A, problem_, inv_eps_);
+  OTDD_DEVICE void start(T* rows, T* columns) {
+    const double eps = A.eps.at(problem_, 0);
+    const double lambda_a = Penalty(A.rho_a.at(problem_, 0), eps).lambda;
+    const double lambda_b = Penalty(A.rho_b.at(problem_, 0), eps).lambda;
+    G.begin(A, problem_, 1 / eps);
+    if (G.leads()) {
+      U.inv_eps = 1 / eps, U.to_a = 1 / (lambda_a * eps), U.to_b = 1 / (lambda_b * eps);
+      U.eps = T(eps), U.lambda_a = T(lambda_a), U.lambda_b = T(lambda_b);
+      U.rows = rows, U.columns = columns;
+    }
+    G.sync();
     G.for_rows([&](Row& row, i64 i, bool) {
       row = Row();
       row.a = A.a.at(problem_, i), row.df = A.df.at(problem_, i);
@@ -89,23 +102,25 @@ class Unrolled {
     });
   }
 
-  // What makes the columns sum to 1 (F, G) and what makes the rows (F_rows, G_before); and v for the
-  // columns. Whether K, made at other potentials, lacks digits: for any of them or, if it was just made
-  // for the rows, for the columns.
-  OTDD_DEVICE bool far_columns(const double* now, const double* before, bool made) {
-    const double to_a = inv_eps_ / lambda_a_, to_b = inv_eps_ / lambda_b_;
+  // What makes the columns sum to 1 (F, G) and what makes the rows (F_rows, G_before). They are read
+  // again where they are needed: kept, they would take the registers of a quarter of K.
+  OTDD_DEVICE double F(i64 i) const { return chip::read(now_ + i) * U.inv_eps; }
+  OTDD_DEVICE double F_rows(i64 i) const { return chip::read(now_ + i) * U.to_a; }
+  OTDD_DEVICE double G_columns(i64 j) const { return chip::read(now_ + A.N + j) * U.to_b; }
+  OTDD_DEVICE double G_before(i64 j) const { return chip::read(now_ - A.M + j) * U.inv_eps; }
+
+  // v for the columns. Whether K, made at other potentials, lacks digits: for any of them or, if it was
+  // just made for the rows, for the columns.
+  OTDD_DEVICE bool far_columns(bool made) {
     bool far = false;
     G.for_rows([&](Row& row, i64 i, bool) {
-      const double f = chip::read(now + i);
-      row.F = f * inv_eps_, row.F_rows = f * to_a;
-      far |= is_far(row, row.F) || (!made && is_far(row, row.F_rows));
+      far |= is_far(row, F(i)) || (!made && is_far(row, F_rows(i)));
     });
     G.for_columns([&](Column& column, i64 j, bool) {
-      column.G = chip::read(now + A.N + j) * to_b;
-      column.G_before = chip::read(before + A.N + j) * inv_eps_;
-      far |= is_far(column, column.G) || (!made && is_far(column, column.G_before));
-      column.v = column.b > 0 ? beta(column, column.G) / column.b * (T(lambda_b_) * column.dg) : T(0);
-      chip::put(outer_columns_ + terms_ * G.column_stride() + j, column.v);
+      far |= is_far(column, G_columns(j)) || (!made && is_far(column, G_before(j)));
+      const T scale = beta(column, G_columns(j));
+      column.v = column.b > 0 ? scale / column.b * (U.lambda_b * column.dg) : T(0);
+      chip::put(U.columns + terms_ * G.column_stride() + j, column.v);
     });
     return far;
   }
@@ -119,12 +134,12 @@ class Unrolled {
 
   // K_ij = b_j exp(F_i + G_j - C_ij / eps) for the columns or for the rows; where a weight is 0 it is 0.
   OTDD_DEVICE void move_base(bool for_columns) {
-    G.for_rows([&](Row& row, i64, bool) {
-      row.base = for_columns ? row.F : row.F_rows;
+    G.for_rows([&](Row& row, i64 i, bool) {
+      row.base = for_columns ? F(i) : F_rows(i);
       row.shift = row.a > 0 ? -row.base : INFINITY;
     });
-    G.for_columns([&](Column& column, i64, bool) {
-      column.base = for_columns ? column.G : column.G_before;
+    G.for_columns([&](Column& column, i64 j, bool) {
+      column.base = for_columns ? G_columns(j) : G_before(j);
       column.gamma = column.b > 0 ? column.base + ::log(double(column.b)) : -INFINITY;
     });
   }
@@ -144,9 +159,9 @@ class Unrolled {
   OTDD_DEVICE void columns_half() {
     G.products();
     G.for_rows([&](Row& row, i64 i, bool) {
-      const T scale = alpha(row, row.F), flow = row.a > 0 ? scale * row.r_new : T(0);
-      row.df -= row.a * flow, row.da -= T(eps_) * flow;
-      chip::put(outer_rows_ + terms_ * G.row_stride() + i, row.a * scale);
+      const T scale = alpha(row, F(i)), flow = row.a > 0 ? scale * row.r_new : T(0);
+      row.df -= row.a * flow, row.da -= U.eps * flow;
+      chip::put(U.rows + terms_ * G.row_stride() + i, row.a * scale);
     });
     ++terms_;
   }
@@ -154,21 +169,21 @@ class Unrolled {
   // df <- l_a df: dg_j = -sum_i R_ij df_i, db_j -= eps / b_j sum_i R_ij df_i
   OTDD_DEVICE void rows_half() {
     G.for_rows([&](Row& row, i64 i, bool) {
-      row.u_new = alpha(row, row.F_rows) * (T(lambda_a_) * row.df), row.df = 0;
-      chip::put(outer_rows_ + terms_ * G.row_stride() + i, row.u_new);
+      row.u_new = alpha(row, F_rows(i)) * (U.lambda_a * row.df), row.df = 0;
+      chip::put(U.rows + terms_ * G.row_stride() + i, row.u_new);
     });
     G.transposed(0, false);
     G.for_columns([&](Column& column, i64 j, bool) {
-      const T scale = beta(column, column.G_before), flow = column.b > 0 ? scale * column.c : T(0);
+      const T scale = beta(column, G_before(j)), flow = column.b > 0 ? scale * column.c : T(0);
       column.dg = -flow;
-      if (column.b > 0) column.db -= T(eps_) * flow / column.b;
-      chip::put(outer_columns_ + terms_ * G.column_stride() + j, scale);
+      if (column.b > 0) column.db -= U.eps * flow / column.b;
+      chip::put(U.columns + terms_ * G.column_stride() + j, scale);
     });
     ++terms_;
   }
 
   OTDD_DEVICE void flush() {
-    G.add_outer(outer_rows_, outer_columns_, terms_, A.dC + problem_ * A.N * A.M, written_);
+    G.add_outer(U.rows, U.columns, terms_, A.dC + problem_ * A.N * A.M, written_);
     written_ = true, terms_ = 0;
   }
 };

@@ -69,6 +69,7 @@ class WarpGrip {
   }
 
   OTDD_DEVICE void fill(bool fresh, bool keep) {
+    const i64 row = chip::fresh(row_);
     double gamma[kTC];
     OTDD_UNROLL
     for (int c = 0; c < kTC; ++c) gamma[c] = of_column(c, columns_[c % kOwnColumns].gamma);
@@ -79,7 +80,7 @@ class WarpGrip {
       double x[kTC], shift = of_row(t, rows_[t % kOwnRows].shift);
       OTDD_UNROLL
       for (int c = 0; c < kTC; ++c) {
-        costs[c] = cost(i, 8 * c + q());
+        costs[c] = cost(i, 8 * c + q(), row);
         x[c] = exponent(gamma[c], costs[c], i, 8 * c + q());
       }
       if (fresh) {
@@ -183,6 +184,8 @@ class WarpGrip {
   // dC (+)= K_ij sum_k rows[k, i] columns[k, j], some rows at a time: the sums need registers too.
   OTDD_DEVICE void add_outer(const T* rows, const T* columns, i64 terms, T* dC, bool add) {
     constexpr int kSome = kTR * kTC > 32 ? 32 / kTC : kTR;
+    const i64 row = chip::fresh(M_);
+    rows += chip::fresh(0), columns += chip::fresh(0);
     chip::sync_warp();
     OTDD_UNROLL
     for (int first = 0; first < kTR; first += kSome) {
@@ -211,7 +214,7 @@ class WarpGrip {
         for (int c = 0; c < kTC; ++c) {
           const int i = 4 * (first + t) + p(), j = 8 * c + q();
           if (i >= N_ || j >= M_) continue;
-          T* at = dC + i64(i) * M_ + j;
+          T* at = dC + i * row + j;
           const T x = terms ? K_[first + t][c] * s[t][c] : T(0);
           if (add) chip::put(at, chip::fetch(at) + x);
           else chip::write(at, x);
@@ -269,15 +272,17 @@ class WarpGrip {
     return chip::shuffle(own, 8 * (kTC >= 4 ? c / kOwnColumns : c * 4 / kTC) + q());
   }
 
-  OTDD_DEVICE T cost(int i, int j) const {
-    return i < N_ && j < M_ ? chip::read(C_ + i * row_ + j) : T(0);
+  // `row` is C's stride, or that of a result, for this use alone (`fresh`): addresses that are kept over
+  // the iterations would take registers from K.
+  OTDD_DEVICE T cost(int i, int j, i64 row) const {
+    return i < N_ && j < M_ ? chip::read(C_ + (i * row + j)) : T(0);
   }
   OTDD_DEVICE double exponent(double from, T cost, int i, int j) const {
     return i < N_ && j < M_ ? from - double(cost) * inv_eps_ : -INFINITY;
   }
   OTDD_DEVICE double weighted(int t, int j) const {
     const int i = 4 * t + p();
-    return exponent(of_row(t, rows_[t % kOwnRows].shift), cost(i, j), i, j);
+    return exponent(of_row(t, rows_[t % kOwnRows].shift), cost(i, j, chip::fresh(row_)), i, j);
   }
   OTDD_DEVICE static T power(double x) { return chip::exp2_fast(T(x * kLog2e)); }
 };
