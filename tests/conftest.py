@@ -1,6 +1,11 @@
 """Settings for every test. The environment is set before torch is imported."""
 
 import os
+import signal
+
+# A job in the background ignores Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On a busy machine two spinning OpenMP threads can be ten times slower than one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -14,12 +14,8 @@ from references import problem
 from otdd.ops import sinkhorn
 
 LONG = """
-import signal
-
 import torch
 from otdd.ops import sinkhorn
-# A job in the background starts with it ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads({threads})
 C = torch.rand({batch}, {size}, {size}, requires_grad=True)
 result = sinkhorn(C, eps=0.05, max_iter={steps}, grad={grad!r}, backend="cpu")
