@@ -36,17 +36,6 @@ def module(monkeypatch):
     built.set_chip(4, SHARED, 16)
 
 
-def in_every_order(module, run):
-    """What `run` gives, which must be the same to the last bit whichever thread goes first."""
-    results = []
-    for order in emulated.ORDERS.values():
-        module.set_order(order)
-        results.append(run())
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
-    return results[0]
-
-
 def clouds(B, N, M, D, dtype):
     """Points on a grid, so that many features are equal."""
     generator = torch.Generator().manual_seed(N + 7 * M + 31 * D)
@@ -71,14 +60,14 @@ def assert_near(seen, expected, scale, tolerance):
 
 def check_cost(module, x, y):
     tolerance = DTYPES[x.dtype]
-    (C,) = in_every_order(module, lambda: (cost_matrix_cuda(x, y, "l1"),))
+    (C,) = emulated.in_every_order(module, lambda: (cost_matrix_cuda(x, y, "l1"),))
     expected = cost_oracle(x.double(), y.double(), "l1")
     assert_near(C, expected, expected, tolerance)
 
 
 def check_gradients(module, G, x, y):
     tolerance = DTYPES[x.dtype]
-    seen = in_every_order(module, lambda: cost_backward_cuda(G, x, y, "l1", True, True))
+    seen = emulated.in_every_order(module, lambda: cost_backward_cuda(G, x, y, "l1", True, True))
     weight = G.double().abs()
     scales = weight.sum(-1, keepdim=True), weight.sum(-2).unsqueeze(-1)
     for got, expected, scale in zip(seen, gradients(G, x, y), scales, strict=True):

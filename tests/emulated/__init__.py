@@ -8,8 +8,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -45,3 +49,14 @@ def module() -> ModuleType:
     built = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(built)
     return built
+
+
+def in_every_order(module: ModuleType, run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What `run` gives, which must be the same to the last bit whichever thread goes first."""
+    results = []
+    for order in ORDERS.values():
+        module.set_order(order)
+        results.append(run())
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    return results[0]

@@ -40,16 +40,6 @@ def problem(size, dtype, batch=2):
     return C, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
 
 
-def in_every_order(module, run):
-    results = []
-    for order in emulated.ORDERS.values():
-        module.set_order(order)
-        results.append(run())
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
-    return results[0]
-
-
 @pytest.mark.parametrize("backend", ["cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rho", [math.inf, 0.4])
@@ -65,7 +55,7 @@ def test_solves(emulated_cuda, team, size, eps, rho, dtype, backend):
         result = sinkhorn(C, a, b, **options, backend=backend)
         return result.f, result.g, result.value, result.cost, result.marginal_error, result.plan
 
-    seen = in_every_order(emulated_cuda, solve)
+    seen = emulated.in_every_order(emulated_cuda, solve)
     expected = sinkhorn_oracle(*(t.double() for t in (C, a, b)), **options)
     digits = {torch.float32: 3e-6, torch.float64: 1e-13}[dtype]
     names = "f", "g", "value", "cost", "marginal_error", "plan"
@@ -97,7 +87,7 @@ def test_gradients(emulated_cuda, team, size, grad, eps, dtype, backend):
         loss = result.cost.sum() + (f.sum() + g.sum() if grad == "unrolled" else 0)
         return torch.autograd.grad(loss, (C, a, b))
 
-    seen = in_every_order(emulated_cuda, lambda: gradients(backend, dtype))
+    seen = emulated.in_every_order(emulated_cuda, lambda: gradients(backend, dtype))
     want = gradients("reference", torch.float64)
     digits = {torch.float32: 2e-5, torch.float64: 1e-10}[dtype]
     for got, exact in zip(seen, want, strict=True):
@@ -117,7 +107,7 @@ def test_each_problem_stops_by_itself(emulated_cuda, team, size, backend):
         result = sinkhorn(C, a, b, **options, backend=backend)
         return result.n_iter, result.marginal_error, result.f
 
-    n_iter, error, f = in_every_order(emulated_cuda, solve)
+    n_iter, error, f = emulated.in_every_order(emulated_cuda, solve)
     expected = sinkhorn(C, a, b, **options, backend="reference")
     assert (error[n_iter < 300] <= 1e-6).all()
     assert torch.equal(n_iter, expected.n_iter)
