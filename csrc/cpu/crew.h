@@ -19,8 +19,6 @@ class Crew {
   Crew(const Crew&) = delete;
   Crew& operator=(const Crew&) = delete;
 
-  int threads() const { return threads_; }
-
   // Lets the calling thread run `work`, which may use for_parts, with the others at hand.
   template <class Work>
   void together(Work work) {

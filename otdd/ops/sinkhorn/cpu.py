@@ -27,17 +27,7 @@ def sinkhorn_cpu(
 ) -> Solution:
     """See `sinkhorn_reference`; the same iterates, by absorption. Looks at all values itself."""
     *batch, N, M = C.shape
-    steps = max_iter + 1 if keep_history else 0
-    history = C.new_zeros if keep_history else C.new_empty  # an early stop leaves some unwritten
-    out = Solution(
-        C.new_empty(*batch, N),
-        C.new_empty(*batch, M),
-        C.new_empty(batch),
-        C.new_empty(batch),
-        C.new_empty(batch),
-        C.new_empty(batch, dtype=torch.int64),
-        history(*batch, steps, N + M, dtype=torch.float64),
-    )
+    out = Solution.empty(C, max_iter, keep_history)
     tensors = pointers.flat(len(batch), pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
     status = pointers.kernel("sinkhorn", C.dtype)(

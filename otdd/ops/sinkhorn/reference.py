@@ -29,6 +29,21 @@ class Solution(NamedTuple):
     n_iter: Tensor
     history: Tensor
 
+    @classmethod
+    def empty(cls, C: Tensor, max_iter: int, keep_history: bool) -> "Solution":
+        """Room for the solution of `C`; an early stop leaves some of a history unwritten: zeros."""
+        *batch, N, M = C.shape
+        steps = max_iter + 1 if keep_history else 0
+        return cls(
+            C.new_empty(*batch, N),
+            C.new_empty(*batch, M),
+            C.new_empty(batch),
+            C.new_empty(batch),
+            C.new_empty(batch),
+            C.new_empty(batch, dtype=torch.int64),
+            C.new_zeros(*batch, steps, N + M, dtype=torch.float64),
+        )
+
 
 def soft_rows(C: Tensor, g: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
     """``f_i = -eps LSE_j(log b_j + (g_j - C_ij) / eps)``."""
