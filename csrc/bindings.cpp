@@ -159,14 +159,14 @@ int cost_backward(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, 
 
 template <class T>
 int points(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Strided a, Strided b,
-           Strided eps, Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, double tol, Address f,
+           Strided eps, Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, Strided tol, Address f,
            Address g, Address value, Address cost, Address marginal_error, Address n_iter,
            int threads) {
   const otdd::cpu::PointsArgs<T> args{
       B, N, M, D, matrices<T>(x), matrices<T>(y), metric, vectors<T>(a), vectors<T>(b),
       vectors<double>(eps), vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter,
-      tol, out<T>(f), out<T>(g), out<T>(value), out<T>(cost), out<T>(marginal_error),
-      out<i64>(n_iter), threads};
+      vectors<double>(tol), out<T>(f), out<T>(g), out<T>(value), out<T>(cost),
+      out<T>(marginal_error), out<i64>(n_iter), threads};
   return released([&] { return otdd::cpu::kernels<T>().points(args); });
 }
 

@@ -258,11 +258,13 @@ class PointSinkhorn {
 
   int solve(i64 problem) {
     start(problem);
+    const double tol = A.tol.data[problem * A.tol.batch];
+    stops_ = tol > 0;
     i64 done = 0;
     for (; done < A.max_iter; ++done) {
       const double error = rows(done > 0);
       if (patience_.over()) return kInterrupted;
-      if (done > 0 && A.tol > 0 && error <= A.tol) break;
+      if (done > 0 && stops_ && error <= tol) break;
       double* t = lse_;
       lse_ = lse_new_, lse_new_ = t;
       for (i64 i = 0; i < N; ++i) phi_[i] = -lse_[i] / (1 + pull_a_);
@@ -284,6 +286,7 @@ class PointSinkhorn {
   i64 ld_, block_;
   Tiles<T, kMetric> tiles_;
   double unit_, mass_a_, pull_a_, pull_b_, rise_;  // unit: eps ln 2; pull: eps / rho
+  bool stops_ = false;
   double offset_, weights_;  // rows weigh 2^-offset of what they do, which sums to weights, near 1
   T *buffer_, *acc_;
   double *total_, *a_, *log_a_, *phi_, *lse_, *lse_new_, *b_, *log_b_, *gamma_, *col_, *lse_col_;
@@ -370,7 +373,7 @@ class PointSinkhorn {
       if (!(a_[i + k] > 0)) continue;
       weight[k] = T(a_[i + k] * ::exp2(phi + block.shift[k] - offset_));
       weight_[part] += weight[k];
-      if (started && A.tol > 0)
+      if (started && stops_)
         error_[part] += a_[i + k] * ::fabs(::exp2(lse + phi_[i + k]) - ::exp2(-pull_a_ * phi_[i + k]));
     }
     add_weighted(buffer, weight, block.count, ld_, acc);

@@ -103,7 +103,7 @@ struct PointsArgs {
   Vectors<double> eps, rho_a, rho_b;
   Vectors<T> g0;
   i64 max_iter;
-  double tol;
+  Vectors<double> tol;
   T *f, *g, *value, *cost, *marginal_error;  // contiguous
   i64* n_iter;
   int threads;

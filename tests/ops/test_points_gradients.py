@@ -95,10 +95,11 @@ def test_there_is_no_second_derivative(backend):
 def test_opcheck(backend):
     x, y, a, b = clouds(2, 4, 5, 3, torch.float32)
     eps, g = torch.full((2,), 0.5, dtype=torch.float64), torch.zeros(2, 5)
-    args = x, y, a, b, eps, 2 * eps, 3 * eps, g, "l1", 5, 0.0, backend
+    problem = x, y, a, b, eps, 2 * eps, 3 * eps, None, None, None
+    args = *problem, g, "l1", 5, 0.0, 0.0, "highest", backend
     torch.library.opcheck(torch.ops.otdd.sinkhorn_points.default, args)
-    rest = None, None, None, y, "l1", "sign", False, backend
-    args = x, y, torch.zeros(2, 4), g, a, b, eps, *rest
+    rest = None, None, None, y, "l1", "sign", False, "highest", backend
+    args = *problem, torch.zeros(2, 4), g, *rest
     torch.library.opcheck(torch.ops.otdd.sinkhorn_points_product.default, args)
 
 

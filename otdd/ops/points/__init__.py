@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from otdd.ops.cost import METRICS, cost_matrix
 from otdd.ops.cost.reference import normalised
 from otdd.ops.matmul import matmul
 from otdd.ops.points.op import filled, solve, transport
+from otdd.ops.points.reference import Clouds, label_costs
 from otdd.ops.sinkhorn import (
     GRADS,
     Grad,
     SinkhornResult,
     _per_problem,
+    check_shortcuts,
     problem_tensors,
     sinkhorn,
 )
@@ -24,6 +27,9 @@ from otdd.ops.sinkhorn.reference import over, plan_from_potentials
 
 # Entries of the largest batch of costs kept for a derivative through the iterations.
 DENSE = 1 << 25
+
+Precision = Literal["highest", "high", "medium"]
+PRECISIONS = ("highest", "high", "medium")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,7 +55,10 @@ class PointsResult:
         metric: Ground cost between `x` and `y`.
         tol: Marginal error that was asked for.
         grad: Gradient mode.
+        precision: Of the products between points.
         backend: Backend that solved it.
+        labels: None, or labels of the rows and of the columns, int64 ``(..., N)``, ``(..., M)``,
+            and the cost between labels, ``(..., K, L)``.
     """
 
     value: Tensor
@@ -66,7 +75,9 @@ class PointsResult:
     metric: str
     tol: float
     grad: str
+    precision: str
     backend: str
+    labels: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def converged(self) -> Tensor:
@@ -80,9 +91,9 @@ class PointsResult:
         Made at each access: ``(..., N, M)`` numbers, and as many for the cost. `apply` and
         `barycentric` need neither.
         """
-        x, y, f, g, a, b = self._tensors()
-        C = cost_matrix(x, y, self.metric, backend=self.backend)
-        return plan_from_potentials(C, f, g, a, b, self.eps)
+        p, f, g = self._problem()
+        C = _costs(p, self.metric, self.backend)
+        return plan_from_potentials(C, f, g, p.a, p.b, self.eps)
 
     def apply(self, z: Tensor, *, transpose: bool = False) -> Tensor:
         """``P z``, or with `transpose` ``P' z``, the plan made tile by tile.
@@ -113,10 +124,10 @@ class PointsResult:
             checks.finite(z, "z")
         if self.grad != "envelope":
             return matmul(self.plan.mT if transpose else self.plan, z)
-        x, y, f, g, a, b = self._tensors()
+        p, f, g = self._problem()
         if transpose:
-            x, y, f, g, a, b = y, x, g, f, b, a
-        return transport(z, x, y, f, g, a, b, self.eps, self.metric, self.backend)
+            p, f, g = p.swapped(), g, f
+        return transport(z, *p, f, g, self.metric, self.precision, self.backend)
 
     def barycentric(self, z: Tensor) -> Tensor:
         """Barycentric projection ``(1 / a_i) sum_j P_ij z_j``; a row of weight zero is sent to 0.
@@ -127,11 +138,17 @@ class PointsResult:
         Returns:
             ``(..., N, K)``.
         """
-        return over(self.apply(z), self._tensors()[4].unsqueeze(-1))
+        return over(self.apply(z), self._problem()[0].a.unsqueeze(-1))
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        tensors = self.x, self.y, self.f, self.g, self.a, self.b
-        return tuple(t.detach() for t in tensors) if self.grad == "envelope" else tensors
+    def _problem(self) -> tuple[Clouds, Tensor, Tensor]:
+        """The problem and its potentials; constants under ``envelope``."""
+        labels = self.labels or (None, None, None)
+        points = self.x, self.y, self.a, self.b, self.eps, None, None, *labels
+        tensors = *points, self.f, self.g
+        if self.grad == "envelope":
+            tensors = (None if t is None else t.detach() for t in tensors)
+        *problem, f, g = tensors
+        return Clouds(*problem), f, g
 
 
 def sinkhorn_points(
@@ -148,9 +165,17 @@ def sinkhorn_points(
     grad: Grad = "envelope",
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
+    schedule: float | None = None,
+    labels_x: Tensor | None = None,
+    labels_y: Tensor | None = None,
+    label_cost: Tensor | None = None,
+    precision: Precision = "highest",
     backend: str | None = None,
 ) -> PointsResult:
     """Solves ``min_P <P, C> + eps KL(P | a x b)`` with ``C_ij = c(x_i, y_j)``.
+
+    With labels, ``C_ij = c(x_i, y_j) + label_cost[labels_x_i, labels_y_j]``, the ground cost of
+    distances between labelled data sets (Alvarez-Melis & Fusi, NeurIPS 2020, eq. 4).
 
     The iterates of ``sinkhorn(cost_matrix(x, y, metric), a, b, ...)``, in memory for ``(N + M) D``
     numbers: costs are made tile by tile in each iteration, from differences of coordinates, so that
@@ -160,8 +185,8 @@ def sinkhorn_points(
     Gradients:
 
     - ``envelope``: ``dvalue/dx_i = sum_j P_ij dc(x_i, y_j)/dx_i``, ``dvalue/da = f`` (up to a
-      constant), y and b alike, and `cost` with the plan held fixed; streamed as well. No second
-      derivatives.
+      constant), y and b alike, ``dvalue/dlabel_cost`` the mass between labels, and `cost` with the
+      plan held fixed; streamed as well. No second derivatives.
     - ``unrolled`` and ``implicit``: as in `otdd.ops.sinkhorn`, whose cost matrix they keep; for at
       most 2^25 costs in all.
 
@@ -181,21 +206,36 @@ def sinkhorn_points(
         grad: ``envelope``, ``unrolled`` or ``implicit``.
         rho_a: Penalty > 0 on the row marginal, as in `otdd.ops.sinkhorn`; None or inf: met.
         rho_b: Penalty on the column marginal, likewise.
+        schedule: None, or a ratio in (0, 1) by which eps falls to `eps` (epsilon scaling), as in
+            `otdd.ops.sinkhorn`; from the largest cost in the box around the points.
+        labels_x: Labels of the sources, int64 ``(..., N)`` or broadcastable to it; the labels go
+            with `label_cost`, all three or none.
+        labels_y: Labels of the targets, ``(..., M)``.
+        label_cost: Cost between labels, ``(..., K, L)`` of the dtype of x; differentiable.
+        precision: How accurate the products between points have to be at least, in the words of
+            `torch.set_float32_matmul_precision`: ``highest``, the dtype's own; ``high``, that of
+            TF32 (10 bits); ``medium``, that of bfloat16 (7 bits). What is allowed is not always
+            done: all backends but ``triton`` compute every product at its best.
         backend: ``reference``, ``cpu``, or None for the first that can.
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, D = 0, N or M = 0,
-            eps or rho <= 0, more than 2^25 costs without ``envelope``, and on the CPU (elsewhere
-            with ``OTDD_CHECKS=1``) NaN or inf, costs that overflow, negative weights or a problem
-            with only zero weights.
-        TypeError: Not floating point, or different dtypes.
+            eps or rho <= 0, more than 2^25 costs without ``envelope``, one or two of the three
+            arguments for labels, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) NaN or inf,
+            costs that overflow, negative weights, a problem with only zero weights, or labels that
+            `label_cost` does not have.
+        TypeError: Not floating point, labels that are not int64, or different dtypes.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
-    checks.solver_options(max_iter, tol, grad=(grad, GRADS), metric=(metric, METRICS))
+    choices = {"metric": (metric, METRICS), "precision": (precision, PRECISIONS)}
+    checks.solver_options(max_iter, tol, grad=(grad, GRADS), **choices)
+    if schedule is not None:
+        check_shortcuts(schedule, None, grad)
     x, y = _clouds(x, y)
+    shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the cost that is not made
+    labels = _labels(labels_x, labels_y, label_cost, x, shape)
     if metric == "cosine":
         x, y, metric = *_on_sphere(x, y), "sqeuclidean"
-    shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the cost that is not made
     if isinstance(init, PointsResult):
         init = init.f, init.g
     _, (_, g), a, b, eps = problem_tensors(shape, eps, init, a, b, "init", like="x")
@@ -203,25 +243,82 @@ def sinkhorn_points(
         None if rho is None else _per_problem(rho, name, shape, or_inf=True)
         for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
     )
-    options = {"max_iter": int(max_iter), "tol": float(tol)}
+    problem = x, y, a, b, eps, rho_a, rho_b, *labels
     if grad != "envelope":
         accepted = "grad='envelope' above 2^25 costs in all"
         checks.require(shape.numel() <= DENSE, "grad", f"{grad!r} for {shape.numel()}", accepted)
-        C = cost_matrix(x, y, metric, backend=backend)
-        penalties = {"rho_a": rho_a, "rho_b": rho_b}
-        r = sinkhorn(
-            C, a, b, eps=eps, init=(None, g), grad=grad, **penalties, **options, backend=backend
-        )
-        solved = r.value, r.cost, r.f, r.g, r.n_iter, r.marginal_error
-        return PointsResult(*solved, x, y, r.a, r.b, eps, metric, r.tol, grad, r.backend)
-    refusals = {"cpu": pointers.cpu_refusal(x), "reference": None}
+        options = {"max_iter": max_iter, "tol": tol, "schedule": schedule, "grad": grad}
+        return _dense(Clouds(*problem), g, metric, precision, backend, options)
+    refusals = {"cpu": _cpu_refusal(x, shape, label_cost), "reference": None}
     chosen = backends.choose("sinkhorn_points", refusals, backend)
-    f, g, value, cost, marginal_error, n_iter = solve(
-        x, y, a, b, eps, rho_a, rho_b, g, metric, *options.values(), chosen
-    )
-    solved = value, cost, f, g, n_iter, marginal_error
-    a, b, *_ = filled(x, y, a, b, eps, None, None)
-    return PointsResult(*solved, x, y, a, b, eps, metric, float(tol), grad, chosen)
+    options = int(max_iter), float(tol), float(schedule or 0), precision
+    f, g, value, cost, marginal_error, n_iter = solve(*problem, g, metric, *options, chosen)
+    a, b = filled(*problem)[2:4]
+    solved = value, cost, f, g, n_iter, marginal_error, x, y, a, b, eps
+    how = metric, float(tol), grad, precision, chosen
+    return PointsResult(*solved, *how, None if label_cost is None else labels)
+
+
+def _dense(
+    p: Clouds, g: Tensor | None, metric: str, precision: str, backend: str | None, options: dict
+) -> PointsResult:
+    """The solve with its cost matrix, for derivatives of the iterations."""
+    C = _costs(p, metric, backend)
+    penalties = {"rho_a": p.rho_a, "rho_b": p.rho_b, "backend": backend}
+    r = sinkhorn(C, p.a, p.b, eps=p.eps, init=(None, g), **penalties, **options)
+    solved = r.value, r.cost, r.f, r.g, r.n_iter, r.marginal_error, p.x, p.y, r.a, r.b, p.eps
+    labels = None if p.label_cost is None else (p.labels_x, p.labels_y, p.label_cost)
+    return PointsResult(*solved, metric, r.tol, r.grad, precision, r.backend, labels)
+
+
+def _costs(p: Clouds, metric: str, backend: str | None) -> Tensor:
+    C = cost_matrix(p.x, p.y, metric, backend=backend)
+    return C if p.label_cost is None else C + label_costs(p, slice(None))
+
+
+def _cpu_refusal(x: Tensor, shape: Tensor, label_cost: Tensor | None) -> str | None:
+    if label_cost is not None:
+        return "no costs between labels yet"
+    return pointers.cpu_refusal(x)
+
+
+def _labels(
+    labels_x: Tensor | None,
+    labels_y: Tensor | None,
+    label_cost: Tensor | None,
+    x: Tensor,
+    shape: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Labels and their costs over the batch, checked."""
+    given = {"labels_x": labels_x, "labels_y": labels_y, "label_cost": label_cost}
+    missing = [name for name, t in given.items() if t is None]
+    if len(missing) == 3:
+        return None, None, None
+    together = "labels_x, labels_y and label_cost, all or none"
+    checks.require(not missing, missing[0] if missing else "", "None beside the others", together)
+    label_cost = checks.as_float(label_cost, "label_cost")
+    checks.same_kind(label_cost, "label_cost", x, "x")
+    *batch, N, M = shape.shape
+    full = label_cost.dim() >= 2 and 0 not in label_cost.shape[-2:]
+    checks.require(full, "label_cost", f"shape {tuple(label_cost.shape)}", "(..., K, L)")
+    label_cost = _expanded(label_cost, "label_cost", (*batch, *label_cost.shape[-2:]))
+    sides = []
+    for labels, name, n in ((labels_x, "labels_x", N), (labels_y, "labels_y", M)):
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            seen = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"{name}: got {seen}; accepted: a tensor of int64")
+        same = labels.device == x.device
+        checks.require(same, name, f"device {labels.device}", f"that of x, {x.device}")
+        sides.append(_expanded(labels, name, (*batch, n)))
+    return *sides, label_cost
+
+
+def _expanded(t: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    try:
+        return t.expand(shape)
+    except RuntimeError:
+        accepted = f"{shape} or broadcastable to it"
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: {accepted}") from None
 
 
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The ops behind `otdd.ops.sinkhorn_points`, with their derivatives.
 
-``x (..., N, D)``, ``y (..., M, D)``; over the same batch ``a (..., N)``, ``b (..., M)``,
-``g (..., M)``, and ``eps``, ``rho_a``, ``rho_b`` ``(...)`` in float64.
+A problem's tensors are those of `reference.Clouds`, over one batch, in that order; a and b may be
+None for equal weights, rho_a and rho_b for marginals that are met, the labels for none.
 """
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 from otdd.ops import checks
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
 from otdd.ops.points import cpu
-from otdd.ops.points.reference import points_reference, product_reference
+from otdd.ops.points.levels import through_levels
+from otdd.ops.points.reference import Clouds, points_reference, product_reference
 from otdd.ops.sinkhorn.gradients import _value_slopes
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+PROBLEM = 10  # tensors of a problem
 
 
 def _solve(
@@ -25,30 +27,28 @@ def _solve(
     eps: Tensor,
     rho_a: Tensor | None,
     rho_b: Tensor | None,
+    labels_x: Tensor | None,
+    labels_y: Tensor | None,
+    label_cost: Tensor | None,
     g: Tensor | None,
     metric: str,
     max_iter: int,
     tol: float,
+    schedule: float,
+    precision: str,
     backend: str,
 ) -> Outputs:
     """One whole batch of solves -> f, g, value, cost, marginal_error, n_iter."""
-    a, b, rho_a, rho_b = filled(x, y, a, b, eps, rho_a, rho_b)
-    g = x.new_zeros(()).expand_as(b) if g is None else g
+    p = filled(x, y, a, b, eps, rho_a, rho_b, labels_x, labels_y, label_cost)
+    g = x.new_zeros(()).expand_as(p.b) if g is None else g
     if checks.values_are_checked(x):
-        checks.finite(x, "x")
-        checks.finite(y, "y")
-        _costs_fit(x, y, metric)
-        checks.weights(a, "a")
-        checks.weights(b, "b")
-        checks.finite(g, "init")
-        checks.positive(eps, "eps", x.dtype)
-        checks.positive(rho_a, "rho_a", x.dtype, or_inf=True)
-        checks.positive(rho_b, "rho_b", x.dtype, or_inf=True)
-    run = cpu.points_cpu if backend == "cpu" else points_reference
-    return tuple(run(x, y, a, b, eps, rho_a, rho_b, g, metric, max_iter, tol))
+        _check_values(p, g, metric)
+    if backend == "cpu":
+        return tuple(cpu.points_cpu(p, g, metric, max_iter, tol, schedule))
+    return tuple(through_levels(points_reference, p, g, metric, max_iter, tol, schedule))
 
 
-def _fake_solve(x, y, a, b, eps, rho_a, rho_b, g, metric, max_iter, tol, backend):  # noqa: ANN001, ANN202
+def _fake_solve(x, y, *_):  # noqa: ANN001, ANN002, ANN202
     *batch, N, _ = x.shape
     return (
         x.new_empty(*batch, N),
@@ -68,12 +68,37 @@ def filled(
     eps: Tensor,
     rho_a: Tensor | None,
     rho_b: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and penalties with a tensor for each: equal ones, and inf."""
+    *labels: Tensor | None,
+) -> Clouds:
+    """A problem with a tensor for each weight and penalty: equal ones, and inf."""
     hard = eps.new_full((), torch.inf).expand(eps.shape)
     equal = (t.new_full((), 1 / t.shape[-2]).expand(t.shape[:-1]) for t in (x, y))
     a, b = (e if w is None else w for w, e in zip((a, b), equal, strict=True))
-    return a, b, hard if rho_a is None else rho_a, hard if rho_b is None else rho_b
+    rho_a, rho_b = (hard if rho is None else rho for rho in (rho_a, rho_b))
+    return Clouds(x, y, a, b, eps, rho_a, rho_b, *labels)
+
+
+def _check_values(p: Clouds, g: Tensor, metric: str) -> None:
+    """Raises for the first value that is not accepted."""
+    checks.finite(p.x, "x")
+    checks.finite(p.y, "y")
+    _costs_fit(p.x, p.y, metric)
+    checks.weights(p.a, "a")
+    checks.weights(p.b, "b")
+    checks.finite(g, "init")
+    checks.positive(p.eps, "eps", p.x.dtype)
+    checks.positive(p.rho_a, "rho_a", p.x.dtype, or_inf=True)
+    checks.positive(p.rho_b, "rho_b", p.x.dtype, or_inf=True)
+    if p.label_cost is None:
+        return
+    checks.finite(p.label_cost, "label_cost")
+    sides = (p.labels_x, "labels_x", -2), (p.labels_y, "labels_y", -1)
+    for labels, name, side in sides:
+        if labels.numel():
+            low, high = (bound.item() for bound in labels.aminmax())
+            top = p.label_cost.shape[side] - 1
+            seen, accepted = f"labels from {low} to {high}", f"0 to {top}, as label_cost has"
+            checks.require(low >= 0 and high <= top, name, seen, accepted)
 
 
 def _costs_fit(x: Tensor, y: Tensor, metric: str) -> None:
@@ -91,29 +116,37 @@ def _costs_fit(x: Tensor, y: Tensor, metric: str) -> None:
 def _product(
     x: Tensor,
     y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    labels_x: Tensor | None,
+    labels_y: Tensor | None,
+    label_cost: Tensor | None,
     f: Tensor,
     g: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
     u: Tensor | None,
     v: Tensor | None,
     kappa: Tensor | None,
     z: Tensor,
     metric: str,
     mode: str,
-    over_cost: bool,
+    over_distance: bool,
+    precision: str,
     backend: str,
 ) -> Tensor:
     """``sum_j P_ij (u_i + v_j + kappa C_ij) h(x_i, z_j)``; 1 for no u, 0 for no v and kappa."""
-    run = cpu.product_cpu if backend == "cpu" else product_reference
+    p = filled(x, y, a, b, eps, rho_a, rho_b, labels_x, labels_y, label_cost)
     u = x.new_ones(()).expand_as(f) if u is None else u
     v = x.new_zeros(()).expand_as(g) if v is None else v
     kappa = torch.zeros_like(eps) if kappa is None else kappa
-    return run(x, y, f, g, a, b, eps, u, v, kappa, z, metric, mode, over_cost)
+    run = cpu.product_cpu if backend == "cpu" else product_reference
+    return run(p, f, g, u, v, kappa, z, metric, mode, over_distance)
 
 
-def _fake_product(x, y, f, g, a, b, eps, u, v, kappa, z, metric, mode, over_cost, backend):  # noqa: ANN001, ANN202
+def _fake_product(x: Tensor, *others: object) -> Tensor:
+    z = others[14]
     return x.new_empty(*x.shape[:-1], z.shape[-1])
 
 
@@ -122,28 +155,46 @@ product_op = custom_op("otdd::sinkhorn_points_product", _product, _fake_product)
 
 
 def row_gradient(
-    x: Tensor,
-    y: Tensor,
+    p: Clouds,
     f: Tensor,
     g: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
     u: Tensor | None,
     v: Tensor | None,
     kappa: Tensor | None,
     metric: str,
+    precision: str,
     backend: str,
 ) -> Tensor:
     """``sum_j P_ij (u_i + v_j + kappa C_ij) dc(x_i, y_j) / dx_i``, ``(..., N, D)``."""
     mode = "sign" if metric == "l1" else "difference"
-    weights = u, v, kappa
-    out = product_op(x, y, f, g, a, b, eps, *weights, y, metric, mode, metric == "l2", backend)
+    options = metric, mode, metric == "l2", precision, backend
+    out = product_op(*p, f, g, u, v, kappa, p.y, *options)
     return 2 * out if metric == "sqeuclidean" else out
 
 
+def label_gradient(
+    p: Clouds,
+    f: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    kappa: Tensor | None,
+    metric: str,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """``sum P_ij (u_i + v_j + kappa C_ij)`` over i of label k and j of label l, ``(..., K, L)``."""
+    K, L = p.label_cost.shape[-2:]
+    kind = {"dtype": p.x.dtype, "device": p.x.device}
+    of_y = (p.labels_y.unsqueeze(-1) == torch.arange(L, device=p.x.device)).to(**kind)
+    of_x = (p.labels_x.unsqueeze(-2) == torch.arange(K, device=p.x.device).unsqueeze(-1)).to(**kind)
+    options = metric, "value", False, precision, backend
+    return of_x @ product_op(*p, f, g, u, v, kappa, of_y, *options)
+
+
 def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    *problem, _, ctx.metric, _, _, ctx.backend = inputs
+    problem = inputs[:PROBLEM]
+    _, ctx.metric, _, _, _, ctx.precision, ctx.backend = inputs[PROBLEM:]
     f, g, _, _, marginal_error, n_iter = output
     ctx.save_for_backward(*problem, f, g)
     ctx.mark_non_differentiable(f, g, marginal_error, n_iter)
@@ -152,12 +203,14 @@ def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
 
 @checks.outside_autocast
 def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
-    none = (None,) * 8
+    none = (None,) * 7
     if dvalue is None and dcost is None:
-        return None, None, None, None, *none
+        return *(None,) * PROBLEM, *none
     run = _envelope if torch.is_grad_enabled() else _envelope_gradients
-    wanted = ctx.needs_input_grad[:4]
-    return *run(*ctx.saved_tensors, dvalue, dcost, *wanted, ctx.metric, ctx.backend), *none
+    wanted = *ctx.needs_input_grad[:4], ctx.needs_input_grad[PROBLEM - 1]
+    options = ctx.metric, ctx.precision, ctx.backend
+    dx, dy, da, db, dW = run(*ctx.saved_tensors, dvalue, dcost, *wanted, *options)
+    return dx, dy, da, db, *(None,) * 5, dW, *none
 
 
 def _envelope_gradients(
@@ -168,6 +221,9 @@ def _envelope_gradients(
     eps: Tensor,
     rho_a: Tensor | None,
     rho_b: Tensor | None,
+    labels_x: Tensor | None,
+    labels_y: Tensor | None,
+    label_cost: Tensor | None,
     f: Tensor,
     g: Tensor,
     dvalue: Tensor | None,
@@ -176,24 +232,28 @@ def _envelope_gradients(
     need_y: bool,
     need_a: bool,
     need_b: bool,
+    need_label_cost: bool,
     metric: str,
+    precision: str,
     backend: str,
 ) -> Gradients:
     """The plan held fixed: ``dx_i = (dvalue + dcost) sum_j P_ij dc(x_i, y_j) / dx_i``, dy alike."""
     soft = rho_a is not None or rho_b is not None
-    a, b, rho_a, rho_b = filled(x, y, a, b, eps, rho_a, rho_b)
+    p = filled(x, y, a, b, eps, rho_a, rho_b, labels_x, labels_y, label_cost)
     scale = dvalue if dcost is None else dcost if dvalue is None else dvalue + dcost
     scale = scale[..., None, None]
-    plain = None, None, None, metric, backend
-    dx = dy = da = db = None
+    plain = None, None, None, metric, precision, backend
+    dx = dy = da = db = dW = None
     if need_x:
-        dx = scale * row_gradient(x, y, f, g, a, b, eps, *plain)
+        dx = scale * row_gradient(p, f, g, *plain)
     if need_y:
-        dy = scale * row_gradient(y, x, g, f, b, a, eps, *plain)
+        dy = scale * row_gradient(p.swapped(), g, f, *plain)
+    if need_label_cost:
+        dW = scale * label_gradient(p, f, g, *plain)
     if dvalue is not None and (need_a or need_b):
-        _, _, by_a, by_b = _value_slopes((None, a, b, eps, rho_a, rho_b), f, g, True, soft)
+        _, _, by_a, by_b = _value_slopes((None, *p[2:7]), f, g, True, soft)
         da, db = dvalue.unsqueeze(-1) * by_a, dvalue.unsqueeze(-1) * by_b
-    return dx, dy, da if need_a else None, db if need_b else None
+    return dx, dy, da if need_a else None, db if need_b else None, dW
 
 
 _envelope = differentiable(
@@ -209,27 +269,37 @@ def _transport(
     z: Tensor,
     x: Tensor,
     y: Tensor,
-    f: Tensor,
-    g: Tensor,
     a: Tensor,
     b: Tensor,
     eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    labels_x: Tensor | None,
+    labels_y: Tensor | None,
+    label_cost: Tensor | None,
+    f: Tensor,
+    g: Tensor,
     metric: str,
+    precision: str,
     backend: str,
 ) -> Tensor:
     """``P z``, ``(..., N, K)``."""
-    return product_op(x, y, f, g, a, b, eps, None, None, None, z, metric, "value", False, backend)
+    problem = x, y, a, b, eps, rho_a, rho_b, labels_x, labels_y, label_cost
+    options = metric, "value", False, precision, backend
+    return product_op(*problem, f, g, None, None, None, z, *options)
 
 
 def _transport_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    _, *tensors, ctx.metric, ctx.backend = inputs
+    _, *tensors, ctx.metric, ctx.precision, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 @checks.outside_autocast
 def _transport_backward(ctx, grad):  # noqa: ANN001, ANN202
-    x, y, f, g, a, b, eps = ctx.saved_tensors
-    return transport(grad, y, x, g, f, b, a, eps, ctx.metric, ctx.backend), *(None,) * 9
+    *problem, f, g = ctx.saved_tensors
+    options = ctx.metric, ctx.precision, ctx.backend
+    back = transport(grad, *Clouds(*problem).swapped(), g, f, *options)
+    return back, *(None,) * (PROBLEM + 5)
 
 
 transport = differentiable(_transport, _transport_setup, _transport_backward)

@@ -159,7 +159,7 @@ def sinkhorn(
     """
     checks.solver_options(max_iter, tol, grad=(grad, GRADS), marginals=(marginals, MARGINALS))
     if schedule is not None or accelerate is not None:
-        _check_shortcuts(schedule, accelerate, grad)
+        check_shortcuts(schedule, accelerate, grad)
     sinkd = marginals == "sinkd"
     C, (_, g), a, b, eps = problem_tensors(C, eps, init, a, b, "init")
     if rho_a is not None or rho_b is not None:
@@ -191,7 +191,7 @@ def sinkhorn(
     )
 
 
-def _check_shortcuts(schedule: float | None, accelerate: str | None, grad: str) -> None:
+def check_shortcuts(schedule: float | None, accelerate: str | None, grad: str) -> None:
     number = isinstance(schedule, numbers.Real) and not isinstance(schedule, bool)
     if schedule is not None and not (number and 0 < schedule < 1):
         checks.require(False, "schedule", repr(schedule), "None, or a ratio in (0, 1)")

@@ -1,0 +1,146 @@
+"""`sinkhorn_points` with costs between labels, and its schedule, against the dense oracle."""
+
+import math
+
+import pytest
+import torch
+from references import clouds, cost_oracle, sinkhorn_oracle
+
+from otdd.ops import METRICS, sinkhorn_points
+from otdd.ops.points import cpu
+
+
+@pytest.fixture(params=["reference"])
+def backend(request) -> str:
+    return request.param
+
+
+def labelled(B: int, N: int, M: int, D: int, dtype: torch.dtype, K: int = 4, L: int = 6) -> tuple:
+    """Clouds with weights, labels of each side and costs between labels."""
+    generator = torch.Generator().manual_seed(N + M)
+    lx = torch.randint(0, K, (B, N), generator=generator)
+    ly = torch.randint(0, L, (B, M), generator=generator)
+    W = 3 * torch.rand(B, K, L, generator=generator, dtype=torch.float64)
+    return *clouds(B, N, M, D, dtype), lx, ly, W.to(dtype)
+
+
+def dense(x, y, lx, ly, W, metric) -> torch.Tensor:
+    between = torch.stack([w[i][:, j] for w, i, j in zip(W, lx, ly, strict=True)])
+    return cost_oracle(x, y, metric) + between
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 3), (33, 50, 1), (20, 90, 40)])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-10), (torch.float32, 5e-5)])
+def test_values_and_gradients(backend, metric, size, dtype, tol):
+    *points, lx, ly, W = labelled(2, *size, dtype)
+    leaves = [t.requires_grad_() for t in (*points, W)]
+    x, y, a, b, W = leaves
+    labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
+    r = sinkhorn_points(x, y, a, b, metric=metric, eps=0.7, max_iter=60, backend=backend, **labels)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    C = dense(doubles[0], doubles[1], lx, ly, doubles[4], metric)
+    expected = sinkhorn_oracle(C, *doubles[2:4], eps=0.7, max_iter=60)
+    for name in ("f", "g", "plan", "value", "cost"):
+        got, want = getattr(r, name).double(), expected[name]
+        torch.testing.assert_close(got, want, rtol=tol, atol=tol, msg=name)
+    z = torch.rand(2, size[1], 3, dtype=dtype)
+    torch.testing.assert_close(r.apply(z), r.plan @ z, rtol=tol, atol=tol)
+    P = expected["plan"].detach()
+    got = torch.autograd.grad((r.value + 2 * r.cost).sum(), (x, y, W))
+    want = torch.autograd.grad(3 * (P * C).sum(), (doubles[0], doubles[1], doubles[4]))
+    for s, t in zip(got, want, strict=True):
+        torch.testing.assert_close(s.double(), t, rtol=tol, atol=10 * tol)
+
+
+@pytest.mark.parametrize("grad", ["unrolled", "implicit"])
+def test_other_gradients_keep_the_labels(backend, grad):
+    x, y, a, b, lx, ly, W = labelled(2, 9, 11, 3, torch.float64)
+    x.requires_grad_(), W.requires_grad_()
+    labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
+    options = {"eps": 2.0, "max_iter": 300, "grad": grad}
+    r = sinkhorn_points(x, y, a, b, **options, **labels, backend=backend)
+    C = dense(x, y, lx, ly, W, "sqeuclidean")
+    plan = sinkhorn_oracle(C, a, b, eps=2.0, max_iter=300)["plan"]
+    got = torch.autograd.grad(r.plan.square().sum(), (x, W))
+    torch.testing.assert_close(got, torch.autograd.grad(plan.square().sum(), (x, W)))
+
+
+def test_labels_that_all_problems_share(backend):
+    x, y, a, b, lx, ly, W = labelled(3, 9, 11, 2, torch.float64)
+    options = {"eps": 0.5, "max_iter": 20, "backend": backend}
+    shared = {"labels_x": lx[0], "labels_y": ly[0], "label_cost": W[0]}
+    alone = sinkhorn_points(x[1], y[1], a[1], b[1], **shared, **options)
+    torch.testing.assert_close(sinkhorn_points(x, y, a, b, **shared, **options).f[1], alone.f)
+
+
+LABELS = {
+    "labels_x": torch.zeros(4, dtype=torch.int64),
+    "labels_y": torch.zeros(5, dtype=torch.int64),
+    "label_cost": torch.rand(2, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"labels_x": None}, ValueError, "labels_x: got None beside the others; accepted: labels_"),
+        ({"label_cost": None}, ValueError, "label_cost: got None beside the others"),
+        (
+            {"labels_y": torch.zeros(5)},
+            TypeError,
+            "labels_y: got torch.float32; accepted: a tensor",
+        ),
+        ({"labels_y": [0] * 5}, TypeError, "labels_y: got list"),
+        (
+            {"labels_x": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            r"labels_x: got shape \(3,\)",
+        ),
+        ({"labels_x": torch.full((4,), 2)}, ValueError, "labels_x: got labels from 2 to 2; acc"),
+        ({"labels_y": torch.full((5,), -1)}, ValueError, "labels_y: got labels from -1 to -1"),
+        ({"label_cost": torch.rand(3)}, ValueError, r"label_cost: got shape \(3,\)"),
+        ({"label_cost": torch.rand(2, 3).double()}, TypeError, "label_cost: got dtype"),
+        ({"label_cost": torch.full((2, 3), math.nan)}, ValueError, "label_cost: got nan"),
+    ],
+)
+def test_bad_labels(change, error, says):
+    x, y = torch.rand(4, 3), torch.rand(5, 3)
+    with pytest.raises(error, match=says):
+        sinkhorn_points(x, y, eps=1.0, **(LABELS | change))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_schedule_starts_nearer_to_the_same_solution(name, metric, monkeypatch):
+    monkeypatch.setattr(cpu, "STORED", 0)
+    x, y, a, b = clouds(3, 30, 40, 3, torch.float64)
+    scale = torch.tensor([1.0, 0.3, 1.0], dtype=torch.float64)
+    x, y = x * scale[:, None, None], y * scale[:, None, None]
+    eps = torch.tensor([0.04, 0.04, 100.0], dtype=torch.float64)
+    options = {"metric": metric, "eps": eps, "backend": name}
+    plain = sinkhorn_points(x, y, a, b, max_iter=20000, tol=1e-8, **options)
+    r = sinkhorn_points(x, y, a, b, max_iter=20000, tol=1e-8, schedule=0.3, **options)
+    assert r.converged.all()
+    torch.testing.assert_close(r.plan, plain.plan, rtol=1e-3, atol=1e-7)
+    first = [
+        sinkhorn_points(x, y, a, b, max_iter=1, schedule=schedule, **options).marginal_error[0]
+        for schedule in (None, 0.3)
+    ]
+    assert first[1] < first[0] / 3
+    assert r.n_iter[2] == plain.n_iter[2]  # above the range of its costs there are no levels
+    alone = sinkhorn_points(
+        x[1], y[1], a[1], b[1], max_iter=20000, tol=1e-8, schedule=0.3, **options | {"eps": 0.04}
+    )
+    assert alone.n_iter == r.n_iter[1]  # whatever the other problems of its batch are
+    torch.testing.assert_close(alone.f, r.f[1])
+    with pytest.raises(ValueError, match=r"schedule: got 1\.5; accepted: None, or a ratio in"):
+        sinkhorn_points(x, y, eps=1.0, schedule=1.5)
+
+
+def test_precision_is_one_of_three():
+    x, y, *_ = clouds(1, 4, 5, 3, torch.float32)
+    with pytest.raises(ValueError, match="precision: got 'tf32'; accepted: highest, high, medium"):
+        sinkhorn_points(x, y, eps=1.0, precision="tf32")
+    low = sinkhorn_points(x, y, eps=1.0, precision="medium", backend="reference")
+    assert torch.equal(low.f, sinkhorn_points(x, y, eps=1.0, backend="reference").f)
