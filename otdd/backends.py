@@ -1,12 +1,14 @@
 """Which backends can run on this machine, why others cannot, and the choice among them.
 
-A backend is how an op runs: `cuda` and `cpu` are native code, `triton` is compiled from Python and
-`reference` is plain PyTorch. An op names those it has, best first, each with its own reason to
-refuse these inputs (None if it has none), and gets back the name to use::
+A backend is how an op runs: `cuda` and `cpu` are native code, `triton` is compiled from Python for
+the GPU at hand and `reference` is plain PyTorch. An op names those it has, best first, each with
+its own reason to refuse these inputs (None if it has none), and gets back the name to use::
 
     name = choose("sinkhorn", {"cpu": refusal_or_None, "reference": None}, backend)
 
-The environment variable OTDD_BACKEND stands in for a `backend` argument that is not given.
+The environment variable OTDD_BACKEND stands in for a `backend` argument that is not given. With
+TRITON_INTERPRET=1, set before otdd is imported, `triton` runs on the CPU, step by step in Python:
+slow, to check its kernels where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  before the native module, so that both share torch's OpenMP threads
+import torch  # before the native module, so that both share torch's OpenMP threads
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "cpu", "triton", "reference")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 class BackendError(RuntimeError):
@@ -65,18 +69,20 @@ def _why_not_cuda() -> str | None:
     return None
 
 
-def _why_not_triton() -> str:
-    reason = "no kernels in this version of otdd"
+def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return f"{reason}; triton is not installed"
-    return reason
+        return "triton is not installed"
+    # Asked of NVML or amdsmi where there is one, which leaves the GPU alone.
+    if not INTERPRETED and torch.cuda.device_count() == 0:
+        return "no GPU that torch sees (TRITON_INTERPRET=1 checks the kernels on the CPU, slowly)"
+    return None
 
 
 # Found out on import, so that torch.compile can trace `choose` as a look-up.
 _REASONS: dict[str, str | None] = {
     "cuda": _why_not_cuda(),
-    "triton": _why_not_triton(),
     "cpu": _why_not_cpu(),
+    "triton": _why_not_triton(),
     "reference": None,
 }
 

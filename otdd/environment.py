@@ -61,7 +61,8 @@ def environment() -> dict[str, Any]:
         return info | {"error": f"torch does not load: {error}"}
     info["backends"] = backends.available()
     info["cpu"] |= {"threads": torch.get_num_threads()}
-    variables = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OTDD_BACKEND", "OTDD_CPU_ISA")
+    variables = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OTDD_BACKEND", "OTDD_CPU_ISA"
+    variables = *variables, "TRITON_INTERPRET"
     info["variables"] = {name: os.environ[name] for name in variables if name in os.environ}
     try:
         native = backends.native()

@@ -1,4 +1,4 @@
-"""Settings for every test. The environment is set before torch is imported."""
+"""Settings for every test. The environment is set before torch, or otdd, is imported."""
 
 import os
 import signal
@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import settings
+
+if torch.cuda.device_count() == 0:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("otdd", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("otdd")

@@ -1,3 +1,5 @@
+import importlib.util
+import os
 import subprocess
 import sys
 
@@ -6,13 +8,14 @@ import torch
 
 from otdd import backends
 from otdd.backends import BackendError, choose
+from otdd.ops import cost_matrix, pointers
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine where cpu and reference run, whatever this one is."""
     monkeypatch.delenv("OTDD_BACKEND", raising=False)
-    reasons = {"cuda": "no device", "triton": "not installed", "cpu": None, "reference": None}
+    reasons = {"cuda": "no device", "cpu": None, "triton": "not installed", "reference": None}
     monkeypatch.setattr(backends, "_REASONS", reasons)
     return reasons
 
@@ -52,7 +55,7 @@ def test_op_reason_and_missing_candidate_refuse_an_explicit_backend():
 
 
 def test_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'gpu'; choose from cuda, triton, cpu, reference"):
+    with pytest.raises(ValueError, match="'gpu'; choose from cuda, cpu, triton, reference"):
         choose("op", {"cpu": None}, "gpu")
 
 
@@ -81,6 +84,74 @@ def test_choice_traces_under_torch_compile():
 
     compiled = torch.compile(add_one_on_cpu, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("installed", "interpreted", "gpus", "says"),
+    [
+        (False, False, 1, "triton is not installed"),
+        (False, True, 0, "triton is not installed"),
+        (True, False, 0, "no GPU that torch sees (TRITON_INTERPRET=1"),
+        (True, False, 1, None),
+        (True, True, 0, None),
+    ],
+)
+def test_triton_needs_itself_and_a_gpu_or_its_interpreter(
+    installed, interpreted, gpus, says, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(backends, "INTERPRETED", interpreted)
+    reason = backends._why_not_triton()
+    assert reason is None if says is None else reason.startswith(says)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "0", None])
+def test_the_interpreter_is_asked_for_by_the_environment(value):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {} if value is None else {"TRITON_INTERPRET": value}
+    code = "from triton import knobs; from otdd import backends"
+    code += "; assert backends.INTERPRETED == knobs.runtime.interpret"
+    code += "; print(backends.INTERPRETED)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout.strip() == str(value in ("1", "true")), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "device", "says"),
+    [
+        (True, "cpu", None),
+        (True, "cuda", "the inputs are on cuda:0, not on the CPU, where TRITON_INTERPRET=1 runs"),
+        (False, "cuda", None),
+        (False, "cpu", "the inputs are on cpu, not on a GPU"),
+        (False, "meta", "the inputs are on meta, not on a GPU"),
+    ],
+)
+def test_where_triton_wants_its_inputs(interpreted, device, says, monkeypatch):
+    monkeypatch.setattr(backends, "INTERPRETED", interpreted)
+    with torch._subclasses.FakeTensorMode():
+        t = torch.empty(2, device=device)
+    assert pointers.triton_refusal(t) == says
+
+
+def test_triton_comes_after_native_code_and_before_reference(machine):
+    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
+    assert tuple(pointers.refusals(cpu)) == backends.NAMES == ("cuda", "cpu", "triton", "reference")
+    machine["triton"] = None
+    assert choose("op", pointers.refusals(cpu)) == "cpu"
+    assert choose("op", pointers.refusals(meta)) == "reference"
+    assert choose("op", {"cuda": None, "cpu": "elsewhere", "triton": None}) == "triton"
+    assert pointers.refusals(meta, triton="too large")["triton"].startswith(
+        "the inputs are on meta"
+    )
+
+
+def test_triton_is_refused_where_it_is_not_installed():
+    with pytest.raises(BackendError, match="'triton' cannot be used: not installed"):
+        cost_matrix(torch.rand(2, 3), torch.rand(4, 3), backend="triton")
 
 
 @pytest.mark.parametrize(

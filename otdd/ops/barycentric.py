@@ -79,7 +79,9 @@ def barycentric(
     except RuntimeError:
         fits = False
     checks.require(fits, "y", f"shape {tuple(y.shape)}", f"{(*batch, M)} + (D,) or broadcastable")
-    chosen = backends.choose("barycentric", pointers.refusals(C), chosen)
+    chosen = backends.choose(
+        "barycentric", pointers.refusals(C, triton="no Triton kernels yet"), chosen
+    )
     return _barycentric(C, f, g, a, b, eps, y, chosen)
 
 

@@ -1,6 +1,7 @@
-"""What the native backends of every op share: tensors as raw addresses, statuses as errors."""
+"""What the backends of every op share: what they refuse, tensors as raw addresses, statuses."""
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -17,13 +18,20 @@ Strided = tuple[int, int, int]
 emulated: ModuleType | None = None
 
 
-def refusals(t: Tensor, cuda: str | None = None) -> dict[str, str | None]:
-    """For `backends.choose`: what the native backends of an op have against `t`, best first.
+def refusals(
+    t: Tensor, cuda: str | None = None, triton: str | None = None
+) -> dict[str, str | None]:
+    """For `backends.choose`: what the backends of an op have against `t`, best first.
 
-    Whether they are built is not looked at here. `cuda` is what the op's CUDA kernels have against
-    anything else.
+    Whether they are there is not looked at here. `cuda` and `triton` are what the op's kernels have
+    against anything else. The CPU comes before Triton, whose interpreter takes the same tensors.
     """
-    return {"cuda": cuda_refusal(t) or cuda, "cpu": cpu_refusal(t), "reference": None}
+    return {
+        "cuda": cuda_refusal(t) or cuda,
+        "cpu": cpu_refusal(t),
+        "triton": triton_refusal(t) or triton,
+        "reference": None,
+    }
 
 
 def cpu_refusal(t: Tensor) -> str | None:
@@ -34,6 +42,19 @@ def cuda_refusal(t: Tensor) -> str | None:
     if emulated is not None or t.device.type == "cuda":
         return None
     return f"the inputs are on {t.device}, not on a CUDA device"
+
+
+def triton_refusal(t: Tensor) -> str | None:
+    if t.device.type == ("cpu" if backends.INTERPRETED else "cuda"):  # ROCm's are `cuda` too
+        return None
+    where = "on the CPU, where TRITON_INTERPRET=1 runs" if backends.INTERPRETED else "on a GPU"
+    return f"the inputs are on {t.device}, not {where}"
+
+
+@functools.cache
+def triton_kernels(op: str) -> ModuleType:
+    """`otdd.ops.<op>.triton`; only a use imports triton, which takes long."""
+    return importlib.import_module(f"otdd.ops.{op}.triton")
 
 
 @functools.cache

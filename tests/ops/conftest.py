@@ -1,4 +1,7 @@
-"""`backend="cuda"` on the CPU: the kernels themselves, run by the emulator."""
+"""`backend="cuda"` and `backend="triton"` on the CPU: the kernels themselves, run by an emulator.
+
+That of Triton is its own interpreter (see tests/conftest.py).
+"""
 
 import emulated
 import pytest
@@ -21,5 +24,12 @@ def emulated_cuda(monkeypatch):
 @pytest.fixture(autouse=True)
 def _emulated_where_asked_for(request):
     case = getattr(request.node, "callspec", None)
-    if case and case.params.get("backend") == "cuda":
+    backend = case.params.get("backend") if case else None
+    if backend == "cuda":
         request.getfixturevalue("emulated_cuda")
+    if backend == "triton":
+        reason = backends.available()["triton"]
+        if reason is None and not backends.INTERPRETED:
+            reason = "these tensors are on the CPU: set TRITON_INTERPRET=1"
+        if reason is not None:
+            pytest.skip(reason)

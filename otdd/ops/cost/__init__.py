@@ -69,7 +69,9 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
             f"with those of x, {tuple(x.shape[:-2])}"
         ) from None
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-    chosen = backends.choose("cost_matrix", pointers.refusals(x), backend)
+    chosen = backends.choose(
+        "cost_matrix", pointers.refusals(x, triton="no Triton kernels yet"), backend
+    )
     return _cost_matrix(x, y, metric, chosen)
 
 

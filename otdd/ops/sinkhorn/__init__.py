@@ -168,7 +168,7 @@ def sinkhorn(
             None if rho is None else _per_problem(rho, name, C, or_inf=True)
             for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
         )
-    refusals = pointers.refusals(C, cuda_refusal(C, schedule, accelerate))
+    refusals = pointers.refusals(C, cuda_refusal(C, schedule, accelerate), "no Triton kernels yet")
     chosen = backends.choose("sinkhorn", refusals, backend)
     f, g, value, cost, marginal_error, n_iter, _ = solve(
         C,
