@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
+from points_backends import points_backend
 from references import clouds, cost_oracle, sinkhorn_oracle
 
 from otdd.ops import METRICS, sinkhorn_points
 from otdd.ops.points import cpu
 
 
-@pytest.fixture(params=["reference"])
-def backend(request) -> str:
-    return request.param
+@pytest.fixture(params=["reference", "triton"])
+def backend(request, monkeypatch) -> str:
+    return points_backend(request.param, monkeypatch)
 
 
 def labelled(B: int, N: int, M: int, D: int, dtype: torch.dtype, K: int = 4, L: int = 6) -> tuple:
@@ -37,10 +38,11 @@ def test_values_and_gradients(backend, metric, size, dtype, tol):
     leaves = [t.requires_grad_() for t in (*points, W)]
     x, y, a, b, W = leaves
     labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
-    r = sinkhorn_points(x, y, a, b, metric=metric, eps=0.7, max_iter=60, backend=backend, **labels)
+    options = {"eps": 0.7, "max_iter": 6 if backend == "triton" else 60}
+    r = sinkhorn_points(x, y, a, b, metric=metric, backend=backend, **options, **labels)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     C = dense(doubles[0], doubles[1], lx, ly, doubles[4], metric)
-    expected = sinkhorn_oracle(C, *doubles[2:4], eps=0.7, max_iter=60)
+    expected = sinkhorn_oracle(C, *doubles[2:4], **options)
     for name in ("f", "g", "plan", "value", "cost"):
         got, want = getattr(r, name).double(), expected[name]
         torch.testing.assert_close(got, want, rtol=tol, atol=tol, msg=name)
@@ -54,6 +56,7 @@ def test_values_and_gradients(backend, metric, size, dtype, tol):
 
 
 @pytest.mark.parametrize("grad", ["unrolled", "implicit"])
+@pytest.mark.parametrize("backend", ["reference"])
 def test_other_gradients_keep_the_labels(backend, grad):
     x, y, a, b, lx, ly, W = labelled(2, 9, 11, 3, torch.float64)
     x.requires_grad_(), W.requires_grad_()

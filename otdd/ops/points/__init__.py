@@ -249,7 +249,9 @@ def sinkhorn_points(
         checks.require(shape.numel() <= DENSE, "grad", f"{grad!r} for {shape.numel()}", accepted)
         options = {"max_iter": max_iter, "tol": tol, "schedule": schedule, "grad": grad}
         return _dense(Clouds(*problem), g, metric, precision, backend, options)
-    refusals = {"cpu": _cpu_refusal(x, shape, label_cost), "reference": None}
+    refusals = pointers.refusals(x)
+    del refusals["cuda"]
+    refusals["cpu"] = _cpu_refusal(x, label_cost)
     chosen = backends.choose("sinkhorn_points", refusals, backend)
     options = int(max_iter), float(tol), float(schedule or 0), precision
     f, g, value, cost, marginal_error, n_iter = solve(*problem, g, metric, *options, chosen)
@@ -272,11 +274,11 @@ def _dense(
 
 
 def _costs(p: Clouds, metric: str, backend: str | None) -> Tensor:
-    C = cost_matrix(p.x, p.y, metric, backend=backend)
+    C = cost_matrix(p.x, p.y, metric, backend=None if backend == "triton" else backend)
     return C if p.label_cost is None else C + label_costs(p, slice(None))
 
 
-def _cpu_refusal(x: Tensor, shape: Tensor, label_cost: Tensor | None) -> str | None:
+def _cpu_refusal(x: Tensor, label_cost: Tensor | None) -> str | None:
     if label_cost is not None:
         return "no costs between labels yet"
     return pointers.cpu_refusal(x)

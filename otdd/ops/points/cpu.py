@@ -53,7 +53,9 @@ def _stored(
     return PointSolution(r.f, r.g, r.value, r.cost, r.marginal_error, r.n_iter)
 
 
-def streamed(p: Clouds, g: Tensor, metric: str, max_iter: int, tol: Tensor) -> PointSolution:
+def streamed(
+    p: Clouds, g: Tensor, metric: str, max_iter: int, tol: float | Tensor
+) -> PointSolution:
     """One cost and one exp an entry and iteration, and memory for ``(N + M) D`` numbers."""
     *batch, N, D = p.x.shape
     M = p.y.shape[-2]
@@ -66,6 +68,7 @@ def streamed(p: Clouds, g: Tensor, metric: str, max_iter: int, tol: Tensor) -> P
         n_iter=p.x.new_empty(batch, dtype=torch.int64),
     )
     points = (pointers.with_rows(t) for t in (p.x, p.y))
+    tol = tol if isinstance(tol, Tensor) else torch.full_like(p.eps, tol)
     rest = p.a, p.b, p.eps, p.rho_a, p.rho_b, g, tol
     x, y, a, b, eps, rho_a, rho_b, g, tol = pointers.flat(len(batch), *points, *rest)
     status = pointers.kernel("points", p.x.dtype)(

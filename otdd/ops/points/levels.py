@@ -17,14 +17,14 @@ def through_levels(
     max_iter: int,
     tol: float,
     schedule: float,
-    **options: str,
+    *options: str,
 ) -> PointSolution:
     """A solve that starts where levels of eps above the one asked for end; as in `sinkhorn`.
 
     Every problem has levels of its own, from the largest cost in the box around its points.
 
     Args:
-        solver: ``(p, g, metric, max_iter, tol (...), **options)``.
+        solver: ``(p, g, metric, max_iter, tol, *options)``; tol a number, or one for each problem.
         p: The problems.
         g: Column potentials to start from.
         metric: Ground cost between points.
@@ -39,11 +39,11 @@ def through_levels(
         level, goal = highest_cost(p, metric), LEVEL_ERROR * p.a.sum(-1).double()
         while bool((above := level > p.eps).any()):
             some = p._replace(eps=level).where(above)
-            r = solver(some, g[above], metric, LEVEL_ITERATIONS, goal[above], **options)
+            r = solver(some, g[above], metric, LEVEL_ITERATIONS, goal[above], *options)
             g = g.masked_scatter(above.unsqueeze(-1), r.g)
             n_iter = n_iter.masked_scatter(above, n_iter[above] + r.n_iter)
             level = level * schedule
-    r = solver(p, g, metric, max_iter, torch.full_like(p.eps, tol), **options)
+    r = solver(p, g, metric, max_iter, tol, *options)
     return r._replace(n_iter=r.n_iter + n_iter)
 
 

@@ -7,7 +7,7 @@ None for equal weights, rho_a and rho_b for marginals that are met, the labels f
 import torch
 from torch import Tensor
 
-from otdd.ops import checks
+from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
 from otdd.ops.points import cpu
 from otdd.ops.points.levels import through_levels
@@ -45,7 +45,9 @@ def _solve(
         _check_values(p, g, metric)
     if backend == "cpu":
         return tuple(cpu.points_cpu(p, g, metric, max_iter, tol, schedule))
-    return tuple(through_levels(points_reference, p, g, metric, max_iter, tol, schedule))
+    kernels = pointers.triton_kernels("points") if backend == "triton" else None
+    run = kernels.points_triton if kernels else points_reference
+    return tuple(through_levels(run, p, g, metric, max_iter, tol, schedule, precision))
 
 
 def _fake_solve(x, y, *_):  # noqa: ANN001, ANN002, ANN202
@@ -141,8 +143,12 @@ def _product(
     u = x.new_ones(()).expand_as(f) if u is None else u
     v = x.new_zeros(()).expand_as(g) if v is None else v
     kappa = torch.zeros_like(eps) if kappa is None else kappa
-    run = cpu.product_cpu if backend == "cpu" else product_reference
-    return run(p, f, g, u, v, kappa, z, metric, mode, over_distance)
+    options = u, v, kappa, z, metric, mode, over_distance
+    if backend == "cpu":
+        return cpu.product_cpu(p, f, g, *options)
+    kernels = pointers.triton_kernels("points") if backend == "triton" else None
+    run = kernels.product_triton if kernels else product_reference
+    return run(p, f, g, *options, precision)
 
 
 def _fake_product(x: Tensor, *others: object) -> Tensor:

@@ -103,7 +103,12 @@ def _soft_rows(p: Clouds, g: Tensor, metric: str) -> Tensor:
 
 
 def points_reference(
-    p: Clouds, g: Tensor, metric: str, max_iter: int, tol: Tensor, precision: str = "highest"
+    p: Clouds,
+    g: Tensor,
+    metric: str,
+    max_iter: int,
+    tol: float | Tensor,
+    precision: str = "highest",
 ) -> PointSolution:
     """`sinkhorn_reference` on the costs of the clouds; columns are rows, x and y exchanged.
 
@@ -112,21 +117,21 @@ def points_reference(
         g: Column potentials to start from, ``(..., M)``.
         metric: Ground cost between points: ``l1``, ``l2``, ``sqeuclidean``.
         max_iter: Iterations at most.
-        tol: Marginal error at which a problem stops, ``(...)`` in float64; 0 never.
+        tol: Marginal error at which a problem stops, a number or ``(...)`` in float64; 0 never.
         precision: Not used: nothing here is less than the dtype's.
     """
     damp_a, damp_b = (damping(rho, p.eps, p.x.dtype) for rho in (p.rho_a, p.rho_b))
     f = torch.zeros_like(p.a, memory_format=torch.contiguous_format)
     active = torch.ones(p.eps.shape, dtype=torch.bool, device=p.x.device)
     n_iter = torch.zeros(p.eps.shape, dtype=torch.int64, device=p.x.device)
-    columns, stops = p.swapped(), bool((tol > 0).any())
+    columns, stops = p.swapped(), isinstance(tol, Tensor) or tol > 0
     for _ in range(max_iter):
         moving = active.unsqueeze(-1)
         f = torch.where(moving, damp_a * _soft_rows(p, g, metric), f)
         g = torch.where(moving, damp_b * _soft_rows(columns, f, metric), g)
         n_iter += active
         if stops:
-            active = active & ~((_plan_sums(p, f, g, metric)[1] <= tol) & (tol > 0))
+            active = active & ~(_plan_sums(p, f, g, metric)[1] <= tol)
             if not bool(active.any()):
                 break
     value = dual_value(f, g, p.a, p.b, p.eps, p.rho_a, p.rho_b)

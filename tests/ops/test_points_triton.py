@@ -1,0 +1,102 @@
+"""How the Triton kernels of `sinkhorn_points` are used: what is kept, how columns are cut."""
+
+import pytest
+import torch
+from points_backends import points_backend
+from references import clouds, cost_oracle, sinkhorn_oracle
+
+from otdd.ops import pointers, sinkhorn_points
+
+triton = pointers.triton_kernels("points")
+SIZE = {torch.float32: 4, torch.float64: 8}
+
+
+@pytest.mark.parametrize(
+    ("problem", "metric", "precision", "plan"),
+    [
+        ((1, 100000, 100000, 3), "sqeuclidean", "highest", ("differences", "nothing", 1, 100000)),
+        ((9, 5, 7, 16), "l2", "highest", ("differences", "nothing", 9, 5)),
+        ((64, 1024, 1024, 64), "sqeuclidean", "highest", ("product", "nothing", 64, 1024)),
+        ((64, 1024, 1024, 65), "sqeuclidean", "high", ("product", "all", 64, 1024)),
+        ((900, 1024, 1024, 512), "sqeuclidean", "highest", ("product", "all", 256, 1024)),
+        ((2, 16384, 16384, 512), "sqeuclidean", "highest", ("product", "all", 1, 16384)),
+        ((2, 65536, 65536, 512), "sqeuclidean", "highest", ("product", "panels", 1, 128)),
+        ((1, 10, 1 << 30, 512), "sqeuclidean", "highest", ("product", "panels", 1, 1)),
+        ((1, 50, 1300, 4096), "l2", "highest", ("differences", "all", 1, 50)),
+        ((1, 50, 1300, 4096), "l2", "medium", ("product", "all", 1, 50)),
+        ((1, 50, 1300, 4096), "l1", "medium", ("differences", "all", 1, 50)),
+    ],
+)
+def test_plan(problem, metric, precision, plan):
+    assert triton.plan_of(*problem, 4, metric, precision) == plan
+
+
+@pytest.mark.parametrize("programs", [1, 7, 132, 5000])
+@pytest.mark.parametrize("tiles", [1, 3, 4, 21, 2000])
+@pytest.mark.parametrize("processors", [1, 132])
+def test_splits(programs, tiles, processors):
+    cuts = triton.splits(programs, tiles, processors)
+    assert cuts & (cuts - 1) == 0
+    assert cuts == 1 or (cuts * programs <= 2 * processors and cuts * 4 <= tiles)
+    fuller = 2 * cuts
+    assert fuller * programs > 2 * processors or fuller * 4 > tiles
+
+
+@pytest.mark.parametrize("processors", [1, 8, 100])
+def test_cut_columns_change_nothing_but_rounding(monkeypatch, processors):
+    x, y, a, b = clouds(1, 20, 900, 2, torch.float64)
+    monkeypatch.setattr(triton, "_processors", lambda device: processors)
+    options = {"eps": 0.5, "max_iter": 2}
+    result = sinkhorn_points(x, y, a, b, **options, backend="triton")
+    expected = sinkhorn_oracle(cost_oracle(x, y, "sqeuclidean"), a, b, **options)
+    torch.testing.assert_close(result.f, expected["f"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.g, expected["g"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("highest", 0, 1e-5), ("medium", 1e-5, 1e-2)]
+)
+@pytest.mark.parametrize("way", ["triton", "triton stored"])
+def test_precision_is_what_was_allowed(monkeypatch, way, precision, least, most):
+    """The interpreter multiplies in bfloat16 where that is allowed, but not in TF32."""
+    backend = points_backend(way, monkeypatch)
+    x, y, a, b = clouds(1, 20, 30, 40, torch.float32)
+    options = {"eps": 10.0, "max_iter": 3}
+    r = sinkhorn_points(x, y, a, b, **options, precision=precision, backend=backend)
+    C = cost_oracle(x.double(), y.double(), "sqeuclidean")
+    plan = sinkhorn_oracle(C, a.double(), b.double(), **options)["plan"]
+    error = (r.f - sinkhorn_oracle(C, a.double(), b.double(), **options)["f"]).abs().max().item()
+    assert least <= error / C.max().item() <= most
+    assert (r.plan - plan).abs().sum() < 0.2
+
+
+def test_a_nan_stays_in_its_problem():
+    """On a GPU values are not looked at: what a NaN, or a label that is none, makes must show."""
+    x, y, a, b = clouds(3, 20, 30, 2, torch.float32)
+    x[1, 3, 1] = torch.nan
+    labels = torch.zeros(3, 20, dtype=torch.int64), torch.zeros(3, 30, dtype=torch.int64)
+    labels[1][2, 5] = 7
+    W, eps = torch.ones(3, 2, 2), torch.ones(3, dtype=torch.float64)
+    p = triton.Clouds(x, y, a, b, eps, eps / 0, eps / 0, *labels, W)
+    r = triton.points_triton(p, torch.zeros(3, 30), "sqeuclidean", 5, 1e-3, "highest")
+    assert torch.isnan(r.cost).tolist() == [False, True, True]
+    assert torch.isnan(r.marginal_error).tolist() == [False, True, True]
+    assert torch.isfinite(r.f[0]).all()
+
+
+def test_all_problems_stop_early(monkeypatch):
+    launches = []
+    monkeypatch.setattr(triton, "_softmin", _counted(triton._softmin, launches))
+    x, y, a, b = clouds(2, 20, 30, 2, torch.float64)
+    options = {"eps": 3.0, "max_iter": 10000, "tol": 1e-4, "backend": "triton"}
+    r = sinkhorn_points(x, y, a, b, **options)
+    assert r.converged.all()
+    assert len(launches) == 2 * (r.n_iter.max() + 1)
+
+
+def _counted(call, calls):
+    def run(*args, **kwargs):
+        calls.append(args)
+        return call(*args, **kwargs)
+
+    return run

@@ -1,0 +1,24 @@
+"""`sinkhorn_points` on every backend, and in every way that it gets its costs there."""
+
+from otdd.ops import pointers
+from otdd.ops.points import cpu
+
+WAYS = ("reference", "cpu stored", "cpu streamed", "triton")
+MORE_OF_TRITON = ("triton stored", "triton panels")
+
+
+def points_backend(way: str, monkeypatch) -> str:
+    """Sets up a way, ``backend`` or ``backend WAY``; returns the backend."""
+    backend, _, how = way.partition(" ")
+    if backend == "cpu":
+        monkeypatch.setattr(cpu, "STORED", 0 if how == "streamed" else 1 << 20)
+    elif backend == "triton":
+        module = pointers.triton_kernels("points")
+        monkeypatch.setattr(module, "_processors", lambda device: 8)  # so that columns are cut
+        if how:
+            monkeypatch.setattr(module, "REMADE", 0)
+            monkeypatch.setattr(module, "BY_DIFFERENCES", 2 if how == "stored" else 0)
+        if how == "panels":
+            monkeypatch.setattr(module, "STORED", 0)
+            monkeypatch.setattr(module, "PANEL", 1 << 13)
+    return backend
