@@ -3,7 +3,7 @@
 from otdd.ops import pointers
 from otdd.ops.points import cpu
 
-WAYS = ("reference", "cpu stored", "cpu streamed", "triton")
+WAYS = ("reference", "cpu stored", "cpu streamed", "cuda", "triton")
 MORE_OF_TRITON = ("triton stored", "triton panels")
 
 

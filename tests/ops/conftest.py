@@ -24,10 +24,11 @@ def emulated_cuda(monkeypatch):
 @pytest.fixture(autouse=True)
 def _emulated_where_asked_for(request):
     case = getattr(request.node, "callspec", None)
-    backend = case.params.get("backend") if case else None
-    if backend == "cuda":
+    asked = case.params.values() if case else ()
+    backends_asked = {value.split()[0] for value in asked if isinstance(value, str) and value}
+    if "cuda" in backends_asked:
         request.getfixturevalue("emulated_cuda")
-    if backend == "triton":
+    if "triton" in backends_asked:
         reason = backends.available()["triton"]
         if reason is None and not backends.INTERPRETED:
             reason = "these tensors are on the CPU: set TRITON_INTERPRET=1"

@@ -129,7 +129,7 @@ def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
         C = ctx.saved_tensors[2]
         grad = grad / (2 * C).masked_fill_(C == 0, torch.inf)  # of a distance 0: 0
         metric = "sqeuclidean"
-    run = _cost_gradients if torch.is_grad_enabled() else _gradients_op
+    run = _cost_gradients if torch.is_grad_enabled() else cost_gradients
     dx, dy = run(grad, x, y, metric, need_x, need_y, ctx.backend)
     return dx if need_x else None, dy if need_y else None, None, None
 
@@ -166,8 +166,8 @@ def _cosine_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1) / top, 0)
 
 
-_gradients_op = custom_op("otdd::cost_matrix_backward", _gradients, _fake_gradients)
-_cost_gradients = differentiable(_gradients_op, _setup_second, _second_backward)
+cost_gradients = custom_op("otdd::cost_matrix_backward", _gradients, _fake_gradients)
+_cost_gradients = differentiable(cost_gradients, _setup_second, _second_backward)
 _cost_matrix = differentiable(
     custom_op("otdd::cost_matrix", _cost, _fake_cost), _setup_context, _backward
 )

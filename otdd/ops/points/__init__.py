@@ -12,6 +12,7 @@ from otdd.ops import checks, pointers
 from otdd.ops.cost import METRICS, cost_matrix
 from otdd.ops.cost.reference import normalised
 from otdd.ops.matmul import matmul
+from otdd.ops.points.dense import cuda_refusal
 from otdd.ops.points.op import filled, solve, transport
 from otdd.ops.points.reference import Clouds, label_costs
 from otdd.ops.sinkhorn import (
@@ -249,8 +250,8 @@ def sinkhorn_points(
         checks.require(shape.numel() <= DENSE, "grad", f"{grad!r} for {shape.numel()}", accepted)
         options = {"max_iter": max_iter, "tol": tol, "schedule": schedule, "grad": grad}
         return _dense(Clouds(*problem), g, metric, precision, backend, options)
-    refusals = pointers.refusals(x)
-    del refusals["cuda"]
+    *_, N, M = shape.shape
+    refusals = pointers.refusals(x, cuda_refusal(x, N, M, schedule))
     refusals["cpu"] = _cpu_refusal(x, label_cost)
     chosen = backends.choose("sinkhorn_points", refusals, backend)
     options = int(max_iter), float(tol), float(schedule or 0), precision

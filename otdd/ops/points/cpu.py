@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from otdd.ops import pointers
-from otdd.ops.cost import cost_matrix
 from otdd.ops.pointers import matrices, per_point, per_problem
+from otdd.ops.points.dense import stored
 from otdd.ops.points.levels import through_levels
-from otdd.ops.points.reference import Clouds, PointSolution, label_costs
-from otdd.ops.sinkhorn import sinkhorn
+from otdd.ops.points.reference import Clouds, PointSolution
 
 STORED = 1 << 23  # entries of the largest stored cost
 _METRICS = {"l1": 0, "sqeuclidean": 1, "l2": 2}
@@ -25,32 +24,9 @@ def points_cpu(
     p: Clouds, g: Tensor, metric: str, max_iter: int, tol: float, schedule: float
 ) -> PointSolution:
     """See `points_reference`; some problems at a time with their costs, or all without."""
-    batch, entries = p.x.shape[:-2], p.x.shape[-2] * p.y.shape[-2]
-    if entries > STORED:
+    if p.x.shape[-2] * p.y.shape[-2] > STORED:
         return through_levels(streamed, p, g, metric, max_iter, tol, schedule)
-    tails = 2, 2, 1, 1, 0, 0, 0, 1, 1, 2, 1
-    flat = [
-        None if t is None else t.reshape(-1, *t.shape[t.dim() - tail :])
-        for t, tail in zip((*p, g), tails, strict=True)
-    ]
-    step = STORED // entries
-    chunks = []
-    for k in range(0, max(1, batch.numel()), step):
-        *some, start = (None if t is None else t[k : k + step] for t in flat)
-        chunks.append(_stored(Clouds(*some), start, metric, max_iter, tol, schedule))
-    joined = chunks[0] if len(chunks) == 1 else (torch.cat(t) for t in zip(*chunks, strict=True))
-    return PointSolution(*(t.reshape(batch + t.shape[1:]) for t in joined))
-
-
-def _stored(
-    p: Clouds, g: Tensor, metric: str, max_iter: int, tol: float, schedule: float
-) -> PointSolution:
-    C = cost_matrix(p.x, p.y, metric, backend="cpu")
-    if p.label_cost is not None:
-        C = C + label_costs(p, slice(None))
-    options = {"max_iter": max_iter, "tol": tol, "schedule": schedule or None, "backend": "cpu"}
-    r = sinkhorn(C, p.a, p.b, eps=p.eps, init=(None, g), rho_a=p.rho_a, rho_b=p.rho_b, **options)
-    return PointSolution(r.f, r.g, r.value, r.cost, r.marginal_error, r.n_iter)
+    return stored(p, g, metric, max_iter, tol, schedule, "cpu", STORED)
 
 
 def streamed(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
-from otdd.ops.points import cpu
+from otdd.ops.points import cpu, dense
 from otdd.ops.points.levels import through_levels
 from otdd.ops.points.reference import Clouds, points_reference, product_reference
 from otdd.ops.sinkhorn.gradients import _value_slopes
@@ -45,6 +45,9 @@ def _solve(
         _check_values(p, g, metric)
     if backend == "cpu":
         return tuple(cpu.points_cpu(p, g, metric, max_iter, tol, schedule))
+    if backend == "cuda":
+        options = max_iter, tol, schedule, backend, dense.AT_ONCE
+        return tuple(dense.stored(p, g, metric, *options))
     kernels = pointers.triton_kernels("points") if backend == "triton" else None
     run = kernels.points_triton if kernels else points_reference
     return tuple(through_levels(run, p, g, metric, max_iter, tol, schedule, precision))
@@ -146,6 +149,8 @@ def _product(
     options = u, v, kappa, z, metric, mode, over_distance
     if backend == "cpu":
         return cpu.product_cpu(p, f, g, *options)
+    if backend == "cuda":
+        return dense.product_stored(p, f, g, *options, backend)
     kernels = pointers.triton_kernels("points") if backend == "triton" else None
     run = kernels.product_triton if kernels else product_reference
     return run(p, f, g, *options, precision)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from otdd.ops.points import kernels
+from otdd.ops.points.dense import weighted_sum
 from otdd.ops.points.reference import Clouds, PointSolution
 from otdd.ops.sinkhorn.reference import damping, dual_value, kept, weighted
 
@@ -496,7 +497,8 @@ def product_triton(
                 gs, lb, vs = (t[some] for t in per_column)
                 rest = fs, gs, la, lb, us, vs, kappa[some], scale[some], over_distance
                 _fill(part, w, *rest)
-                out[some, rows] = _weighted_sum(w, p, z, some, rows, mode)
+                x = p.x[some, rows]
+                out[some, rows] = weighted_sum(w, x, z[some], mode, "triton")
     return out.reshape(*batch, *out.shape[1:])
 
 
@@ -504,19 +506,3 @@ def _problems(tiles: _Tiles, some: slice) -> _Tiles:
     fields = "x", "y", "norms_x", "norms_y"
     labels = tiles.labels and tuple(t[some] for t in tiles.labels)
     return replace(tiles, labels=labels, **{name: getattr(tiles, name)[some] for name in fields})
-
-
-def _weighted_sum(w: Tensor, p: Clouds, z: Tensor, some: slice, rows: slice, mode: str) -> Tensor:
-    """``sum_j w_ij h(x_i, z_j)``."""
-    z = z[some]
-    if mode == "value":
-        return w @ z
-    x = p.x[some, rows]
-    if mode == "difference":
-        centre = z.mean(-2, keepdim=True)
-        return (x - centre) * w.sum(-1, keepdim=True) - w @ (z - centre)
-    columns = []
-    for d in range(x.shape[-1]):
-        t = x[..., d].unsqueeze(-1) - z[..., d].unsqueeze(-2)
-        columns.append((w * t.sign()).sum(-1))
-    return torch.stack(columns, -1)
