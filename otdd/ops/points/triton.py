@@ -28,6 +28,7 @@ STORED = 1 << 30  # bytes of the costs that are kept for a whole solve
 PANEL = 1 << 25  # bytes of the costs that are kept from the row pass to the column pass
 BY_DIFFERENCES = 16  # features up to which differences are cheaper than products
 REMADE = 64  # features up to which a cost is made again rather than read
+FEATURES = 16  # of a product's step: with 32, three products of TF32 and labels spill registers
 LOG2_E = 1.4426950408889634
 _POLL = 16  # iterations from one look at whether all problems have stopped to the next
 
@@ -110,8 +111,9 @@ class _Tiles:
         """Sizes of a tile, powers of two, and the warps that share it; see NOTES for spills."""
         double = self.x.dtype == torch.float64
         n, m = (min(32 if double else 64, max(16, _power_of_two(k))) for k in (self.N, self.M))
-        sizes = {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": _features(self.D, self.x)}
-        return sizes | {"num_warps": 8 if self.cost in ("stored", "across") else 4, "num_stages": 2}
+        sizes = {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": FEATURES}
+        wide = self.cost in ("stored", "across") or (double and self.labels is not None)
+        return sizes | {"num_warps": 8 if wide else 4, "num_stages": 2}
 
     def sources(self) -> dict[str, object]:
         """Arguments of the kernels that say where costs come from."""
@@ -144,17 +146,6 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _features(D: int, like: Tensor) -> int:
-    """Features of a tile's product at a time: more of them spill registers before Hopper."""
-    most = 32 if _hopper(like.device) else 16
-    return min(most, max(16, _power_of_two(D)))
-
-
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _tiles(p: Clouds, metric: str, precision: str, cost: str) -> _Tiles:
     """Points as the kernels want them, of a problem with one batch dimension.
 
@@ -165,7 +156,7 @@ def _tiles(p: Clouds, metric: str, precision: str, cost: str) -> _Tiles:
     x, y = p.x, p.y
     if cost == "product":
         centre = (_mean(x, p.a) + _mean(y, p.b)) / 2
-        spare = -D % _features(D, x)
+        spare = -D % FEATURES
         x, y = (torch.nn.functional.pad(t - centre, (0, spare)) for t in (x, y))
         norms = (torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
         D += spare
