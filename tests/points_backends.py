@@ -1,7 +1,7 @@
 """`sinkhorn_points` on every backend, and in every way that it gets its costs there."""
 
 from otdd.ops import pointers
-from otdd.ops.points import cpu
+from otdd.ops.points import cpu, tiles
 
 WAYS = ("reference", "cpu stored", "cpu streamed", "cuda", "triton")
 MORE_OF_TRITON = ("triton stored", "triton panels")
@@ -16,9 +16,9 @@ def points_backend(way: str, monkeypatch) -> str:
         module = pointers.triton_kernels("points")
         monkeypatch.setattr(module, "_processors", lambda device: 8)  # so that columns are cut
         if how:
-            monkeypatch.setattr(module, "REMADE", 0)
-            monkeypatch.setattr(module, "BY_DIFFERENCES", 2 if how == "stored" else 0)
+            monkeypatch.setattr(tiles, "REMADE", 0)
+            monkeypatch.setattr(tiles, "BY_DIFFERENCES", 2 if how == "stored" else 0)
         if how == "panels":
-            monkeypatch.setattr(module, "STORED", 0)
-            monkeypatch.setattr(module, "PANEL", 1 << 13)
+            monkeypatch.setattr(tiles, "STORED", 0)
+            monkeypatch.setattr(tiles, "PANEL", 1 << 13)
     return backend

@@ -6,6 +6,7 @@ from points_backends import points_backend
 from references import clouds, cost_oracle, sinkhorn_oracle
 
 from otdd.ops import pointers, sinkhorn_points
+from otdd.ops.points import tiles
 
 triton = pointers.triton_kernels("points")
 SIZE = {torch.float32: 4, torch.float64: 8}
@@ -28,18 +29,18 @@ SIZE = {torch.float32: 4, torch.float64: 8}
     ],
 )
 def test_plan(problem, metric, precision, plan):
-    assert triton.plan_of(*problem, 4, metric, precision) == plan
+    assert tiles.plan_of(*problem, 4, metric, precision) == plan
 
 
 @pytest.mark.parametrize("programs", [1, 7, 132, 5000])
-@pytest.mark.parametrize("tiles", [1, 3, 4, 21, 2000])
+@pytest.mark.parametrize("across", [1, 3, 4, 21, 2000])
 @pytest.mark.parametrize("processors", [1, 132])
-def test_splits(programs, tiles, processors):
-    cuts = triton.splits(programs, tiles, processors)
+def test_splits(programs, across, processors):
+    cuts = tiles.splits(programs, across, processors)
     assert cuts & (cuts - 1) == 0
-    assert cuts == 1 or (cuts * programs <= 2 * processors and cuts * 4 <= tiles)
+    assert cuts == 1 or (cuts * programs <= 2 * processors and cuts * 4 <= across)
     fuller = 2 * cuts
-    assert fuller * programs > 2 * processors or fuller * 4 > tiles
+    assert fuller * programs > 2 * processors or fuller * 4 > across
 
 
 @pytest.mark.parametrize("processors", [1, 8, 100])
