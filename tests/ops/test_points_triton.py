@@ -71,6 +71,14 @@ def test_precision_is_what_was_allowed(monkeypatch, way, precision, least, most)
     assert (r.plan - plan).abs().sum() < 0.2
 
 
+def test_tf32_is_rounded_to_nearest():
+    t = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-11 + 2**-20, -1 - 2**-10, 1e30, -3e-30, 0.0])
+    want = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -1 - 2**-10, 1e30, -3e-30, 0.0])
+    torch.testing.assert_close(tiles.tf32(t), want, rtol=2**-11, atol=0)
+    assert (tiles.tf32(t).view(torch.int32) & 0x1FFF == 0).all()
+    assert tiles.tf32(t)[1:4].tolist() == want[1:4].tolist()
+
+
 def test_a_nan_stays_in_its_problem():
     """On a GPU values are not looked at: what a NaN, or a label that is none, makes must show."""
     x, y, a, b = clouds(3, 20, 30, 2, torch.float32)

@@ -162,7 +162,7 @@ def tiles_of(p: Clouds, metric: str, precision: str, cost: str) -> Tiles:
         centre = (_mean(x, p.a) + _mean(y, p.b)) / 2
         spare = -D % FEATURES
         x, y = (torch.nn.functional.pad(t - centre, (0, spare)) for t in (x, y))
-        norms = (torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
+        norms = tuple(torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
         D += spare
     else:
         norms = x, y = x.mT.contiguous(), y.mT.contiguous()
@@ -170,7 +170,15 @@ def tiles_of(p: Clouds, metric: str, precision: str, cost: str) -> Tiles:
     if p.label_cost is not None:
         labels = tuple(t.contiguous() for t in (p.labels_x, p.labels_y, p.label_cost))
     used = _multiplied(x, precision) if cost == "product" else ""
+    if used == "tf32":
+        x, y = tf32(x), tf32(y)
     return Tiles(x, y, *norms, labels, N, M, D, cost, metric, used)
+
+
+def tf32(t: Tensor) -> Tensor:
+    """`t` rounded to the bits of TF32. The units would cut the others off, an error with a sign."""
+    bits = t.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def _multiplied(x: Tensor, precision: str) -> str:
