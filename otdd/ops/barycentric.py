@@ -42,7 +42,7 @@ def barycentric(
         eps: Regularisation strength, as in `otdd.ops.sinkhorn`, for potentials only.
         a: Row weights, for potentials only; they matter only where they are 0.
         b: Column weights, for potentials only.
-        backend: ``reference``, ``cpu``, or None for that of the solve, or the first that can.
+        backend: As in `sinkhorn`; None for that of the solve, or the first that can.
 
     Returns:
         Images of the sources, ``(..., N, D)``.
@@ -79,9 +79,7 @@ def barycentric(
     except RuntimeError:
         fits = False
     checks.require(fits, "y", f"shape {tuple(y.shape)}", f"{(*batch, M)} + (D,) or broadcastable")
-    chosen = backends.choose(
-        "barycentric", pointers.refusals(C, triton="no Triton kernels yet"), chosen
-    )
+    chosen = backends.choose("barycentric", pointers.refusals(C), chosen)
     return _barycentric(C, f, g, a, b, eps, y, chosen)
 
 

@@ -1,5 +1,6 @@
 """What the backends of every op share: what they refuse, tensors as raw addresses, statuses."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -55,6 +56,11 @@ def triton_refusal(t: Tensor) -> str | None:
 def triton_kernels(op: str) -> ModuleType:
     """`otdd.ops.<op>.triton`; only a use imports triton, which takes long."""
     return importlib.import_module(f"otdd.ops.{op}.triton")
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of `t`."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from references import cost_oracle, problem
 from otdd.backends import BackendError
 from otdd.ops import METRICS, cost_matrix, sinkhorn
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 SHAPES = [(), (1,), (3,), (2, 3)], [(1, 1, 1), (5, 7, 3), (64, 33, 17), (4, 4, 129), (1, 300, 40)]
 
 

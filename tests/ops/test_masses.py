@@ -6,7 +6,7 @@ from references import problem, sinkhorn_oracle
 
 from otdd.ops import sinkhorn, sinkhorn_points
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,7 +18,7 @@ from otdd.ops import (
     sinkhorn_points,
 )
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 SIZES = [(1, 1), (1, 9), (9, 1), (5, 7), (16, 16), (33, 50), (64, 64), (20, 300), (300, 20)]
 FIELDS = ("f", "g", "plan", "value", "cost", "marginal_error")
 

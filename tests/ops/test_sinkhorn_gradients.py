@@ -6,7 +6,7 @@ from references import problem, sinkd_oracle, sinkhorn_oracle
 
 from otdd.ops import barycentric, sinkhorn
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 SIZES = [(1, 1), (1, 6), (6, 1), (5, 7), (17, 33), (40, 20)]
 OUTPUTS = ("value", "cost", "plan", "f", "g")
 

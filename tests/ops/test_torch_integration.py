@@ -16,7 +16,7 @@ from otdd.ops import (
     sinkhorn_points,
 )
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 OPS = torch.ops.otdd
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -7,7 +7,7 @@ from torch.func import grad, jacrev, jvp, vmap
 
 from otdd.ops import barycentric, sinkhorn
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 GRADS = ("envelope", "unrolled", "implicit")
 
 

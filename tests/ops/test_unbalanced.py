@@ -10,7 +10,7 @@ from references import problem, sinkhorn_oracle, unbalanced_primal
 
 from otdd.ops import barycentric, sinkhorn
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 SIZES = [(1, 1), (1, 9), (9, 1), (5, 7), (33, 50), (20, 300)]
 PENALTIES = [(0.5, 0.5), (0.03, math.inf), (math.inf, 0.3), (1e-3, 20.0), (1e4, 1e-4)]
 FIELDS = ("f", "g", "plan", "value", "cost", "marginal_error")

@@ -40,7 +40,7 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
         x: Sources, ``(..., N, D)``; float16 and bfloat16 are computed, and returned, in float32.
         y: Targets, ``(..., M, D)``; leading dimensions broadcast against those of `x`.
         metric: One of ``l1``, ``l2``, ``sqeuclidean``, ``cosine``.
-        backend: ``reference``, ``cpu``, ``cuda``, or None for the first that can.
+        backend: ``reference``, ``cpu``, ``cuda``, ``triton``, or None for the first that can.
 
     Returns:
         Cost, ``(..., N, M)``, float32 or float64.
@@ -69,18 +69,18 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
             f"with those of x, {tuple(x.shape[:-2])}"
         ) from None
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-    chosen = backends.choose(
-        "cost_matrix", pointers.refusals(x, triton="no Triton kernels yet"), backend
-    )
+    chosen = backends.choose("cost_matrix", pointers.refusals(x), backend)
     return _cost_matrix(x, y, metric, chosen)
 
 
 def _cost(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
-    # The CUDA kernels are for l1 alone: the other metrics are products, the library's own ground.
+    # GPU kernels are for l1 alone: the other metrics are products, the library's own ground.
     if backend == "cpu" and metric != "cosine":
         C = cost_matrix_cpu(x, y, metric)
     elif backend == "cuda" and metric == "l1":
         C = cost_matrix_cuda(x, y, metric)
+    elif backend == "triton" and metric == "l1":
+        C = pointers.triton_kernels("cost").cost_matrix_triton(x, y)
     else:
         C = cost_matrix_reference(x, y, metric)
     # NaN and inf show in the cost, and it is mostly much smaller than the points are.
@@ -98,6 +98,8 @@ def _gradients(
     grad: Tensor, x: Tensor, y: Tensor, metric: str, need_x: bool, need_y: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and y under ``l1`` or ``sqeuclidean``; one not needed has D = 0."""
+    if backend == "triton" and metric == "l1":
+        return pointers.triton_kernels("cost").cost_backward_triton(grad, x, y, need_x, need_y)
     run = cost_backward_reference
     if backend == "cpu":
         run = cost_backward_cpu

@@ -11,7 +11,7 @@ from otdd import backends
 from otdd.ops import checks, pointers
 from otdd.ops.sinkhorn.cuda import refusal as cuda_refusal
 from otdd.ops.sinkhorn.gradients import solve
-from otdd.ops.sinkhorn.op import equal_weights, plan_op
+from otdd.ops.sinkhorn.op import equal_weights, plan_op, triton_refusal
 from otdd.ops.sinkhorn.reference import plan_from_potentials
 
 Grad: TypeAlias = Literal["envelope", "unrolled", "implicit"]
@@ -147,8 +147,8 @@ def sinkhorn(
         accelerate: None, or ``anderson``: every third iteration starts where Anderson acceleration,
             with a guard, puts it, so that fewer meet `tol`. The result is still that of an
             iteration: columns are met exactly. Neither this nor `schedule` goes with ``unrolled``.
-        backend: ``reference``, ``cpu``, ``cuda``, or None for the first that can; ``cuda`` has
-            neither `schedule` nor `accelerate`.
+        backend: ``reference``, ``cpu``, ``cuda``, ``triton``, or None for the first that can;
+            ``cuda`` and ``triton`` have neither `schedule` nor `accelerate`.
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, no rows or columns,
@@ -168,7 +168,9 @@ def sinkhorn(
             None if rho is None else _per_problem(rho, name, C, or_inf=True)
             for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
         )
-    refusals = pointers.refusals(C, cuda_refusal(C, schedule, accelerate), "no Triton kernels yet")
+    refusals = pointers.refusals(
+        C, cuda_refusal(C, schedule, accelerate), triton_refusal(C, schedule, accelerate)
+    )
     chosen = backends.choose("sinkhorn", refusals, backend)
     f, g, value, cost, marginal_error, n_iter, _ = solve(
         C,

@@ -5,10 +5,12 @@
 in float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from otdd.ops import checks
+from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op
 from otdd.ops.sinkhorn import cpu, cuda
 from otdd.ops.sinkhorn.reference import (
@@ -22,12 +24,22 @@ from otdd.ops.sinkhorn.reference import (
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
+MOST_ENTRIES = 1 << 20  # of a problem, for Triton: beyond it one program is slower than PyTorch
+
 
 def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
     """Weights of mass 1 in all, or of 1 each with ``sinkd``: ``(..., N)`` and ``(..., M)``."""
     *batch, N, M = C.shape
     one_a, one_b = C.new_full((), 1.0 if sinkd else 1 / N), C.new_full((), 1.0 if sinkd else 1 / M)
     return one_a.expand(*batch, N), one_b.expand(*batch, M)
+
+
+def triton_refusal(C: Tensor, schedule: float | None, accelerate: str | None) -> str | None:
+    """What the Triton kernels have against a problem; asked without importing triton."""
+    if schedule is not None or accelerate is not None:
+        return "the Triton kernels have neither schedule nor accelerate"
+    entries = math.prod(C.shape[-2:])
+    return None if entries <= MOST_ENTRIES else f"{entries} costs; one program takes {MOST_ENTRIES}"
 
 
 def filled(
@@ -77,6 +89,9 @@ def _solve(
         checks.problem(C, a, b, eps, rho_a, rho_b, g, sinkd)
     if backend == "cuda":
         return cuda.sinkhorn_cuda(C, a, b, eps, rho_a, rho_b, g, max_iter, tol, keep_history, sinkd)
+    if backend == "triton":
+        run = pointers.triton_kernels("sinkhorn").sinkhorn_triton
+        return run(C, a, b, eps, rho_a, rho_b, g, max_iter, tol, keep_history, sinkd)
     problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
     g = torch.zeros_like(problem[2]) if g is None else g
     options = max_iter, tol, keep_history, schedule, accelerate
@@ -113,6 +128,9 @@ def _plan(
         return cpu.plan_cpu(C, f, g, a, b, eps, scale, sinkd)
     if backend == "cuda":
         return cuda.plan_cuda(C, f, g, a, b, eps, scale, sinkd)
+    if backend == "triton":
+        run = pointers.triton_kernels("sinkhorn").plan_triton
+        return run(C, f, g, a, b, eps, scale, sinkd)
     C, a, b, *_ = filled(C, a, b, eps, eps, eps, sinkd)
     P = plan_from_potentials(C, f, g, a, b, eps)
     return P if scale is None else P * scale[..., None, None]
@@ -160,11 +178,14 @@ def _backward(
         in_columns = k * dcost.unsqueeze(-1) * torch.where(b > 0, kept(g, rho_b), 0)
         df, dg = df + to_rows / e, dg + to_columns / e
         dg = dg - in_columns * b / rho_b.to(C.dtype).unsqueeze(-1)
-    run = {
-        "cpu": cpu.potentials_backward_cpu,
-        "cuda": cuda.potentials_backward_cuda,
-        "reference": potentials_backward_reference,
-    }[backend]
+    if backend == "triton":
+        run = pointers.triton_kernels("sinkhorn").potentials_backward_triton
+    else:
+        run = {
+            "cpu": cpu.potentials_backward_cpu,
+            "cuda": cuda.potentials_backward_cuda,
+            "reference": potentials_backward_reference,
+        }[backend]
     dC, da, db = run(*problem, f, g, history, n_iter, df, dg, mode)
     if dcost is not None:
         dC = dC + flow - weighted / e.unsqueeze(-1)

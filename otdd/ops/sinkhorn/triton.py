@@ -1,0 +1,167 @@
+"""The `triton` backend of `sinkhorn`: see `triton_solve` for what its programs do."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from otdd.ops import pointers
+from otdd.ops.sinkhorn import triton_backward, triton_solve
+from otdd.ops.sinkhorn.reference import Solution, potentials_backward_reference
+
+
+def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
+    """Of a tensor with a batch dimension or none, over ``dims`` in all."""
+    if t is None:
+        return (0,) * dims
+    return (*(0,) * (dims - t.dim()), *t.stride())
+
+
+def problem_strides(
+    a: Tensor | None, b: Tensor | None, eps: Tensor, rho_a: Tensor | None, rho_b: Tensor | None
+) -> tuple[int, ...]:
+    weights = *strides(a, 2), *strides(b, 2)
+    return *weights, *(strides(t, 1)[0] for t in (eps, rho_a, rho_b))
+
+
+def tol_below(tol: float) -> float:
+    """The largest float32, which is what a kernel takes a number as, that is at most `tol`."""
+    nearest = torch.tensor(tol, dtype=torch.float32)
+    if nearest.double() > tol:
+        nearest = torch.nextafter(nearest, nearest.new_zeros(()))
+    return nearest.item()
+
+
+def aligned(C: Tensor) -> Tensor:
+    """`C`, or a copy, with contiguous rows that begin at multiples of 16 entries.
+
+    So a kernel learns that it may read several entries at once, and gives a thread a compact piece
+    of the matrix rather than a column of it, whose sums would take more registers than the costs.
+    """
+    steps = (*C.stride()[:-1], C.data_ptr() // C.element_size())
+    if C.stride(-1) == 1 and not any(step % 16 for step in steps):
+        return C
+    *batch, M = C.shape
+    return C.new_empty(*batch, triton.cdiv(M, 16) * 16)[..., :M].copy_(C)
+
+
+def layout(N: int, M: int, dtype: torch.dtype) -> tuple[bool, tuple[int, int], int]:
+    """Whether a problem's costs stay in registers; the tile; warps.
+
+    Compiled for sm_80 to sm_100, neither kernel spills for the tiles that there are.
+    """
+    rows, columns = triton.next_power_of_2(N), triton.next_power_of_2(M)
+    single = dtype == torch.float32
+    most, longest = (8192, 1024) if single else (2048, 512)
+    if rows * columns <= most and max(rows, columns) <= longest:
+        per_warp = 512 if single else 256
+        fewest = 1 if single else 4
+        return True, (rows, columns), min(8, max(fewest, rows * columns // per_warp))
+    entries, warps = (4096, 4) if single else (2048, 8)
+    rows = min(rows, 32)
+    return False, (rows, min(columns, entries // rows, longest)), warps
+
+
+def sinkhorn_triton(
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    g: Tensor | None,
+    max_iter: int,
+    tol: float,
+    keep_history: bool,
+    sinkd: bool,
+) -> Solution:
+    """See `sinkhorn_reference`; the same iterates, in one launch; one more for `value`."""
+    *batch, N, M = C.shape
+    B = math.prod(batch)
+    out = Solution.empty(C, max_iter, keep_history)
+    if B == 0:
+        return out
+    C, a, b, eps, rho_a, rho_b, g = pointers.flat(
+        len(batch), aligned(C), a, b, eps, rho_a, rho_b, g
+    )
+    resident, blocks, warps = layout(N, M, C.dtype)
+    outputs = out.cost, out.marginal_error, out.n_iter, out.history if keep_history else None
+    weights = problem_strides(a, b, eps, rho_a, rho_b)
+    sizes = N, M, *strides(C, 3)[:2], *weights, *strides(g, 2)
+    options = max_iter, tol_below(tol), sinkd, *blocks
+    problem = C, a, b, eps, rho_a, rho_b, g, out.f, out.g
+    if resident:
+        kernel = triton_solve.solve_resident
+    else:
+        kernel, outputs = triton_solve.solve_streamed, (*outputs, C.new_empty(B, 2 * N + M))
+    solution = out.f, out.g, a, b, eps, rho_a, rho_b, out.value
+    with pointers.on_device(C):
+        kernel[(B,)](*problem, *outputs, *sizes, *options, num_warps=warps)
+        triton_solve.values[(B,)](*solution, N, M, *weights, sinkd, BLOCK=512)
+    return out
+
+
+def plan_triton(
+    C: Tensor,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: Tensor,
+    scale: Tensor | None,
+    sinkd: bool,
+) -> Tensor:
+    """``scale * P`` from the potentials."""
+    *batch, N, M = C.shape
+    P = C.new_empty(C.shape)
+    if P.numel() == 0:
+        return P
+    C, f, g, a, b, eps, scale = pointers.flat(
+        len(batch), pointers.with_rows(C), f, g, a, b, eps, scale
+    )
+    sizes = *strides(C, 3)[:2], *(n for t in (f, g, a, b) for n in strides(t, 2))
+    grid = math.prod(batch), triton.cdiv(N, 16), triton.cdiv(M, 128)
+    sizes = *sizes, *strides(eps, 1), *strides(scale, 1)
+    with pointers.on_device(C):
+        triton_backward.plan[grid](C, f, g, a, b, eps, scale, P, N, M, *sizes, sinkd, 16, 128)
+    return P
+
+
+def potentials_backward_triton(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    history: Tensor,
+    n_iter: Tensor,
+    df: Tensor,
+    dg: Tensor,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `potentials_backward_reference`; ``implicit`` is that.
+
+    It is made of PyTorch's products, in float64, and looks at the host once an iteration.
+    """
+    problem = C, a, b, eps, rho_a, rho_b
+    if mode == "implicit":
+        return potentials_backward_reference(*problem, f, g, history, n_iter, df, dg, mode)
+    *batch, N, M = C.shape
+    dC, da, db = C.new_zeros(C.shape), C.new_zeros(*batch, N), C.new_zeros(*batch, M)
+    if dC.numel() == 0:
+        return dC, da, db
+    df, dg = (torch.where(w > 0, t, 0).contiguous() for w, t in ((a, df), (b, dg)))
+    C, a, b, eps, rho_a, rho_b = pointers.flat(len(batch), aligned(C), *problem[1:])
+    _, blocks, warps = layout(N, M, C.dtype)
+    sizes = N, M, *strides(C, 3)[:2], *problem_strides(a, b, eps, rho_a, rho_b), history.shape[-2]
+    steps = history.contiguous(), n_iter.contiguous()
+    with pointers.on_device(C):
+        triton_backward.backward_unrolled[(math.prod(batch),)](
+            *(C, a, b, eps, rho_a, rho_b, *steps, df, dg, dC, da, db, *sizes, *blocks),
+            num_warps=warps,
+        )
+    return dC, da, db

@@ -1,0 +1,172 @@
+"""The Triton kernels compiled for GPUs that are not there: ``python tests/triton_cases.py``.
+
+Prints, for each case and architecture, what a kernel needs of a chip, as JSON. Must not run with
+TRITON_INTERPRET=1, under which kernels have no compiler.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+ARCHS = (80, 90, 100)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel with the arguments of one launch, as the launch would specialise them.
+
+    Attributes:
+        name: Unique among all cases.
+        kernel: The ``triton.jit`` function.
+        arguments: By name: a torch dtype for a pointer, a number, None; constexprs too.
+        warps: Of a program.
+        products: Whether matrix instructions must do the work.
+        stages: Of Triton's pipelines; None for its default.
+    """
+
+    name: str
+    kernel: object
+    arguments: Mapping[str, object]
+    warps: int = 4
+    products: bool = False
+    stages: int | None = None
+
+
+def cases() -> Iterable[Case]:
+    """All of them. An op adds its own by one more function beside these."""
+    yield from _sinkhorn_cases()
+    yield from _cost_cases()
+
+
+def _sinkhorn_cases() -> Iterable[Case]:
+    from otdd.ops import pointers
+    from otdd.ops.sinkhorn import triton_backward, triton_solve
+
+    module = pointers.triton_kernels("sinkhorn")
+    sizes = {
+        torch.float32: [(5, 7), (1, 1), (32, 32), (64, 64), (64, 128), (128, 64), (400, 500)],
+        torch.float64: [(16, 16), (64, 32), (64, 64)],
+    }
+    for dtype, shapes in sizes.items():
+        for N, M in shapes:
+            resident, (rows, columns), warps = module.layout(N, M, dtype)
+            name = f"{'float32' if dtype == torch.float32 else 'float64'} {N}x{M}"
+            row = -(-M // 16) * 16
+            solve = dict.fromkeys(("C", "a", "b", "g0", "f_out", "g_out"), dtype)
+            solve |= dict.fromkeys(("value_out", "cost_out", "error_out", "scratch"), dtype)
+            solve |= dict.fromkeys(("eps", "rho_a", "rho_b", "history"), torch.float64)
+            solve |= {
+                "n_iter_out": torch.int64,
+                "n_iter": torch.int64,
+                "N": N,
+                "M": M,
+                "SINKD": False,
+            }
+            solve |= {"C_b": N * row, "C_n": row, "a_b": N, "a_n": 1, "b_b": M, "b_m": 1}
+            solve |= {"g_b": M, "g_m": 1, "eps_b": 1, "rho_a_b": 1, "rho_b_b": 1, "max_iter": 100}
+            solve |= {"tol": 1e-3, "BLOCK_N": rows, "BLOCK_M": columns, "steps": 101}
+            solve |= dict.fromkeys(("df", "dg", "dC", "da", "db"), dtype)
+            kernel = triton_solve.solve_resident if resident else triton_solve.solve_streamed
+            yield Case(f"{kernel.__name__} {name}", kernel, solve, warps)
+            if resident and (N, M) == (64, 64):
+                bare = dict.fromkeys(("a", "b", "g0", "rho_a", "rho_b", "history"))
+                yield Case(f"{kernel.__name__} {name} bare", kernel, solve | bare, warps)
+            if N * M >= 2048:
+                yield Case(
+                    f"backward_unrolled {name}", triton_backward.backward_unrolled, solve, warps
+                )
+        plan = solve | dict.fromkeys(("f", "g", "scale", "P", "value_out"), dtype)
+        plan |= {"f_b": N, "f_n": 1, "scale_b": 1, "BLOCK_N": 16, "BLOCK_M": 128, "BLOCK": 512}
+        yield Case(f"plan {name}", triton_backward.plan, plan)
+        yield Case(f"values {name}", triton_solve.values, plan)
+
+
+def _cost_cases() -> Iterable[Case]:
+    from otdd.ops import pointers
+
+    kernels = pointers.triton_kernels("cost").kernels
+    for dtype, size in ((torch.float32, 64), (torch.float64, 32)):
+        sizes = {"N": 500, "M": 400, "D": 1000, "x_b": 500000, "y_b": 400000, "G_b": 200000}
+        sizes |= {"x_n": 1000, "y_m": 1000, "G_n": 400, "G_m": 1, "CHUNK": 64}
+        sizes |= dict.fromkeys(("x", "y", "C", "G", "dx"), dtype)
+        sizes |= {"BLOCK_N": size, "BLOCK_M": size, "BLOCK_D": size}
+        for kernel in (kernels.l1_cost, kernels.l1_side):
+            yield Case(f"{kernel.__name__} {str(dtype)[6:]}", kernel, sizes, 8)
+
+
+def _source(case: Case):
+    """The kernel with types: a launch takes a 1 for a constant and sees what 16 divides."""
+    from triton.compiler import ASTSource
+
+    signature, constants, hints = {}, {}, {}
+    for index, name in enumerate(case.kernel.arg_names):
+        value = case.arguments[name]
+        constant = case.kernel.params[index].is_constexpr
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.dtype):
+            signature[name], hints[(index,)] = POINTERS[value], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                hints[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=hints)
+
+
+def compiled(case: Case, arch: int) -> dict[str, object]:
+    """Registers, bytes of spills and shared memory, matrix instructions."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": case.warps}
+    options |= {} if case.stages is None else {"num_stages": case.stages}
+    kernel = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = kernel.asm["ptx"]
+    told = _ptxas(ptx, arch)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", told)[1]),
+        "spills": int(spills[1]) + int(spills[2]),
+        "shared": kernel.metadata.shared,
+        "products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+    }
+
+
+def _ptxas(ptx: str, arch: int) -> str:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = folder / "ptxas-blackwell" if arch >= 100 else folder / "ptxas"
+    tool = tool if tool.exists() else folder / "ptxas"
+    target = re.search(r"\.target (sm_\w+)", ptx)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(tool), "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+if __name__ == "__main__":
+    found = {}
+    for case in cases():
+        if not sys.argv[1:] or any(word in case.name for word in sys.argv[1:]):
+            for arch in ARCHS:
+                found[f"{case.name} sm_{arch}"] = {**compiled(case, arch), "matrix": case.products}
+    print(json.dumps(found, indent=1))
