@@ -10,8 +10,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -51,6 +53,7 @@ def cases() -> Iterable[Case]:
     """All of them. An op adds its own by one more function beside these."""
     yield from _sinkhorn_cases()
     yield from _cost_cases()
+    yield from _points_cases()
 
 
 def _sinkhorn_cases() -> Iterable[Case]:
@@ -107,6 +110,66 @@ def _cost_cases() -> Iterable[Case]:
         sizes |= {"BLOCK_N": size, "BLOCK_M": size, "BLOCK_D": size}
         for kernel in (kernels.l1_cost, kernels.l1_side):
             yield Case(f"{kernel.__name__} {str(dtype)[6:]}", kernel, sizes, 8)
+
+
+def _points_cases() -> Iterable[Case]:
+    """What the host code launches, taken down in place of being run."""
+    from otdd.ops import pointers
+    from otdd.ops.points import tiles
+    from otdd.ops.points.reference import Clouds
+
+    module, launched = pointers.triton_kernels("points"), {}
+    names = ("softmin_kernel", "merge_kernel", "decide_kernel", "tile_kernel")
+    kernels = {name: _Recorder(getattr(module.kernels, name), launched) for name in names}
+    for dtype in (torch.float32, torch.float64):
+        for metric, D, precision, stored, labelled in (
+            ("sqeuclidean", 64, "highest", 1 << 30, True),
+            ("sqeuclidean", 64, "high", 1 << 30, False),
+            ("sqeuclidean", 64, "medium", 1 << 30, False),
+            ("l1", 8, "highest", 1 << 30, True),
+            ("l2", 100, "highest", 1 << 30, False),
+            ("l2", 100, "high", 0, False),
+        ):
+            label = torch.zeros(1, 128, dtype=torch.int64)
+            labels = (label, label, torch.ones(1, 2, 2, dtype=dtype)) if labelled else (None,) * 3
+            x, w = torch.zeros(1, 128, D, dtype=dtype), torch.ones(1, 128, dtype=dtype)
+            eps = torch.ones(1, dtype=torch.float64)
+            p = Clouds(x, x, w, w, eps, eps, eps, *labels)
+            with (
+                mock.patch.multiple(
+                    module, kernels=SimpleNamespace(**kernels), _processors=lambda device: 132
+                ),
+                mock.patch.multiple(tiles, STORED=stored, _multiplied=_of_nvidia(dtype, precision)),
+            ):
+                for tol in (0.0, 1e-3):
+                    module.points_triton(p, w, metric, 2, tol, precision)
+                options = metric, "difference", metric == "l2", precision
+                module.product_triton(p, w, w, w, w, eps, x, *options)
+    yield from launched.values()
+
+
+def _of_nvidia(dtype: torch.dtype, precision: str) -> Callable[..., str]:
+    used = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}[precision]
+    return lambda x, precision: "ieee" if dtype == torch.float64 else used
+
+
+class _Recorder:
+    """Stands in for a kernel; puts down a case for each way that it would be compiled."""
+
+    def __init__(self, kernel: object, launched: dict[str, Case]) -> None:
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: tuple) -> Callable[..., None]:
+        def launch(*args: object, num_warps: int = 4, num_stages: int = 3, **kwargs: object):
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            given = {k: v.dtype if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            constants = [given[p.name] for p in self.kernel.params if p.is_constexpr]
+            dtype = str(given["out" if "out" in given else "f"])[6:]
+            name = " ".join(map(str, (self.kernel.__name__, dtype, *constants)))
+            products = given.get("COST") == "product" and dtype == "float32"
+            self.launched[name] = Case(name, self.kernel, given, num_warps, products, num_stages)
+
+        return launch
 
 
 def _source(case: Case):

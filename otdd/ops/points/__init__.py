@@ -275,7 +275,7 @@ def _dense(
 
 
 def _costs(p: Clouds, metric: str, backend: str | None) -> Tensor:
-    C = cost_matrix(p.x, p.y, metric, backend=None if backend == "triton" else backend)
+    C = cost_matrix(p.x, p.y, metric, backend=backend)
     return C if p.label_cost is None else C + label_costs(p, slice(None))
 
 

@@ -6,13 +6,13 @@ where their costs come from.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from otdd.ops.pointers import on_device
 from otdd.ops.points import kernels
 from otdd.ops.points.dense import weighted_sum
 from otdd.ops.points.reference import Clouds, PointSolution
@@ -28,10 +28,6 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(t: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 class _Scales(NamedTuple):
@@ -185,7 +181,7 @@ def points_triton(
     B, (N, D), M = len(p.x), p.x.shape[-2:], p.y.shape[-2]
     plan = plan_of(B, N, M, D, p.x.element_size(), metric, precision)
     parts = []
-    with _on(p.x):
+    with on_device(p.x):
         for k in range(0, B, max(1, plan.group)):
             some = slice(k, k + plan.group)
             one = Clouds(*(None if t is None else t[some] for t in p))
@@ -299,7 +295,7 @@ def product_triton(
     per_row = [t.contiguous() for t in (f, log2[0], u)]
     per_column = [t.contiguous() for t in (g, log2[1], v)]
     kappa, scale = kappa.to(dtype).contiguous(), (LOG2_E / p.eps).to(dtype)
-    with _on(p.x):
+    with on_device(p.x):
         made = tiles_of(p, metric, precision, plan.cost)
         for k in range(0, B, group):
             some = slice(k, k + group)
