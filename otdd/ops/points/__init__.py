@@ -181,7 +181,7 @@ def sinkhorn_points(
     The iterates of ``sinkhorn(cost_matrix(x, y, metric), a, b, ...)``, in memory for ``(N + M) D``
     numbers: costs are made tile by tile in each iteration, from differences of coordinates, so that
     clouds far from the origin keep their digits. A cost matrix that is small is kept all the same
-    where that is faster.
+    where that is faster. (With labels, ``K M + L N`` numbers more on the CPU.)
 
     Gradients:
 
@@ -252,7 +252,6 @@ def sinkhorn_points(
         return _dense(Clouds(*problem), g, metric, precision, backend, options)
     *_, N, M = shape.shape
     refusals = pointers.refusals(x, cuda_refusal(x, N, M, schedule))
-    refusals["cpu"] = _cpu_refusal(x, label_cost)
     chosen = backends.choose("sinkhorn_points", refusals, backend)
     options = int(max_iter), float(tol), float(schedule or 0), precision
     f, g, value, cost, marginal_error, n_iter = solve(*problem, g, metric, *options, chosen)
@@ -277,12 +276,6 @@ def _dense(
 def _costs(p: Clouds, metric: str, backend: str | None) -> Tensor:
     C = cost_matrix(p.x, p.y, metric, backend=backend)
     return C if p.label_cost is None else C + label_costs(p, slice(None))
-
-
-def _cpu_refusal(x: Tensor, label_cost: Tensor | None) -> str | None:
-    if label_cost is not None:
-        return "no costs between labels yet"
-    return pointers.cpu_refusal(x)
 
 
 def _labels(
