@@ -1,10 +1,14 @@
 """Generative dataset distillation guided by optimal transport.
 
 Stages are functions from store to store: `sample` makes images, `relabel` soft labels, `evaluate`
-trains students; `otdd.distill.pipeline.run` does all of them.
+trains students; `otdd.distill.pipeline.run` does all of them. `OTDiTPipeline` and the guidance
+objects are for sampling of one's own; they import torch and diffusers when they are first used.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from otdd.distill.config import (
     ConfigError,
@@ -17,14 +21,42 @@ from otdd.distill.config import (
 from otdd.distill.settings import resolve
 from otdd.distill.store import Store, StoreError
 
+if TYPE_CHECKING:
+    from otdd.distill.denoiser import Denoiser
+    from otdd.distill.denoising import Guides, denoise
+    from otdd.distill.dit import OTDiTPipeline
+    from otdd.distill.guidance import OTGuidance
+    from otdd.distill.terms import Guidance
+
+_LAZY = {
+    "Denoiser": "denoiser",
+    "Guidance": "terms",
+    "Guides": "denoising",
+    "OTDiTPipeline": "dit",
+    "OTGuidance": "guidance",
+    "denoise": "denoising",
+}
+
 __all__ = [
     "ConfigError",
+    "Denoiser",
+    "Guidance",
     "GuidanceConfig",
+    "Guides",
+    "OTDiTPipeline",
+    "OTGuidance",
     "RelabelConfig",
     "RunConfig",
     "SampleConfig",
     "Store",
     "StoreError",
     "TrainConfig",
+    "denoise",
     "resolve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -14,8 +14,8 @@ from torch import Tensor
 from otdd.distill.codec import Codec, PixelCodec
 from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData, check_ipc
-from otdd.distill.guidance import rng
 from otdd.distill.store import Store
+from otdd.distill.terms import rng
 from otdd.ops import cost_matrix
 
 BASELINES = ("random", "kmeans", "kmeans-real")

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from otdd.distill.codec import AutoencoderCodec, Codec, codec_from_config, import_diffusers
+from otdd.distill.denoiser import Denoiser
+from otdd.distill.denoising import PREDICTIONS
 from otdd.distill.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 SHIPPED = {"digits": "digits.safetensors"}
 SCHEDULERS = ("ddim", "ddpm", "dpm++")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class GeneratorError(ValueError):
@@ -69,6 +70,16 @@ class Generator:
         return len(self.classes)
 
     @property
+    def denoiser(self) -> Denoiser:
+        """The transformer with its class embeddings."""
+        return Denoiser(self.transformer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of one latent."""
         config = self.transformer.config
@@ -88,32 +99,8 @@ class Generator:
     def predict(
         self, x: Tensor, t: Tensor | int, labels: Tensor, guidance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        """Prediction with classifier-free guidance.
-
-        Guidance acts on the first `in_channels` channels; learned variances stay conditional.
-
-        Args:
-            x: noisy latents, (B, c, h, w).
-            t: timestep, an integer or (B,).
-            labels: class labels, (B,).
-            guidance_scale: 1 is the plain conditional model.
-
-        Returns:
-            Prediction (B, c, h, w), and the variance channels or None.
-        """
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        dtype = next(self.transformer.parameters()).dtype
-        batch, times, classes = x.to(dtype), t, labels
-        if guidance_scale != 1.0:
-            null = torch.full_like(labels, self.null_class)
-            batch, times = torch.cat([batch, batch]), torch.cat([t, t])
-            classes = torch.cat([labels, null])
-        out = self.transformer(batch, timestep=times, class_labels=classes).sample.float()
-        out, rest = out[:, : x.shape[1]], out[: len(x), x.shape[1] :]
-        if guidance_scale != 1.0:
-            conditional, free = out.chunk(2)
-            out = free + guidance_scale * (conditional - free)
-        return out, rest if self.learned_sigma else None
+        """`Denoiser.predict` of the transformer: prediction and learned variances, or None."""
+        return self.denoiser.predict(x, t, labels, guidance_scale)
 
     def class_indices(self, names: Sequence[str]) -> list[int]:
         """Labels of the named classes.
@@ -142,7 +129,7 @@ class Generator:
         if not 1 <= steps <= total:
             raise ValueError(f"steps must lie in 1..{total}, got {steps}")
         config = dict(self.scheduler_config, clip_sample=False, thresholding=False)
-        config.update(prediction_type="epsilon", timestep_spacing="trailing")
+        config.update(prediction_type=self.prediction_type, timestep_spacing="trailing")
         if name == "ddpm":
             variance = "learned_range" if self.learned_sigma else "fixed_small"
             made = diffusers.DDPMScheduler.from_config(config, variance_type=variance)

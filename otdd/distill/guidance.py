@@ -20,16 +20,14 @@ them, and the gradient form subtracts kappa times the gradient of the cost weigh
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from otdd.distill.config import GuidanceConfig
+from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, rng
 from otdd.ops import barycentric, cost_matrix, sinkhorn
-
-RHO = 0.0015
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class _Padded:
     slots: Tensor  # of the input rows, in the flattened (K * N)
 
 
-class OTGuidance:
+class OTGuidance(Guidance):
     """Guides latents of each class towards the distribution of its real latents.
 
     Args:
@@ -62,41 +60,27 @@ class OTGuidance:
             latents: (R, ...), finite; at most `reference_size` of each class are kept.
             class_labels: integers, (R,).
         """
-        _check(latents, class_labels, "latents")
+        check_latents(latents, class_labels, "latents")
         keep = pick_reference(class_labels, self.config.reference_size, self.seed)
         latents, class_labels = latents[keep], class_labels[keep]
-        self._classes, groups = _groups(class_labels)
+        self._classes, groups = group_classes(class_labels)
         self._reference = _pad(latents.flatten(1).float(), groups, len(self._classes))
-        self._shape = latents.shape[1:]
+        self._shape = tuple(latents.shape[1:])
 
-    def active(self, step: int, steps: int) -> bool:
-        """Whether step 0..steps-1 (0 is the noisiest) lies in the window."""
-        start, end = self.config.window
-        return start * steps <= step + 1e-9 < end * steps
+    @property
+    def normalised(self) -> bool:
+        """Steps of the gradient form are scaled by rho_t."""
+        return self.config.form == "gradient"
 
-    def __call__(
-        self,
-        x: Tensor,
-        t: int | Tensor,
-        class_labels: Tensor,
-        *,
-        alpha_bar: float | None = None,
-        output_rms: Tensor | float = 1.0,
-        memory: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Corrected latents.
-
-        Args:
-            x: z_t, or x0_hat, as `config.target` says; (B, ...).
-            t: timestep; only seeds the noise of the `q_sample` target.
-            class_labels: (B,).
-            alpha_bar: of t; needed for the `q_sample` target and the gradient form.
-            output_rms: root mean square of the denoiser's output, a number or (B,).
-            memory: finished latents and their labels; the last `config.memory` of each class join
-                its problem.
-        """
-        move = self.direction(x, t, class_labels, alpha_bar=alpha_bar, memory=memory)
-        return x - self.step(move, alpha_bar=alpha_bar, output_rms=output_rms)
+    def check(self, class_labels: Tensor, shape: tuple[int, ...]) -> None:
+        """Raises if there is no reference for latents of this shape and these classes."""
+        if self._reference is None:
+            raise RuntimeError("OTGuidance has no reference yet: call set_reference first")
+        if tuple(shape) != tuple(self._shape):
+            raise ValueError(f"x has latents of {tuple(shape)}, the reference has {self._shape}")
+        missing = sorted(set(class_labels.tolist()) - set(self._classes))
+        if missing:
+            raise ValueError(f"classes {missing} have no reference latents; give them all")
 
     def direction(
         self,
@@ -105,20 +89,12 @@ class OTGuidance:
         class_labels: Tensor,
         *,
         alpha_bar: float | None = None,
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """What lowers the transport cost when subtracted: x - T(x), or the gradient g."""
-        _check(x, class_labels, "x")
-        if self._reference is None:
-            raise RuntimeError("OTGuidance has no reference yet: call set_reference first")
-        if x.shape[1:] != self._shape:
-            raise ValueError(
-                f"x has latents of {tuple(x.shape[1:])}, the reference has {tuple(self._shape)}"
-            )
-        present, groups = _groups(class_labels)
-        missing = sorted(set(present) - set(self._classes))
-        if missing:
-            raise ValueError(f"classes {missing} have no reference latents; give them all")
+        check_latents(x, class_labels, "x")
+        self.check(class_labels, tuple(x.shape[1:]))
+        present, groups = group_classes(class_labels)
         rows = x.detach().flatten(1).float()
         if memory is not None and len(memory[0]):
             past = self._recent(memory, present)
@@ -132,23 +108,9 @@ class OTGuidance:
         move = self._solve(sources, y, b)
         return move.flatten(0, 1)[sources.slots[: len(x)]].view_as(x).to(x.dtype)
 
-    def step(
-        self, move: Tensor, *, alpha_bar: float | None = None, output_rms: Tensor | float = 1.0
-    ) -> Tensor:
-        """Scales a direction to the step that is subtracted from the latents."""
-        if self.config.form == "projection":
-            return self.config.strength * move
-        if alpha_bar is None:
-            raise ValueError("alpha_bar is needed by the gradient form of the guidance")
-        shape = (-1,) + (1,) * (move.ndim - 1)
-        rms = move.flatten(1).square().mean(1).sqrt().clamp_min(1e-12).view(shape)
-        output = torch.as_tensor(output_rms, dtype=move.dtype, device=move.device)
-        rho = RHO * output.expand(len(move)).view(shape) * (1 - alpha_bar) ** 0.5 / rms
-        return self.config.strength * rho * move
-
     def transport_cost(self, x: Tensor, class_labels: Tensor) -> Tensor:
         """Cost <P, C> of each class present, in the order of their labels; (K,)."""
-        present, groups = _groups(class_labels)
+        present, groups = group_classes(class_labels)
         sources = _pad(x.detach().flatten(1).float(), groups, len(present))
         index = [self._classes.index(k) for k in present]
         y, b = self._reference.rows[index], self._reference.weights[index]
@@ -209,7 +171,7 @@ class OTGuidance:
         ]
         return alpha_bar**0.5 * y + (1 - alpha_bar) ** 0.5 * torch.stack(noise).to(y.device)
 
-    def _recent(self, memory: tuple[Tensor, Tensor], present: list[int]) -> tuple[Tensor, Tensor]:
+    def _recent(self, memory: Memory, present: list[int]) -> tuple[Tensor, Tensor]:
         latents, labels = memory
         rows, groups = [], []
         for group, label in enumerate(present):
@@ -217,12 +179,6 @@ class OTGuidance:
             rows.append(own.flatten(1).float())
             groups.append(torch.full((len(own),), group, device=labels.device))
         return torch.cat(rows), torch.cat(groups)
-
-
-def rng(*key: object) -> torch.Generator:
-    """A generator that depends on the key alone, whatever ran before or elsewhere."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def pick_reference(class_labels: Tensor, size: int, seed: int) -> Tensor:
@@ -235,11 +191,6 @@ def pick_reference(class_labels: Tensor, size: int, seed: int) -> Tensor:
             own = own[draw[:size].sort().values.to(own.device)]
         kept.append(own)
     return torch.cat(kept)
-
-
-def _groups(class_labels: Tensor) -> tuple[list[int], Tensor]:
-    present, groups = class_labels.unique(return_inverse=True)
-    return present.tolist(), groups
 
 
 def _pad(rows: Tensor, groups: Tensor, count: int) -> _Padded:
@@ -257,18 +208,3 @@ def _pad(rows: Tensor, groups: Tensor, count: int) -> _Padded:
     weights = rows.new_zeros(count * width)
     weights[slots] = 1 / sizes[groups].to(rows.dtype)
     return _Padded(rows[index].view(count, width, -1), weights.view(count, width), slots)
-
-
-def _check(latents: Tensor, class_labels: Tensor, name: str) -> None:
-    if latents.ndim < 2 or len(latents) == 0 or not latents.is_floating_point():
-        raise ValueError(
-            f"{name} must be a floating tensor (B, ...) with B >= 1, got {latents.dtype} "
-            f"{tuple(latents.shape)}"
-        )
-    if class_labels.shape != latents.shape[:1] or class_labels.dtype != torch.int64:
-        raise ValueError(
-            f"class_labels must be int64 of shape ({len(latents)},), got {class_labels.dtype} "
-            f"{tuple(class_labels.shape)}"
-        )
-    if latents.device.type == "cpu" and not torch.isfinite(latents).all():
-        raise ValueError(f"{name} contains NaN or infinity")

@@ -1,15 +1,14 @@
 """Stage 1: sampling the images of a distilled set, with or without optimal-transport guidance.
 
-The denoising loop is our own, over a transformer and a diffusers scheduler: predict x0_hat, correct
-it (or z_t), rebuild the noise that belongs to it, `scheduler.step`. Classes are sampled in groups
-fixed by the configuration; all randomness of an image comes from (seed, class name, index). So a
-finished group is the same bytes whatever was interrupted and whoever made the others.
+The loop is `otdd.distill.denoising`. Classes are sampled in groups fixed by the
+configuration; all randomness of an image comes from (seed, class name, index). So a finished group
+is the same bytes whatever was interrupted and whoever made the others.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from otdd.distill.config import RunConfig, SampleConfig
 from otdd.distill.data import ImageData
+from otdd.distill.denoising import Guides, denoise, stepper
 from otdd.distill.generator import Generator
-from otdd.distill.guidance import OTGuidance, pick_reference, rng
+from otdd.distill.guidance import OTGuidance, pick_reference
 from otdd.distill.store import Store
+from otdd.distill.terms import Guidance, Memory, rng
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,13 +77,13 @@ def sample(
     shutil.rmtree(store.path / folder, ignore_errors=True)
 
 
-def denoise(
+def run_batch(
     generator: Generator,
     batch: Batch,
     config: SampleConfig,
-    guidance: OTGuidance | None = None,
+    terms: Sequence[Guidance] = (),
     *,
-    memory: tuple[Tensor, Tensor] | None = None,
+    memory: Memory | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Runs the whole schedule for one batch and returns its latents (B, c, h, w).
@@ -91,75 +92,32 @@ def denoise(
         generator: denoiser and noise schedule.
         batch: what to sample; its streams give the first noise and that of the steps.
         config: scheduler, steps, classifier-free guidance.
-        guidance: with its reference set; None samples freely.
-        memory: finished latents and their data labels, for the guidance.
+        terms: of the guided update, with their references set.
+        memory: finished latents and their data labels, for the terms.
         on_step: called after each step.
     """
     scheduler = generator.scheduler(config.scheduler, config.steps)
-    device = next(generator.transformer.parameters()).device
+    denoiser = generator.denoiser
     noise = [torch.randn(generator.latent_shape, generator=s) for s in batch.streams]
-    x = torch.stack(noise).to(device)
-    for step, t in enumerate(scheduler.timesteps.tolist()):
-        alpha_bar = float(scheduler.alphas_cumprod[t])
-        active = guidance if guidance is not None and guidance.active(step, config.steps) else None
-        x0, rest, move = _predict(generator, batch, config, active, x, t, alpha_bar, memory)
-        on_x0 = active is not None and active.config.target == "x0"
-        if on_x0:
-            x0 = x0 - move
-        output = _noise_of(x, x0, alpha_bar)
-        if rest is not None and config.scheduler == "ddpm":
-            output = torch.cat([output, rest], 1)
-        x = scheduler.step(output, t, x, generator=batch.streams).prev_sample
-        if move is not None and not on_x0:
-            x = x - move
+
+    def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, size = config.guidance_scale, config.batch_images
+        return denoiser.predict(z, t, batch.labels, scale, batch=size)
+
+    def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
         if on_step is not None:
             on_step()
-    return x
+        return x
 
-
-def _predict(
-    generator: Generator,
-    batch: Batch,
-    config: SampleConfig,
-    guidance: OTGuidance | None,
-    x: Tensor,
-    t: int,
-    alpha_bar: float,
-    memory: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x0_hat, the variance channels if any, and the step of the guidance to subtract."""
-    target = guidance.config.target if guidance is not None else None
-    with torch.set_grad_enabled(target == "through"):
-        z = x.detach().requires_grad_(target == "through")
-        calls = zip(
-            z.split(config.batch_images), batch.labels.split(config.batch_images), strict=True
-        )
-        parts = [generator.predict(part, t, c, config.guidance_scale) for part, c in calls]
-        free_x0 = _x0_of(z, torch.cat([p for p, _ in parts]), alpha_bar, generator.prediction_type)
-    rest = None if parts[0][1] is None else torch.cat([r.detach() for _, r in parts])
-    x0 = free_x0.detach()
-    output_rms = _noise_of(x, x0, alpha_bar).flatten(1).square().mean(1).sqrt()
-    if generator.codec.bounded:
-        x0 = x0.clamp(-1, 1)
-    if guidance is None:
-        return x0, rest, None
-    on = x0 if target in ("x0", "through") else x
-    move = guidance.direction(on, t, batch.data_labels, alpha_bar=alpha_bar, memory=memory)
-    if target == "through":
-        move = torch.autograd.grad((free_x0 * move).sum(), z)[0]
-    return x0, rest, guidance.step(move, alpha_bar=alpha_bar, output_rms=output_rms)
-
-
-def _x0_of(x: Tensor, predicted: Tensor, alpha_bar: float, prediction_type: str) -> Tensor:
-    if prediction_type == "sample":
-        return predicted
-    if prediction_type == "v_prediction":
-        return alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * predicted
-    return (x - (1 - alpha_bar) ** 0.5 * predicted) / alpha_bar**0.5
-
-
-def _noise_of(x: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
-    return (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+    return denoise(
+        predict,
+        scheduler,
+        torch.stack(noise).to(generator.device),
+        Guides(terms, batch.data_labels, memory),
+        clamp=generator.codec.bounded,
+        advance=stepper(scheduler, batch.streams),
+        on_step=stepped,
+    )
 
 
 def _sample_group(
@@ -179,11 +137,10 @@ def _sample_group(
         key = (config.seed, "image") if start == 0 else (config.seed, "start", start)
         streams = [rng(*key, name, n) for name in names for n in indices]
         own = torch.tensor(group).repeat_interleave(len(indices))
-        device = next(generator.transformer.parameters()).device
-        return Batch(known.to(device), own.to(device), streams)
+        return Batch(known.to(generator.device), own.to(generator.device), streams)
 
     if guidance is None:
-        return denoise(generator, batch(range(ipc)), settings, on_step=on_step).cpu()
+        return run_batch(generator, batch(range(ipc)), settings, on_step=on_step).cpu()
     if settings.order == "joint":
         return _best_start(generator, batch, config, guidance, on_step)
     done: list[Tensor] = []
@@ -191,7 +148,7 @@ def _sample_group(
         now, memory = batch(range(n, n + 1)), None
         if done:
             memory = torch.cat(done), now.data_labels.repeat(len(done))
-        done.append(denoise(generator, now, settings, guidance, memory=memory, on_step=on_step))
+        done.append(run_batch(generator, now, settings, [guidance], memory=memory, on_step=on_step))
     return torch.stack(done, 1).flatten(0, 1).cpu()
 
 
@@ -206,7 +163,7 @@ def _best_start(
     best, least = None, None
     for start in range(config.sample.starts):
         now = batch(range(config.ipc), start)
-        latents = denoise(generator, now, config.sample, guidance, on_step=on_step)
+        latents = run_batch(generator, now, config.sample, [guidance], on_step=on_step)
         cost = guidance.transport_cost(latents, now.data_labels)
         if best is None:
             best, least = latents, cost
@@ -223,10 +180,9 @@ def _guidance(data: ImageData, generator: Generator, config: RunConfig, group: r
     own = ((labels >= group.start) & (labels < group.stop)).nonzero()[:, 0]
     size = config.sample.guidance.reference_size
     keep = own[pick_reference(labels[own], size, config.seed)]
-    device = next(generator.transformer.parameters()).device
     guidance = OTGuidance(config.sample.guidance, seed=config.seed)
     latents = generator.codec.encode(data.train.images[keep])
-    guidance.set_reference(latents.to(device), labels[keep].to(device))
+    guidance.set_reference(latents.to(generator.device), labels[keep].to(generator.device))
     return guidance
 
 

@@ -1,0 +1,199 @@
+"""`OTDiTPipeline`: diffusers' `DiTPipeline` with guidance, for any number of classes.
+
+Without guidance its images are those of `DiTPipeline` to the bit, with two repairs that only show
+where the original fails: the null class is the one after the model's last class (not 1000), and
+schedulers whose latents are not unit Gaussian at the start (Euler) are started and stepped as they
+ask for. As in the original, `generator` gives the first noise; the noise of steps (DDPM, ancestral)
+comes from torch's global generator.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otdd.distill.codec import import_diffusers
+from otdd.distill.denoiser import Denoiser
+from otdd.distill.denoising import Guides, denoise, keeps_variances, noise_levels, stepper
+from otdd.distill.terms import Guidance
+
+import_diffusers()
+
+# diffusers reads the annotations of __init__: real types, so no `annotations` of the future here.
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback  # noqa: E402
+from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
+from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+class OTDiTPipeline(DiTPipeline):
+    """A class-conditional DiT sampled under guidance.
+
+    Made as any pipeline of diffusers: `from_pretrained` (folder or hub id), `from_pipe`, or from
+    its parts. Unlike `DiTPipeline` it keeps `id2label` when it is saved.
+    """
+
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: KarrasDiffusionSchedulers,
+        id2label: dict[int, str] | None = None,
+    ) -> None:
+        super().__init__(transformer, vae, scheduler, id2label)
+        if id2label is not None:
+            self.register_to_config(id2label={str(k): v for k, v in id2label.items()})
+        self._interrupt = False
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> "OTDiTPipeline":
+        """The same model, autoencoder and scheduler as another pipeline, sharing their weights."""
+        made = super().from_pipe(pipeline, **kwargs)
+        made.labels = made.labels or dict(getattr(pipeline, "labels", {}))
+        return made
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to end the sampling after that step."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | Tensor,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        guidance: Guidance | Sequence[Guidance] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Samples one image for each label.
+
+        Args:
+            class_labels: (B,) classes of the model.
+            guidance_scale: classifier-free guidance, in use above 1.
+            generator: of the first noise; a list has one for each image.
+            num_inference_steps: denoising steps.
+            output_type: `pil`, `np`, `pt`, or `latent` for the latents themselves (B, c, h, w).
+            return_dict: an `ImagePipelineOutput`, or a tuple of the images.
+            guidance: terms of the update with their references set, which know classes by the
+                same labels; their corrections add up.
+            callback_on_step_end: called as callback(pipe, step, t, {"latents": ...}) after every
+                step; what it returns for "latents" is gone on with.
+            callback_on_step_end_tensor_inputs: what the callback is given: `latents`.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        terms = [guidance] if isinstance(guidance, Guidance) else list(guidance or ())
+        denoiser = Denoiser(self.transformer)
+        scale = guidance_scale if guidance_scale > 1 else 1.0
+        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        self._check(labels, denoiser, num_inference_steps, output_type, terms)
+        _check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        config = self.transformer.config
+        noise = randn_tensor(
+            (len(labels), config.in_channels, config.sample_size, config.sample_size),
+            generator=generator,
+            device=self._execution_device,
+            dtype=self.transformer.dtype,
+        )
+        self._interrupt = False
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
+            try:
+                latents = denoise(
+                    lambda z, t: denoiser.predict(z, t, labels, scale),
+                    self.scheduler,
+                    noise,
+                    Guides(terms, labels),
+                    advance=_doubled(self.scheduler) if scale > 1 else None,
+                    on_step=self._after_step(bar, callback_on_step_end),
+                )
+            except _Interrupted as stop:
+                latents = stop.latents
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check(
+        self,
+        labels: Tensor,
+        denoiser: Denoiser,
+        steps: int,
+        output_type: str | None,
+        terms: list[Guidance],
+    ) -> None:
+        """Refuses what cannot be sampled; sets the timesteps of the scheduler."""
+        if labels.dtype != torch.int64 or not len(labels):
+            raise ValueError(f"class_labels: {labels.tolist()} is not accepted; expected integers")
+        denoiser.check(labels, 1.0)
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type {output_type!r}; accepted: {', '.join(OUTPUTS)}")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps!r}")
+        wrong = [type(term).__name__ for term in terms if not isinstance(term, Guidance)]
+        if wrong:
+            raise ValueError(f"guidance: {wrong[0]} is not accepted; expected Guidance objects")
+        self.scheduler.set_timesteps(steps)
+        keeps_variances(self.scheduler)
+        if terms:
+            noise_levels(self.scheduler)
+        config = self.transformer.config
+        for term in terms:
+            term.check(labels, (config.in_channels, config.sample_size, config.sample_size))
+
+    def _after_step(self, bar: Any, callback: Callable[..., Any] | None) -> Callable[..., Tensor]:
+        def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:
+            if callback is not None:
+                x = (callback(self, step, t, {"latents": x}) or {}).get("latents", x)
+            bar.update()
+            if self._interrupt:
+                raise _Interrupted(x)
+            return x
+
+        return on_step
+
+    def _decode(self, latents: Tensor, output_type: str | None) -> Any:
+        samples = self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample
+        samples = (samples / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return samples
+        pixels = samples.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
+
+
+class _Interrupted(Exception):
+    def __init__(self, latents: Tensor) -> None:
+        super().__init__()
+        self.latents = latents
+
+
+def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Steps as `DiTPipeline` does under classifier-free guidance, for the same draws of noise.
+
+    It steps both halves of its doubled batch and goes on with the first.
+    """
+    step = stepper(scheduler)
+    return lambda output, t, x: step(torch.cat([output] * 2), t, torch.cat([x] * 2))[: len(x)]
+
+
+def _check_callback(wanted: Sequence[str], known: Sequence[str]) -> None:
+    wrong = [name for name in wanted if name not in known]
+    if wrong:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs: {wrong[0]!r} is not accepted; known: "
+            f"{', '.join(known)}"
+        )

@@ -1,0 +1,125 @@
+"""What the terms of the guided update have in common.
+
+A term looks at the latents in flight and says how to move them. `denoise` calls it at every step
+of its window, and so can any other sampling loop: `x = guidance(x, t, class_labels, ...)`. Where it
+looks is its `target`: the noisy latents (`z_t`, and `q_sample` of OT), or the prediction of the
+finished ones, with the correction applied to that prediction (`x0`), or carried through the
+denoiser to the noisy latents (`through`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RHO = 0.0015
+TARGETS = ("z_t", "q_sample", "x0", "through")
+
+Memory = tuple[Tensor, Tensor]
+"""Finished latents (M, ...) and their labels (M,)."""
+
+
+class Guidance(ABC):
+    """One term: its settings have `strength`, `window` and perhaps `target`."""
+
+    config: Any
+
+    @property
+    def target(self) -> str:
+        """What `direction` is taken on: z_t, q_sample, x0 or through."""
+        return str(self.config.target)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether steps are scaled by rho_t, as those of influence guidance are."""
+        return False
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether step 0..steps-1 (0 is the noisiest) is guided."""
+        start, end = self.config.window
+        return self.config.strength > 0 and start * steps <= step + 1e-9 < end * steps
+
+    @abstractmethod
+    def check(self, class_labels: Tensor, shape: tuple[int, ...]) -> None:
+        """Raises, before any work, if latents of this shape and these classes cannot be guided."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: int | Tensor,
+        class_labels: Tensor,
+        *,
+        alpha_bar: float | None = None,
+        output_rms: Tensor | float = 1.0,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """Corrected latents.
+
+        Args:
+            x: z_t, or x0_hat, as `target` says; (B, ...).
+            t: timestep.
+            class_labels: (B,).
+            alpha_bar: of t; needed for the `q_sample` target and for steps scaled by rho_t.
+            output_rms: root mean square of the predicted noise, a number or (B,).
+            memory: finished latents and their labels, for terms that look at them.
+        """
+        move = self.direction(x, t, class_labels, alpha_bar=alpha_bar, memory=memory)
+        return x - self.step(move, alpha_bar=alpha_bar, output_rms=output_rms)
+
+    @abstractmethod
+    def direction(
+        self,
+        x: Tensor,
+        t: int | Tensor,
+        class_labels: Tensor,
+        *,
+        alpha_bar: float | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """What improves the latents when it is subtracted from them, unscaled; like `x`."""
+
+    def step(
+        self, move: Tensor, *, alpha_bar: float | None = None, output_rms: Tensor | float = 1.0
+    ) -> Tensor:
+        """Scales a direction to the step that is subtracted from the latents."""
+        if not self.normalised:
+            return self.config.strength * move
+        if alpha_bar is None:
+            raise ValueError("alpha_bar is needed by steps of guidance that are scaled by rho_t")
+        shape = (-1,) + (1,) * (move.ndim - 1)
+        rms = move.flatten(1).square().mean(1).sqrt().clamp_min(1e-12).view(shape)
+        output = torch.as_tensor(output_rms, dtype=move.dtype, device=move.device)
+        rho = RHO * output.expand(len(move)).view(shape) * (1 - alpha_bar) ** 0.5 / rms
+        return self.config.strength * rho * move
+
+
+def rng(*key: object) -> torch.Generator:
+    """A generator that depends on the key alone, whatever ran before or elsewhere."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def group_classes(class_labels: Tensor) -> tuple[list[int], Tensor]:
+    """The classes that are there, in order, and the position among them of every label."""
+    present, groups = class_labels.unique(return_inverse=True)
+    return present.tolist(), groups
+
+
+def check_latents(latents: Tensor, class_labels: Tensor, name: str) -> None:
+    """Refuses latents and labels that do not belong together; values are looked at on the CPU."""
+    if latents.ndim < 2 or len(latents) == 0 or not latents.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating tensor (B, ...) with B >= 1, got {latents.dtype} "
+            f"{tuple(latents.shape)}"
+        )
+    if class_labels.shape != latents.shape[:1] or class_labels.dtype != torch.int64:
+        raise ValueError(
+            f"class_labels must be int64 of shape ({len(latents)},), got {class_labels.dtype} "
+            f"{tuple(class_labels.shape)}"
+        )
+    if latents.device.type == "cpu" and not torch.isfinite(latents).all():
+        raise ValueError(f"{name} contains NaN or infinity")

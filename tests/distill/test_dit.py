@@ -1,0 +1,212 @@
+"""`OTDiTPipeline`: bit for bit DiTPipeline without guidance, and what it adds to it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from distill.tiny import dit_pipeline
+
+from otdd.distill import GuidanceConfig, OTDiTPipeline, OTGuidance
+from otdd.distill.codec import import_diffusers
+
+diffusers = import_diffusers()
+
+LABELS = [2, 0, 2]
+PLAIN = {"clip_sample": False}
+UNIT = {  # schedulers whose latents are unit Gaussian at the start: DiTPipeline is right there
+    "ddim": (diffusers.DDIMScheduler, PLAIN),
+    "ddim clipped": (diffusers.DDIMScheduler, {"clip_sample": True}),
+    "ddpm": (diffusers.DDPMScheduler, PLAIN),
+    "dpm++": (diffusers.DPMSolverMultistepScheduler, {}),
+    "sde-dpm++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+}
+EULER = {
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+}
+SCHEDULERS = UNIT | EULER
+KINDS = ("epsilon", "v_prediction", "sample")
+
+
+def pipe(name="ddim", kind="epsilon", classes=3, learned=False) -> OTDiTPipeline:
+    made = OTDiTPipeline.from_pipe(dit_pipeline(classes, learned))
+    cls, settings = SCHEDULERS[name]
+    made.scheduler = cls(prediction_type=kind, **settings)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def run(made, scale=1.0, steps=5, seed=0, **kwargs):
+    torch.manual_seed(seed + 100)  # the noise of the steps
+    generator = torch.Generator().manual_seed(seed)
+    kwargs = {"output_type": "latent"} | kwargs
+    return made(LABELS, scale, generator, steps, **kwargs).images
+
+
+def ot(shape=(4, 4, 4), classes=3, **settings) -> OTGuidance:
+    guidance = OTGuidance(GuidanceConfig(**{"reference_size": 8, **settings}))
+    rows = torch.randn(classes * 8, *shape, generator=torch.Generator().manual_seed(5))
+    guidance.set_reference(rows, torch.arange(classes).repeat_interleave(8))
+    return guidance
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("name", UNIT)
+def test_without_guidance_bit_for_bit_the_original(name, scale, learned):
+    # Its null class is 1000, so only a model of 1000 classes can be guided by it.
+    ours = pipe(name, classes=1000 if scale > 1 else 3, learned=learned)
+    original = diffusers.DiTPipeline(ours.transformer, ours.vae, ours.scheduler)
+    original.set_progress_bar_config(disable=True)
+    for output in ("pt", "np"):
+        want, got = (run(p, scale, output_type=output) for p in (original, ours))
+        assert type(want) is type(got)
+        assert (want == got).all()
+    assert (run(ours, scale, seed=1, output_type="np") != got).any()
+
+
+def test_half_precision_and_pictures_are_those_of_the_original():
+    ours = pipe().to(torch.bfloat16)
+    original = diffusers.DiTPipeline(ours.transformer, ours.vae, ours.scheduler)
+    original.set_progress_bar_config(disable=True)
+    want, got = (run(p, output_type="pil") for p in (original, ours))
+    assert [w.tobytes() for w in want] == [g.tobytes() for g in got]
+    assert run(ours, guidance=ot()).dtype == torch.bfloat16
+
+
+class Still(OTGuidance):
+    """Sees everything, moves nothing."""
+
+    def direction(self, x, *args, **kwargs):
+        self.seen = [*getattr(self, "seen", []), x]
+        return 0 * x
+
+
+# Not here: an x0_hat that DDIM clips keeps its noise, a corrected one gets that of its own.
+STILL = [(n, k) for n in SCHEDULERS for k in KINDS if n != "ddim clipped"]
+STILL.remove(("ancestral", "sample"))  # diffusers has not got this one
+
+
+@pytest.mark.parametrize(("name", "kind"), STILL)
+def test_a_correction_of_nothing_changes_nothing(name, kind):
+    made = pipe(name, kind)
+    still = Still(GuidanceConfig(target="x0", reference_size=8))
+    reference = ot()
+    still.__dict__.update({k: v for k, v in reference.__dict__.items() if k != "config"})
+    torch.testing.assert_close(run(made, guidance=still), run(made), rtol=2e-3, atol=2e-3)
+    final = run(made, steps=20, guidance=still)  # and x0_hat is the image at the last step
+    if name not in ("ancestral", "sde-dpm++"):
+        torch.testing.assert_close(still.seen[-1], final, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("target", ["z_t", "q_sample", "x0", "through"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_guidance_lowers_the_transport_cost(name, target):
+    made = pipe(name, learned=True)
+    form = "gradient" if target == "through" else "projection"
+    guidance = ot(target=target, strength=0.2, repulsion=0.0, form=form)
+    labels = torch.tensor(LABELS)
+    free, guided = run(made, 1.5), run(made, 1.5, guidance=[guidance])
+    cost = [guidance.transport_cost(x, labels).mean() for x in (free, guided)]
+    assert torch.isfinite(guided).all()
+    assert not torch.equal(guided, free)
+    if target != "through":  # whose way through random weights leads anywhere
+        assert cost[1] < cost[0]
+
+
+def test_the_null_class_is_the_one_after_the_last():
+    made = pipe(classes=3)
+    seen = []
+    made.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    run(made, 2.0, steps=1)
+    assert seen == [[2, 0, 2, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("target", ["x0", "through"])
+def test_the_denoiser_runs_once_a_step_and_weights_get_no_gradients(target):
+    made = pipe()
+    calls = []
+    made.transformer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    window = GuidanceConfig(target=target, window=(0.4, 0.8), reference_size=8)
+    guidance = ot()
+    guidance.config = window
+    run(made, 2.0, steps=5, guidance=[guidance, guidance])
+    assert calls == [k in (2, 3) and target == "through" for k in range(5)]
+    assert all(p.requires_grad and p.grad is None for p in made.transformer.parameters())
+
+
+def test_learned_variances_reach_a_scheduler_that_takes_them():
+    made = pipe("ddpm", learned=True)
+    fixed = run(made)
+    made.scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    assert not torch.equal(run(made), fixed)
+
+
+def test_callbacks_see_and_change_the_latents():
+    made, seen = pipe(), []
+
+    def callback(pipeline, step, t, tensors):
+        seen.append((step, int(t), tensors["latents"].clone()))
+        if step == 3:
+            pipeline._interrupt = True
+        return {"latents": 0.5 * tensors["latents"]} if step == 1 else tensors
+
+    stopped = run(made, callback_on_step_end=callback)
+    assert [s for s, _, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(stopped, seen[3][2])
+    assert not torch.equal(run(made), stopped)
+    assert made.interrupt is False
+
+
+def test_files_round_trip_with_names(tmp_path):
+    dit_pipeline(id2label={0: "ant, emmet", 1: "bee", 2: "cat"}).save_pretrained(tmp_path / "a")
+    ours = OTDiTPipeline.from_pretrained(tmp_path / "a", id2label={0: "ant, emmet", 1: "bee"})
+    assert ours.get_label_ids(["emmet", "bee"]) == [0, 1]
+    ours.save_pretrained(tmp_path / "b")
+    again = OTDiTPipeline.from_pretrained(tmp_path / "b")
+    assert again.labels == ours.labels
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again), run(pipe()))
+    assert OTDiTPipeline.from_pipe(again).labels == ours.labels
+    assert diffusers.DiTPipeline.from_pretrained(tmp_path / "b").labels == ours.labels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": [3]}, "class_labels: 3 is not accepted; expected 0 to 2"),
+        ({"class_labels": [0.5]}, "class_labels: .* expected integers"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
+        ({"output_type": "jpg"}, "output_type 'jpg'; accepted: pil, np, pt, latent"),
+        ({"guidance": [3]}, "guidance: int is not accepted"),
+        ({"guidance": ot(shape=(4, 8, 8))}, "the reference has"),
+        ({"guidance": ot(classes=2)}, r"classes \[2\] have no reference"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "'prompt' is not accepted; known"),
+    ],
+)
+def test_refusals_before_any_work(arguments, message):
+    made = pipe()
+    made.transformer.register_forward_pre_hook(lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        made(**{"class_labels": LABELS, **arguments})
+
+
+def test_schedulers_that_cannot_be_guided():
+    made = pipe()
+    made.scheduler = diffusers.HeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="guidance cannot use HeunDiscreteScheduler; accepted"):
+        run(made, guidance=ot())
+    made.scheduler = diffusers.DPMSolverMultistepScheduler(variance_type="learned_range")
+    with pytest.raises(ValueError, match=r"variance_type 'learned_range' keeps three channels"):
+        run(made)
+
+
+def test_importing_the_package_stays_light():
+    code = "import sys, otdd.distill as d; assert 'OTDiTPipeline' in d.__all__\n"
+    code += "assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

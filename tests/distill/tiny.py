@@ -1,0 +1,52 @@
+"""Tiny random models of diffusers for the tests."""
+
+import torch
+
+from otdd.distill.codec import import_diffusers
+
+
+def randomise(model, seed: int = 0, scale: float = 0.1):
+    """Random weights everywhere, so that no part of the model is an identity or zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def transformer(classes: int = 3, channels: int = 4, side: int = 4, learned: bool = False):
+    return randomise(
+        import_diffusers().DiTTransformer2DModel(
+            num_attention_heads=1,
+            attention_head_dim=16,
+            in_channels=channels,
+            out_channels=channels * (2 if learned else 1),
+            num_layers=1,
+            sample_size=side,
+            patch_size=2,
+            num_embeds_ada_norm=classes,
+        )
+    )
+
+
+def autoencoder(channels: int = 4):
+    torch.manual_seed(0)
+    return (
+        import_diffusers()
+        .AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=channels,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+        )
+        .eval()
+    )
+
+
+def dit_pipeline(classes: int = 3, learned: bool = False, id2label=None):
+    diffusers = import_diffusers()
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    model = transformer(classes, learned=learned)
+    return diffusers.DiTPipeline(model, autoencoder(), scheduler, id2label=id2label)
