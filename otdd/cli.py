@@ -7,15 +7,15 @@ import dataclasses
 import io
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from otdd.distill.config import ConfigError, RunConfig
+from otdd.flags import parse, value
 
 USAGE = """\
 usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a command
@@ -26,6 +26,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   train      stage 3: students of every set
   evaluate   the table, transport costs and the picture of what is there
   fit        train a small generator for a data set
+  fit-surrogate  train the networks of influence guidance for a data set
   env        versions, backends, and why some are missing
 
 first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
@@ -38,6 +39,8 @@ ABOUT = {
     "train": "Stage 3: train and test students on the sets in the folder.",
     "evaluate": "Gather the table, the transport costs and the picture of a folder.",
 }
+
+TOOLS = ("fit", "fit-surrogate")  # functions of otdd.tools
 
 
 @dataclass(frozen=True)
@@ -86,23 +89,26 @@ def _dispatch(arguments: list[str]) -> int:
         sys.stdout.write(f"otdd {__version__}\n")
         return 0
     command, flags = arguments[0], arguments[1:]
-    commands: dict[str, Callable[[list[str]], int]] = {"fit": _fit, "env": _env}
     if command in ABOUT:
         return _run(command, flags)
-    if command in commands:
-        return commands[command](flags)
-    raise ConfigError(f"unknown command {command!r}; known: {', '.join([*ABOUT, *commands])}")
+    if command == "env":
+        return _env(flags)
+    if command in TOOLS:
+        from otdd import tools
+
+        return getattr(tools, command.replace("-", "_"))(flags)
+    raise ConfigError(f"unknown command {command!r}; known: {', '.join([*ABOUT, *TOOLS, 'env'])}")
 
 
 def _run(command: str, flags: list[str]) -> int:
     from otdd.distill.settings import load_yaml, merge, preset
 
-    file, name = _value(flags, "--config"), _value(flags, "--preset")
+    file, name = value(flags, "--config"), value(flags, "--preset")
     filed = load_yaml(file) if file is not None else {}
-    stored = {} if command == "run" else _stored(_value(flags, "--out") or filed.get("out"))
+    stored = {} if command == "run" else _stored(value(flags, "--out") or filed.get("out"))
     name = name or filed.get("preset")
     base = merge(merge(stored, preset(name)), filed)
-    given = _parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
+    given = parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
     plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**plain)
     # Threads that spin while they wait make a busy machine ten times slower; before torch loads.
@@ -119,39 +125,6 @@ def _run(command: str, flags: list[str]) -> int:
     return 0
 
 
-def _fit(flags: list[str]) -> int:
-    from otdd.distill.data import load_data
-    from otdd.distill.fit import FitConfig, fit
-
-    @dataclass(frozen=True, kw_only=True)
-    class FitFlags(FitConfig):
-        """Flags of `otdd fit`."""
-
-        data: str
-        """digits, textures, or an ImageFolder with train/."""
-        out: str
-        """File of the generator, ending in .safetensors."""
-        resolution: int | None = None
-        """Side of the images in pixels; by default that of the data."""
-        quiet: bool = False
-        """No progress bars."""
-        debug: bool = False
-        """Show the stack trace of an error."""
-
-    about = "Train a small class-conditional generator; an interrupted one continues."
-    given = _parse(FitFlags, flags, "otdd fit", about, {})
-    if Path(given.out).is_dir():
-        raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    config = FitConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(FitConfig)})
-    data = load_data(given.data, resolution=given.resolution)
-    from otdd.terminal import Bars
-
-    with Bars(given.quiet) as bars:
-        made = fit(data, config, given.out, progress=bars)
-    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
-    return 0
-
-
 def _env(flags: list[str]) -> int:
     unknown = [flag for flag in flags if flag not in ("--json", "--debug", "-h", "--help")]
     if unknown:
@@ -163,83 +136,6 @@ def _env(flags: list[str]) -> int:
 
     environment.show("--json" in flags)
     return 0
-
-
-def _parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, Any]) -> Any:
-    """Flags over `base` over defaults, as an object of `cls`; refusals become `ConfigError`."""
-    import tyro
-
-    errors = io.StringIO()
-    try:
-        default = _unchecked(cls, base, tyro.MISSING)
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                cls,
-                args=flags,
-                prog=prog,
-                description=about,
-                default=default,
-                config=(tyro.conf.AvoidSubcommands,),
-                use_underscores=True,
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise ConfigError(_one_line(errors.getvalue(), prog)) from None
-
-
-def _unchecked(cls: type, values: dict[str, Any], required: Any) -> Any:
-    """An object of `cls` in which settings that are still missing are marked for the parser."""
-    from otdd.distill.settings import convert_fields
-
-    made = convert_fields(cls, values)
-    default = object.__new__(cls)
-    for field in dataclasses.fields(cls):
-        value = required
-        if field.name in made:
-            value = made[field.name]
-        elif field.default is not MISSING:
-            value = field.default
-        elif field.default_factory is not MISSING:
-            value = field.default_factory()
-        object.__setattr__(default, field.name, value)
-    return default
-
-
-def _one_line(box: str, prog: str) -> str:
-    """The message inside a box of the flag parser."""
-    lines: list[str] = []
-    for line in box.splitlines()[1:]:  # after the title
-        text = line.strip("╭╮╰╯│ ")
-        rule = not text.strip("─-")
-        if rule and lines:
-            break
-        if not rule:
-            lines.append(text)
-    text = " ".join(lines)
-    if text.startswith("Missing from"):
-        names = ", ".join(re.findall(r"(--[\w.]+) [A-Z]", text))
-        return f"missing: {names} (otdd {prog.split()[-1]} --help explains)"
-    nested = re.fullmatch(r"Error parsing (\S+): (\w+): (.*)", text)
-    if nested and not nested[1].startswith("--"):
-        group = "" if nested[1][0].isupper() else f"{nested[1]}."
-        return f"--{group}{nested[2]}: {nested[3]}"
-    number = re.search(r"parsing (\S+): .*?(int|float).*: '(.*)'$", text)
-    if number:
-        wanted = {"int": "an integer", "float": "a number"}[number[2]]
-        return f"{number[1]}: {number[3]!r} is not accepted; expected {wanted}"
-    return (text[0].lower() + text[1:]) if text else "these flags are not understood"
-
-
-def _value(flags: list[str], name: str) -> str | None:
-    """Value of one flag, before the others are looked at."""
-    found = None
-    for i, flag in enumerate(flags):
-        if flag == name and i + 1 < len(flags):
-            found = flags[i + 1]
-        elif flag.startswith(name + "="):
-            found = flag.split("=", 1)[1]
-    return found
 
 
 def _stored(out: str | None) -> dict[str, Any]:

@@ -30,11 +30,11 @@ def test_help_is_quick_and_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - start < 2  # alone it takes a tenth of a second
-    for command in ("run", "sample", "relabel", "train", "evaluate", "fit", "env"):
+    for command in ("run", "sample", "relabel", "train", "evaluate", "fit", "fit-surrogate", "env"):
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "sample", "evaluate", "fit"])
+@pytest.mark.parametrize("command", ["run", "sample", "evaluate", "fit", "fit-surrogate"])
 def test_help_of_a_command(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
@@ -73,6 +73,18 @@ def test_help_of_run_imports_no_torch():
         (["run", *TINY, "--out", "x", "--generator", "g", "--sets", "otg"], "generator g cannot"),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
+        (["fit-surrogate", "--data", "digits", "--out", "x", "--arch", "net"], "unknown .* 'net'"),
+        (
+            ["run", *TINY, "--out", "x", "--preset", "igd", "--sets", "otg"],
+            "sample.influence.surrogate: missing; influence guidance is on",
+        ),
+        (
+            [
+                *("run", *TINY, "--out", "x", "--sets", "otg", "--preset", "paper"),
+                *("--sample.influence.surrogate", "none"),
+            ],
+            "none holds no finished surrogate; run `otdd fit-surrogate`",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line_before_any_work(

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from otdd.distill.config import (
     ConfigError,
+    DiversityConfig,
     GuidanceConfig,
+    InfluenceConfig,
+    ModeConfig,
     RelabelConfig,
     RunConfig,
     SampleConfig,
@@ -25,13 +28,19 @@ if TYPE_CHECKING:
     from otdd.distill.denoiser import Denoiser
     from otdd.distill.denoising import Guides, denoise
     from otdd.distill.dit import OTDiTPipeline
+    from otdd.distill.diversity import DiversityGuidance
     from otdd.distill.guidance import OTGuidance
+    from otdd.distill.influence import InfluenceGuidance
+    from otdd.distill.modes import ModeGuidance
     from otdd.distill.terms import Guidance
 
 _LAZY = {
     "Denoiser": "denoiser",
+    "DiversityGuidance": "diversity",
     "Guidance": "terms",
     "Guides": "denoising",
+    "InfluenceGuidance": "influence",
+    "ModeGuidance": "modes",
     "OTDiTPipeline": "dit",
     "OTGuidance": "guidance",
     "denoise": "denoising",
@@ -40,9 +49,15 @@ _LAZY = {
 __all__ = [
     "ConfigError",
     "Denoiser",
+    "DiversityConfig",
+    "DiversityGuidance",
     "Guidance",
     "GuidanceConfig",
     "Guides",
+    "InfluenceConfig",
+    "InfluenceGuidance",
+    "ModeConfig",
+    "ModeGuidance",
     "OTDiTPipeline",
     "OTGuidance",
     "RelabelConfig",

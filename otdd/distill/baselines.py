@@ -7,13 +7,13 @@ of least total squared distance. (`unguided` is `sample` with the guidance off.)
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from otdd.distill.codec import Codec, PixelCodec
 from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData, check_ipc
+from otdd.distill.modes import kmeans_centres
 from otdd.distill.store import Store
 from otdd.distill.terms import rng
 from otdd.ops import cost_matrix
@@ -61,17 +61,6 @@ def baselines(
     labels = torch.arange(data.num_classes).repeat_interleave(config.ipc)
     extra = {"latents": torch.cat(latents)} if latents else {}
     store.write_images(set_name, torch.cat(parts), labels, **extra)
-
-
-def kmeans_centres(latents: Tensor, count: int, seed: int) -> Tensor:
-    """k-means centroids (count, ...) of latents (N, ...): best of 10 starts, on one thread."""
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):  # sums in one order: the same bytes on any machine load
-        model = KMeans(count, n_init=10, random_state=seed).fit(latents.flatten(1).double().numpy())
-    centres = torch.from_numpy(np.ascontiguousarray(model.cluster_centers_)).float()
-    return centres.view(count, *latents.shape[1:])
 
 
 def nearest_distinct(centres: Tensor, latents: Tensor) -> Tensor:

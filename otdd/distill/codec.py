@@ -1,7 +1,8 @@
 """Codecs: uint8 images <-> latents the generator works on.
 
-A codec has `encode`, `decode`, `latent_shape`, `bounded` (latents live in [-1, 1]), `config` (JSON)
-and `tensors` (what a generator file must carry). Encoding is deterministic.
+A codec has `encode`, `decode`, `pixels` (decoding with gradients, to images in about [0, 1] as
+networks see them), `latent_shape`, `bounded` (latents live in [-1, 1]), `config` (JSON) and
+`tensors` (what a generator file must carry). Encoding is deterministic.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ class Codec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
+    def pixels(self, latents: Tensor) -> Tensor: ...
+
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]: ...
 
     def config(self) -> dict[str, Any]: ...
@@ -42,6 +45,9 @@ class PixelCodec:
     def decode(self, latents: Tensor) -> Tensor:
         _check_latents(latents)
         return ((latents.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return (latents.float() + 1) / 2
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         return image_shape
@@ -87,11 +93,16 @@ class AutoencoderCodec:
         return torch.cat([self._decode(part) for part in latents.split(self.batch_size)])
 
     def _decode(self, latents: Tensor) -> Tensor:
+        return PixelCodec().decode(self._images(latents)).to(latents.device)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return PixelCodec().pixels(self._images(latents)).to(latents.device)
+
+    def _images(self, latents: Tensor) -> Tensor:
+        """Images in about [-1, 1]."""
         weight = next(self.vae.parameters())
-        pixels = self.vae.decode((latents / self.scale + self.shift).to(weight)).sample
-        if self.grey:
-            pixels = pixels.mean(1, keepdim=True)
-        return PixelCodec().decode(pixels).to(latents.device)
+        images = self.vae.decode((latents / self.scale + self.shift).to(weight)).sample
+        return images.mean(1, keepdim=True) if self.grey else images
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -1,4 +1,4 @@
-"""The settings of a run, as frozen dataclasses, and the presets.
+"""The settings of a run and its stages, as frozen dataclasses.
 
 Nothing here imports torch, so that the command line can parse and refuse quickly. Every class
 checks itself when it is made; an error names the key, the value and what is accepted.
@@ -8,63 +8,42 @@ checks itself when it is made; an error names the key, the value and what is acc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from otdd.distill.guidance_config import (
+    ConfigError,
+    DiversityConfig,
+    GuidanceConfig,
+    InfluenceConfig,
+    ModeConfig,
+    require,
+)
+from otdd.distill.presets import PRESETS
+
+__all__ = [
+    "LOSSES",
+    "PRESETS",
+    "SETS",
+    "ConfigError",
+    "DiversityConfig",
+    "GuidanceConfig",
+    "InfluenceConfig",
+    "ModeConfig",
+    "RelabelConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "require",
+]
 
 SETS = ("otg", "unguided", "random", "kmeans", "kmeans-real")
 LOSSES = ("ce", "kl", "otm")
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown or not accepted."""
 
 
 def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:
     """Raise a `ConfigError` unless there is at least one value and none twice."""
     require(len(values) >= 1, key, values, accepted)
     require(len(set(values)) == len(values), key, values, f"{accepted}, each once")
-
-
-def require(ok: bool, key: str, value: Any, accepted: str) -> None:
-    """Raise a `ConfigError` that names the key, the value and what is accepted."""
-    if not ok:
-        raise ConfigError(f"{key}: {value!r} is not accepted; expected {accepted}")
-
-
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """Optimal-transport guidance of the sampler."""
-
-    target: Literal["z_t", "x0", "through", "q_sample"] = "x0"
-    """What the cost is taken on: the noisy latents, x0_hat, x0_hat with the gradient through the
-    denoiser, or the noisy latents against equally noised references."""
-    form: Literal["projection", "gradient"] = "projection"
-    """Move towards the barycentric projection, or along the gradient of the transport cost."""
-    metric: Literal["l1", "l2", "sqeuclidean", "cosine"] = "sqeuclidean"
-    """Ground cost between latents."""
-    lambda_1: float = 0.1
-    """eps of the entropic problem in units of the standard deviation of the cost."""
-    max_iter: int = 20
-    """Sinkhorn iterations per guided step."""
-    reference_size: int = 200
-    """Real latents of the class in one problem."""
-    strength: float = 0.7
-    """beta_1, the size of one guidance step."""
-    repulsion: float = 0.3
-    """Push away from near real latents of other classes, relative to the pull of the own class."""
-    window: tuple[float, float] = (0.0, 1.0)
-    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
-    memory: int = 64
-    """Most finished latents of a class kept in a sequential problem."""
-
-    def __post_init__(self) -> None:
-        require(self.lambda_1 > 0, "lambda_1", self.lambda_1, "a number > 0")
-        require(self.max_iter >= 1, "max_iter", self.max_iter, "an integer >= 1")
-        require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
-        require(self.strength >= 0, "strength", self.strength, "a number >= 0")
-        require(0 <= self.repulsion < 1, "repulsion", self.repulsion, "a number in [0, 1)")
-        require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
-        ok = 0.0 <= self.window[0] < self.window[1] <= 1.0
-        require(ok, "window", self.window, "two fractions start < end in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -88,6 +67,12 @@ class SampleConfig:
     """Most images in one call of the denoiser."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Optimal-transport guidance."""
+    diversity: DiversityConfig = field(default_factory=DiversityConfig)
+    """Diversity guidance."""
+    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    """Influence guidance."""
+    modes: ModeConfig = field(default_factory=ModeConfig)
+    """Mode guidance."""
 
     def __post_init__(self) -> None:
         require(self.starts >= 1, "starts", self.starts, "an integer >= 1")
@@ -197,7 +182,7 @@ class RunConfig:
     generator: str | None = None
     """Generator made by `otdd fit`; by default the one shipped for the data."""
     preset: str | None = None
-    """Named settings under the flags: paper."""
+    """Named settings under the flags: paper, igd, dit or mgd."""
     sets: tuple[Literal["otg", "unguided", "random", "kmeans", "kmeans-real"], ...] = SETS
     """Sets to make and compare."""
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -218,30 +203,3 @@ class RunConfig:
         require_some(self.sets, "sets", f"some of {', '.join(SETS)}")
         ok = self.preset is None or self.preset in PRESETS
         require(ok, "preset", self.preset, f"one of {', '.join(PRESETS)}")
-
-
-# Settings as METHOD-style documents give them, not as they measure best; see the README.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "sample": {
-            "scheduler": "ddpm",
-            "steps": 50,
-            "guidance_scale": 4.0,
-            "order": "sequential",
-            "starts": 1,
-            "guidance": {
-                "target": "z_t",
-                "form": "gradient",
-                "metric": "l1",
-                "lambda_1": 0.1,
-                "max_iter": 20,
-                "reference_size": 200,
-                "strength": 5.0,
-                "repulsion": 0.0,
-                "window": (0.08, 0.4),
-                "memory": 64,
-            },
-        },
-        "train": {"stretch": 2.0, "ema": 0.99, "weight_decay": 0.01, "lr": 1e-3},
-    },
-}

@@ -79,6 +79,7 @@ class Run:
             except ValueError as error:
                 raise ConfigError(f"sample.steps: {error}") from None
             known["generator_sha256"] = _digest(generator)
+            known |= _check_terms(config, data)
         store = Store.open(config.out, known, lock=True)
         resolved = to_dict(config)
         if Path(config.data).is_dir():
@@ -272,6 +273,18 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
             _check_timm(teacher.removeprefix("timm:"))
         else:
             check_network(arch, data)
+
+
+def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:
+    """What the guided set depends on beside settings, data and generator."""
+    influence = config.sample.influence
+    if "otg" not in config.sets or influence.strength == 0:
+        return {}
+    from otdd.distill.surrogate import surrogate_digest
+    from otdd.distill.update import load_wanted
+
+    load_wanted(config.sample, data)
+    return {"surrogate_sha256": surrogate_digest(influence.surrogate or "")}
 
 
 def _check_timm(name: str) -> None:

@@ -18,9 +18,9 @@ from otdd.distill.config import RunConfig, SampleConfig
 from otdd.distill.data import ImageData
 from otdd.distill.denoising import Guides, denoise, stepper
 from otdd.distill.generator import Generator
-from otdd.distill.guidance import OTGuidance, pick_reference
 from otdd.distill.store import Store
 from otdd.distill.terms import Guidance, Memory, rng
+from otdd.distill.update import Update, Updates
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,12 +61,13 @@ def sample(
     folder = f"sets/{set_name}/groups"
     size, guided = config.sample.batch_classes, set_name == "otg"
     groups = [range(k, min(k + size, data.num_classes)) for k in range(0, data.num_classes, size)]
+    updates = Updates(data, generator, config) if guided else None
     ticker = _Ticker(progress, set_name, len(groups), config, guided)
     for number, group in enumerate(groups):
         name = f"{folder}/{number:05d}.safetensors"
         if not store.has(name):
-            guidance = _guidance(data, generator, config, group) if guided else None
-            latents = _sample_group(data, generator, config, group, guidance, ticker.tick)
+            update = updates.of(group) if updates is not None else None
+            latents = _sample_group(data, generator, config, group, update, ticker.tick)
             store.write_tensors(name, {"latents": latents})
         ticker.finish(number)
     parts = [store.read_tensors(f"{folder}/{n:05d}.safetensors") for n in range(len(groups))]
@@ -125,7 +126,7 @@ def _sample_group(
     generator: Generator,
     config: RunConfig,
     group: range,
-    guidance: OTGuidance | None,
+    update: Update | None,
     on_step: Callable[[], None],
 ) -> Tensor:
     """Latents of a group of classes, class-major (len(group) * ipc, c, h, w)."""
@@ -139,16 +140,18 @@ def _sample_group(
         own = torch.tensor(group).repeat_interleave(len(indices))
         return Batch(known.to(generator.device), own.to(generator.device), streams)
 
-    if guidance is None:
+    if update is None:
         return run_batch(generator, batch(range(ipc)), settings, on_step=on_step).cpu()
     if settings.order == "joint":
-        return _best_start(generator, batch, config, guidance, on_step)
+        return _best_start(generator, batch, config, update, on_step)
     done: list[Tensor] = []
     for n in range(ipc):
         now, memory = batch(range(n, n + 1)), None
         if done:
             memory = torch.cat(done), now.data_labels.repeat(len(done))
-        done.append(run_batch(generator, now, settings, [guidance], memory=memory, on_step=on_step))
+        done.append(
+            run_batch(generator, now, settings, update.terms, memory=memory, on_step=on_step)
+        )
     return torch.stack(done, 1).flatten(0, 1).cpu()
 
 
@@ -156,15 +159,17 @@ def _best_start(
     generator: Generator,
     batch: Callable[[range, int], Batch],
     config: RunConfig,
-    guidance: OTGuidance,
+    update: Update,
     on_step: Callable[[], None],
 ) -> Tensor:
     """Of `starts` joint samplings, for each class the one of least transport cost."""
     best, least = None, None
     for start in range(config.sample.starts):
         now = batch(range(config.ipc), start)
-        latents = run_batch(generator, now, config.sample, [guidance], on_step=on_step)
-        cost = guidance.transport_cost(latents, now.data_labels)
+        latents = run_batch(generator, now, config.sample, update.terms, on_step=on_step)
+        if update.judge is None:
+            return latents.cpu()
+        cost = update.judge.transport_cost(latents, now.data_labels)
         if best is None:
             best, least = latents, cost
             continue
@@ -172,18 +177,6 @@ def _best_start(
         keep = better.repeat_interleave(config.ipc).view(-1, *[1] * (latents.ndim - 1))
         best, least = torch.where(keep, latents, best), torch.where(better, cost, least)
     return best.cpu()
-
-
-def _guidance(data: ImageData, generator: Generator, config: RunConfig, group: range) -> OTGuidance:
-    """Guidance with the real latents of the group; only the images it will use are encoded."""
-    labels = data.train.labels
-    own = ((labels >= group.start) & (labels < group.stop)).nonzero()[:, 0]
-    size = config.sample.guidance.reference_size
-    keep = own[pick_reference(labels[own], size, config.seed)]
-    guidance = OTGuidance(config.sample.guidance, seed=config.seed)
-    latents = generator.codec.encode(data.train.images[keep])
-    guidance.set_reference(latents.to(generator.device), labels[keep].to(generator.device))
-    return guidance
 
 
 class _Ticker:

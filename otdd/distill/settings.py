@@ -15,7 +15,11 @@ from otdd.distill.config import PRESETS, ConfigError, RunConfig, require
 
 # What may change without changing any finished result of a folder: more seeds, sets, losses or
 # architectures add rows; the rest says where things are, or how they were asked for.
-FREE_FIELDS = ("out", "preset", "seeds", "sets", "generator", "train.losses", "train.archs")
+# Generator and surrogate count by their content.
+FREE_FIELDS = (
+    *("out", "preset", "seeds", "sets", "generator", "train.losses", "train.archs"),
+    "sample.influence.surrogate",
+)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def test_defaults_and_round_trip():
         ({"train": {"batch": 2.5}}, "train.batch: 2.5.* integer"),
         ({"train": {"ema": 1}}, "train.ema: 1.0"),
         ({"relabel": {"crop_scale": [0, 1]}}, "relabel.crop_scale"),
-        ({"preset": "best"}, "preset: 'best'.*one of paper"),
+        ({"preset": "best"}, "preset: 'best'.*one of paper, igd, dit, mgd"),
+        ({"sample": {"influence": {"strength": -1}}}, "sample.influence.strength: -1.0"),
+        ({"sample": {"modes": {"window": [0.5, 0.5]}}}, "sample.modes.window: "),
     ],
 )
 def test_refusals_name_key_value_and_what_is_accepted(values, message):
@@ -60,6 +62,23 @@ def test_flags_over_file_over_preset(tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_resolve(name):
     assert resolve({**BASE, "preset": name}).preset == name
+
+
+def test_presets_switch_terms_on_and_off():
+    on = {
+        name: [
+            term
+            for term in ("guidance", "influence", "diversity", "modes")
+            if getattr(resolve({**BASE, "preset": name}).sample, term).strength > 0
+        ]
+        for name in PRESETS
+    }
+    assert on == {
+        "paper": ["guidance", "influence", "diversity"],
+        "igd": ["influence", "diversity"],
+        "dit": [],
+        "mgd": ["modes"],
+    }
 
 
 def test_bad_files(tmp_path):

@@ -8,13 +8,15 @@ import torch
 from otdd.distill import sample as stage
 from otdd.distill.baselines import BASELINES, baselines
 from otdd.distill.codec import PixelCodec
-from otdd.distill.config import GuidanceConfig, RunConfig, SampleConfig
+from otdd.distill.config import PRESETS, GuidanceConfig, RunConfig, SampleConfig
 from otdd.distill.data import DataError, ImageData, LabeledImages
 from otdd.distill.evaluate import transport_cost
 from otdd.distill.fit import FitConfig, fit
 from otdd.distill.generator import Generator, GeneratorError
 from otdd.distill.guidance import OTGuidance
+from otdd.distill.settings import merge, resolve
 from otdd.distill.store import Store
+from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
 
 CLASSES, COUNT = 5, 12
 
@@ -68,6 +70,45 @@ def test_guidance_on_x0_lowers_the_transport_cost(tmp_path, data, generator, ord
         made = run(tmp_path / name, data, generator, config, name)
         costs[name] = transport_cost(made["images"], made["labels"], data, PixelCodec())
     assert costs["otg"] < 0.65 * costs["unguided"]
+
+
+@pytest.fixture(scope="module")
+def surrogate(data, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("surrogate")
+    fit_surrogate(data, SurrogateConfig(arch="convnet", epochs=2, checkpoints=2), folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_run_and_each_term_can_be_switched_off(tmp_path, data, generator, surrogate, name):
+    base = {"data": "toy", "ipc": 2, "out": "x", "preset": name}
+    fast = {"steps": 8, "influence": {"surrogate": surrogate}}
+    terms = ("guidance", "influence", "diversity", "modes")
+    config = resolve(merge(base, {"sample": fast}))
+    on = [term for term in terms if getattr(config.sample, term).strength > 0]
+    made = {"all": run(tmp_path / "all", data, generator, config)["latents"]}
+    for off in on:
+        fewer = resolve(merge(base, {"sample": {**fast, off: {"strength": 0.0}}}))
+        made[off] = run(tmp_path / off, data, generator, fewer)["latents"]
+    made["free"] = run(tmp_path / "free", data, generator, config, "unguided")["latents"]
+    assert all(torch.isfinite(latents).all() for latents in made.values())
+    for off in on:
+        assert not torch.equal(made[off], made["all"])
+    close = torch.allclose(made["all"], made["free"], atol=1e-5)
+    assert close == (not on)
+    if len(on) == 1:
+        torch.testing.assert_close(made[on[0]], made["free"], rtol=1e-4, atol=1e-4)
+
+
+def test_modes_bring_images_near_to_centroids(tmp_path, data, generator):
+    base = {"data": "toy", "ipc": 2, "out": "x", "sample": {"steps": 6, "starts": 1}}
+    off = {"guidance": {"strength": 0.0}, "modes": {"strength": 0.8, "window": [0.0, 1.0]}}
+    made = run(tmp_path / "a", data, generator, resolve(merge(base, {"sample": off})))["latents"]
+    free = run(tmp_path / "b", data, generator, resolve(base), "unguided")["latents"]
+    baselines(Store(tmp_path / "c"), data, settings(ipc=2), "kmeans")
+    centres = Store(tmp_path / "c").read_images("kmeans")["latents"]
+    near, far = ((x - centres).flatten(1).norm(dim=1).mean() for x in (made, free))
+    assert near < 0.3 * far
 
 
 class Stop(Exception):

@@ -1,0 +1,113 @@
+"""The settings of every term of the guided update, and how settings are refused.
+
+A part of `otdd.distill.config`, without torch as well. A term of strength 0 is off: it costs
+nothing and needs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or not accepted."""
+
+
+def require(ok: bool, key: str, value: Any, accepted: str) -> None:
+    """Raise a `ConfigError` that names the key, the value and what is accepted."""
+    if not ok:
+        raise ConfigError(f"{key}: {value!r} is not accepted; expected {accepted}")
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Optimal-transport guidance of the sampler."""
+
+    target: Literal["z_t", "x0", "through", "q_sample"] = "x0"
+    """What the cost is taken on: the noisy latents, x0_hat, x0_hat with the gradient through the
+    denoiser, or the noisy latents against equally noised references."""
+    form: Literal["projection", "gradient"] = "projection"
+    """Move towards the barycentric projection, or along the gradient of the transport cost."""
+    metric: Literal["l1", "l2", "sqeuclidean", "cosine"] = "sqeuclidean"
+    """Ground cost between latents."""
+    lambda_1: float = 0.1
+    """eps of the entropic problem in units of the standard deviation of the cost."""
+    max_iter: int = 20
+    """Sinkhorn iterations per guided step."""
+    reference_size: int = 200
+    """Real latents of the class in one problem."""
+    strength: float = 0.7
+    """beta_1, the size of one guidance step."""
+    repulsion: float = 0.3
+    """Push away from near real latents of other classes, relative to the pull of the own class."""
+    window: tuple[float, float] = (0.0, 1.0)
+    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+    memory: int = 64
+    """Most finished latents of a class kept in a sequential problem."""
+
+    def __post_init__(self) -> None:
+        require(self.lambda_1 > 0, "lambda_1", self.lambda_1, "a number > 0")
+        require(self.max_iter >= 1, "max_iter", self.max_iter, "an integer >= 1")
+        require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
+        _require_term(self.strength, self.window)
+        require(0 <= self.repulsion < 1, "repulsion", self.repulsion, "a number in [0, 1)")
+        require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
+
+
+@dataclass(frozen=True)
+class DiversityConfig:
+    """Diversity guidance: away from the nearest finished latents of the class."""
+
+    strength: float = 0.0
+    """gamma, the step along the gradient of the cosine to the nearest; 0 is off."""
+    target: Literal["z_t", "x0", "through"] = "z_t"
+    """What is compared: the noisy latents, x0_hat, or x0_hat with the gradient through the
+    denoiser."""
+    memory: int = 64
+    """Most finished latents of a class that are looked at."""
+    window: tuple[float, float] = (0.0, 1.0)
+    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+
+    def __post_init__(self) -> None:
+        _require_term(self.strength, self.window)
+        require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
+
+
+@dataclass(frozen=True)
+class InfluenceConfig:
+    """Influence guidance: towards images whose training gradient is that of the real ones."""
+
+    strength: float = 0.0
+    """k, the step in units of rho_t; 0 is off."""
+    surrogate: str | None = None
+    """Folder of the networks that `otdd fit-surrogate` trained."""
+    target: Literal["through", "x0"] = "through"
+    """The gradient goes through the denoiser to z_t, or is applied to x0_hat."""
+    reference_size: int = 200
+    """Real images of the class in the mean gradient."""
+    window: tuple[float, float] = (0.08, 0.4)
+    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+
+    def __post_init__(self) -> None:
+        _require_term(self.strength, self.window)
+        require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
+
+
+@dataclass(frozen=True)
+class ModeConfig:
+    """Mode guidance: each image of a class towards its own k-means centre of the real latents."""
+
+    strength: float = 0.0
+    """Part of the way from x0_hat to the mode in one step; 0 is off."""
+    window: tuple[float, float] = (0.0, 0.5)
+    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+
+    def __post_init__(self) -> None:
+        _require_term(self.strength, self.window)
+
+
+def _require_term(strength: float, window: tuple[float, float]) -> None:
+    require(strength >= 0, "strength", strength, "a number >= 0")
+    ok = 0.0 <= window[0] < window[1] <= 1.0
+    require(ok, "window", window, "two fractions start < end in [0, 1]")

@@ -1,0 +1,112 @@
+"""The guided update of a run: which terms its settings ask for, with their references.
+
+    z_{t-1} = s(z_t, t, eps) - (influence) - (diversity) - (optimal transport),  or mode guidance.
+
+A term of strength 0 is not made, so it costs nothing and needs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from otdd.distill.config import ConfigError, RunConfig, SampleConfig
+from otdd.distill.data import ImageData
+from otdd.distill.diversity import DiversityGuidance
+from otdd.distill.generator import Generator
+from otdd.distill.guidance import OTGuidance, pick_reference
+from otdd.distill.influence import InfluenceGuidance
+from otdd.distill.modes import ModeGuidance
+from otdd.distill.surrogate import load_surrogates
+from otdd.distill.terms import Guidance
+
+
+@dataclass(frozen=True)
+class Update:
+    """The terms for a group of classes; `judge` chooses among several starts, where there are."""
+
+    terms: Sequence[Guidance]
+    judge: OTGuidance | None = None
+
+
+class Updates:
+    """Makes the terms of a run, group of classes by group.
+
+    Args:
+        data: real images.
+        generator: its codec encodes them.
+        config: `sample`, `ipc` and `seed` are used.
+
+    Raises:
+        ConfigError: influence guidance is on and has no surrogate that fits the data.
+    """
+
+    def __init__(self, data: ImageData, generator: Generator, config: RunConfig) -> None:
+        self.data, self.generator, self.config = data, generator, config
+        self.surrogates = load_wanted(config.sample, data)
+
+    def of(self, group: range) -> Update:
+        """Terms with the references of some classes; only images that they need are encoded."""
+        settings, seed, terms = self.config.sample, self.config.seed, []
+        guided, judged = settings.guidance.strength > 0, wants_judge(settings)
+        transport = OTGuidance(settings.guidance, seed=seed)
+        if guided or judged:
+            transport.set_reference(*self._latents(group, settings.guidance.reference_size))
+        if settings.influence.strength > 0:
+            terms.append(self._influence(group))
+        if settings.diversity.strength > 0:
+            terms.append(DiversityGuidance(settings.diversity))
+        if guided:
+            terms.append(transport)
+        if settings.modes.strength > 0:
+            modes = ModeGuidance(settings.modes, seed=seed)
+            modes.set_reference(*self._latents(group, None), self.config.ipc)
+            terms.append(modes)
+        return Update(terms, transport if judged else None)
+
+    def _influence(self, group: range) -> InfluenceGuidance:
+        settings = self.config.sample.influence
+        term = InfluenceGuidance(
+            [network.to(self.generator.device) for network in self.surrogates],
+            self.generator.codec.pixels,
+            settings,
+            seed=self.config.seed,
+        )
+        keep = self._indices(group, settings.reference_size)
+        term.set_reference(self.data.train.images[keep], self.data.train.labels[keep])
+        return term
+
+    def _latents(self, group: range, size: int | None) -> tuple[Tensor, Tensor]:
+        """Latents and labels of a group, all or at most `size` of each class."""
+        keep, device = self._indices(group, size), self.generator.device
+        latents = self.generator.codec.encode(self.data.train.images[keep])
+        return latents.to(device), self.data.train.labels[keep].to(device)
+
+    def _indices(self, group: range, size: int | None) -> Tensor:
+        labels = self.data.train.labels
+        own = ((labels >= group.start) & (labels < group.stop)).nonzero()[:, 0]
+        return own if size is None else own[pick_reference(labels[own], size, self.config.seed)]
+
+
+def wants_judge(settings: SampleConfig) -> bool:
+    """Whether several joint samplings compete by their transport cost."""
+    return settings.order == "joint" and settings.starts > 1
+
+
+def load_wanted(settings: SampleConfig, data: ImageData) -> list[nn.Module]:
+    """The surrogates that the settings ask for; none if influence guidance is off.
+
+    Raises:
+        ConfigError: they are missing or do not fit the data.
+    """
+    if settings.influence.strength == 0:
+        return []
+    if settings.influence.surrogate is None:
+        raise ConfigError(
+            "sample.influence.surrogate: missing; influence guidance is on "
+            f"(sample.influence.strength {settings.influence.strength:g}) and needs the folder of "
+            "`otdd fit-surrogate`, or a strength of 0"
+        )
+    return load_surrogates(settings.influence.surrogate, data)

@@ -1,0 +1,77 @@
+"""Commands beside the stages: what is made once for a data set, before it is distilled.
+
+What a command needs is imported when it runs; all settings are checked before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from otdd.distill.config import ConfigError
+from otdd.flags import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Flags that these commands share."""
+
+    data: str
+    """digits, textures, or an ImageFolder with train/."""
+    out: str
+    """What is written; an interrupted command continues there."""
+    resolution: int | None = None
+    """Side of the images in pixels; by default that of the data."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
+def fit(flags: list[str]) -> int:
+    """`otdd fit`."""
+    from otdd.distill.data import load_data
+    from otdd.distill.fit import FitConfig, fit
+    from otdd.terminal import Bars
+
+    @dataclass(frozen=True)
+    class FitFlags(FitConfig, DataFlags):
+        """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
+
+    about = "Train a small class-conditional generator; an interrupted one continues."
+    given = parse(FitFlags, flags, "otdd fit", about, {})
+    if Path(given.out).is_dir():
+        raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
+    data = load_data(given.data, resolution=given.resolution)
+    with Bars(given.quiet) as bars:
+        made = fit(data, _only(FitConfig, given), given.out, progress=bars)
+    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
+    return 0
+
+
+def fit_surrogate(flags: list[str]) -> int:
+    """`otdd fit-surrogate`."""
+    from otdd.distill.data import load_data
+    from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
+    from otdd.terminal import Bars
+
+    @dataclass(frozen=True)
+    class SurrogateFlags(SurrogateConfig, DataFlags):
+        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+
+    about = "Train the networks of influence guidance; an interrupted training continues."
+    given = parse(SurrogateFlags, flags, "otdd fit-surrogate", about, {})
+    data = load_data(given.data, resolution=given.resolution)
+    with Bars(given.quiet) as bars:
+        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
+    shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
+    sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
+    return 0
+
+
+def _only(cls: type, given: Any) -> Any:
+    """The settings among all flags."""
+    return cls(**{f.name: getattr(given, f.name) for f in dataclasses.fields(cls)})

@@ -1,0 +1,86 @@
+"""Surrogates: checkpoints over a training that resumes exactly, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from distill.test_generator import toy
+
+from otdd import cli
+from otdd.distill.config import ConfigError, InfluenceConfig, SampleConfig
+from otdd.distill.data import load_data
+from otdd.distill.store import StoreError
+from otdd.distill.surrogate import (
+    SurrogateConfig,
+    fit_surrogate,
+    load_surrogates,
+    surrogate_digest,
+)
+from otdd.distill.update import load_wanted
+
+TINY = SurrogateConfig(arch="convnet", checkpoints=2, epochs=4, batch=8)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("surrogate") / "s"
+    fit_surrogate(toy(), TINY, made)
+    return made
+
+
+def test_checkpoints_over_the_training(folder):
+    about = json.loads((folder / "surrogate.json").read_text())
+    assert [c["epoch"] for c in about["checkpoints"]] == [2, 4]
+    first, last = load_surrogates(folder, toy())
+    assert not torch.equal(first.body.head.weight, last.body.head.weight)
+    assert not any(p.requires_grad for p in last.parameters())
+    assert SurrogateConfig(epochs=10).marks() == [3, 5, 8, 10]
+    assert SurrogateConfig(epochs=4).marks() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_interrupted_training_ends_with_the_same_bytes(tmp_path, folder, at):
+    def stop(_, epoch, __):
+        if epoch == at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit_surrogate(toy(), TINY, tmp_path, progress=stop)
+    with pytest.raises(ConfigError, match="holds no finished surrogate; run `otdd fit-surrogate`"):
+        load_surrogates(tmp_path, toy())
+    seen = []
+    fit_surrogate(toy(), TINY, tmp_path, progress=lambda _, epoch, __: seen.append(epoch))
+    assert seen == list(range(at, 5))
+    assert surrogate_digest(tmp_path) == surrogate_digest(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in folder.iterdir())
+    fit_surrogate(toy(), TINY, tmp_path, progress=lambda *_: pytest.fail("it was finished"))
+
+
+def test_other_settings_and_other_data_are_refused(folder):
+    with pytest.raises(StoreError, match="another run"):
+        fit_surrogate(toy(), dataclasses.replace(TINY, lr=1e-2), folder)
+    with pytest.raises(ConfigError, match="was trained on 3 classes"):
+        load_surrogates(folder, toy(classes=4))
+    with pytest.raises(ConfigError, match="checkpoints: 5 is not accepted; expected 1 to the"):
+        SurrogateConfig(epochs=4, checkpoints=5)
+
+
+def test_command(tmp_path, capsys):
+    command = f"fit-surrogate --data digits --out {tmp_path} --epochs 2 --checkpoints 1 --quiet"
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command.split(), "--arch", "convnet"])
+    assert not end.value.code
+    assert "test accuracy" in capsys.readouterr().out
+    assert len(load_surrogates(tmp_path, load_data("digits"))) == 1
+
+
+def test_guidance_that_is_off_needs_none():
+    assert load_wanted(SampleConfig(), toy()) == []
+    on = SampleConfig(influence=InfluenceConfig(strength=1.0))
+    with pytest.raises(ConfigError, match=r"influence.surrogate: missing; .* strength of 0"):
+        load_wanted(on, toy())
