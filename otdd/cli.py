@@ -27,6 +27,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   evaluate   the table, transport costs and the picture of what is there
   fit        train a small generator for a data set
   fit-surrogate  train the networks of influence guidance for a data set
+  encode     the latents of a data set, once
   env        versions, backends, and why some are missing
 
 first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
@@ -40,7 +41,7 @@ ABOUT = {
     "evaluate": "Gather the table, the transport costs and the picture of a folder.",
 }
 
-TOOLS = ("fit", "fit-surrogate")  # functions of otdd.tools
+TOOLS = ("fit", "fit-surrogate", "encode")  # functions of otdd.tools
 
 
 @dataclass(frozen=True)

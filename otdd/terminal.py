@@ -68,6 +68,47 @@ class Bars:
             self._bars.console.print(f"[green]done[/]  {text}  [dim]{spent:.1f} s[/]")
 
 
+class Pace:
+    """Lines that say how far a long task is, how fast, and how long it will still take.
+
+    Call it as progress(text, done, total); a line at most every `interval` seconds and at the end.
+    """
+
+    def __init__(self, units: dict[str, str], quiet: bool = False, interval: float = 10.0) -> None:
+        self._units, self._quiet, self._interval = units, quiet, interval
+        self._since: dict[str, tuple[float, int]] = {}
+        self._last = 0.0
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are finished."""
+        now = time.perf_counter()
+        if text not in self._since:
+            self._since[text] = (now, done)  # what an earlier command did counts for nothing
+        elif now - self._last < self._interval and done < total:
+            return
+        self._last = now
+        if not self._quiet and (done or total > 1):
+            print(self._line(text, done, total, now), file=sys.stderr, flush=True)
+
+    def _line(self, text: str, done: int, total: int, now: float) -> str:
+        start, before = self._since[text]
+        unit = self._units.get(text, "steps")
+        line = f"{text}: {done} of {total} {unit} ({100 * done / total:.1f} %)"
+        if done > before and now > start:
+            rate = (done - before) / (now - start)
+            line += f", {rate:.1f} {unit}/s"
+            if done < total:
+                line += f", {_duration((total - done) / rate)} left"
+        return line
+
+
+def _duration(seconds: float) -> str:
+    minutes = int(seconds // 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {int(seconds % 60):02d} s" if minutes else f"{seconds:.0f} s"
+
+
 def print_metrics(metrics: dict[str, Any], out: str) -> None:
     """Print the accuracies of a run as a table, and where its files are."""
     from rich.console import Console

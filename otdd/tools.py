@@ -72,6 +72,36 @@ def fit_surrogate(flags: list[str]) -> int:
     return 0
 
 
+def encode(flags: list[str]) -> int:
+    """`otdd encode`."""
+    from otdd import _torchvision
+    from otdd.distill.encode import EncodeConfig, encode
+    from otdd.distill.stream import open_stream
+    from otdd.terminal import Pace
+
+    @dataclass(frozen=True)
+    class EncodeFlags(EncodeConfig, DataFlags):
+        """Flags of `otdd encode`; --out is the folder of the latents."""
+
+        generator: str | None = None
+        """Generator whose codec encodes; by default the one shipped for the data."""
+
+    about = "Encode the training images once; an interrupted encoding continues."
+    given = parse(EncodeFlags, flags, "otdd encode", about, {})
+    config = _only(EncodeConfig, given)
+    data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
+    _torchvision.repair()
+    from otdd.distill.generator import load_generator
+
+    codec = load_generator(given.generator, data).codec
+    pace = Pace({"encode": "images", "statistics": "classes"}, given.quiet)
+    made = encode(data, codec, config, given.out, progress=pace)
+    size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
+    shape = "x".join(map(str, made.latent_shape))
+    sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")
+    return 0
+
+
 def _only(cls: type, given: Any) -> Any:
     """The settings among all flags."""
     return cls(**{f.name: getattr(given, f.name) for f in dataclasses.fields(cls)})

@@ -30,11 +30,21 @@ def test_help_is_quick_and_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - start < 2  # alone it takes a tenth of a second
-    for command in ("run", "sample", "relabel", "train", "evaluate", "fit", "fit-surrogate", "env"):
+    for command in (
+        "run",
+        "sample",
+        "relabel",
+        "train",
+        "evaluate",
+        "fit",
+        "fit-surrogate",
+        "encode",
+        "env",
+    ):
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "sample", "evaluate", "fit", "fit-surrogate"])
+@pytest.mark.parametrize("command", ["run", "sample", "evaluate", "fit", "fit-surrogate", "encode"])
 def test_help_of_a_command(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
@@ -73,6 +83,9 @@ def test_help_of_run_imports_no_torch():
         (["run", *TINY, "--out", "x", "--generator", "g", "--sets", "otg"], "generator g cannot"),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
+        (["encode", "--data", "digits", "--out", "x", "--shard", "0"], "--shard: 0 is not accept"),
+        (["encode", "--data", "nowhere", "--out", "x"], "'nowhere' is no folder"),
+        (["encode", "--data", "textures", "--out", "x"], "no generator is shipped"),
         (["fit-surrogate", "--data", "digits", "--out", "x", "--arch", "net"], "unknown .* 'net'"),
         (
             ["run", *TINY, "--out", "x", "--preset", "igd", "--sets", "otg"],

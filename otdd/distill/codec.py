@@ -5,6 +5,8 @@ networks see them), `latent_shape`, `bounded` (latents live in [-1, 1]), `config
 `tensors` (what a generator file must carry). Encoding is deterministic.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Protocol
@@ -130,6 +132,16 @@ def codec_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     codec = AutoencoderCodec(vae)
     codec.grey = bool(config["grey"])
     return codec
+
+
+def codec_digest(codec: Codec) -> str:
+    """SHA-256 over what the latents of a codec depend on."""
+    settings = {k: v for k, v in codec.config().items() if k != "grey"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(codec.tensors().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def import_diffusers() -> ModuleType:

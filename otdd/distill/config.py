@@ -181,6 +181,8 @@ class RunConfig:
     """Side of the images in pixels; by default that of the data."""
     generator: str | None = None
     """Generator made by `otdd fit`; by default the one shipped for the data."""
+    latents: str | None = None
+    """Folder made by `otdd encode` for this data and generator: real latents are read from it."""
     preset: str | None = None
     """Named settings under the flags: paper, igd, dit or mgd."""
     sets: tuple[Literal["otg", "unguided", "random", "kmeans", "kmeans-real"], ...] = SETS

@@ -4,9 +4,10 @@ Everything is held as uint8 tensors in memory. A folder is read completely first
 offending file or class is named in one `DataError` and nothing has been done yet.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
-import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,19 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from otdd.distill.folders import THREADS, DataError, FolderFiles, decode, size_problems
+
+__all__ = ["BUILTIN", "DataError", "ImageData", "LabeledImages", "check_ipc", "load_data"]
+
 BUILTIN = ("digits", "textures")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # PNG only: decoded to the same bytes by every version of every decoder.
 TEXTURES = ("brick", "chelsea", "coffee", "coins", "grass", "gravel", "ihc", "motorcycle_left")
 TEXTURE_SIZE = 32
-
-
-class DataError(ValueError):
-    """Data that cannot be distilled; `problems` names every offending file or class."""
-
-    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        self.problems = list(problems)
-        super().__init__("\n  ".join([message, *self.problems]))
 
 
 @dataclass(frozen=True)
@@ -189,64 +185,25 @@ def _stack(per_class: Sequence[Tensor]) -> LabeledImages:
 
 
 def _folder(root: Path, resolution: int | None, val_fraction: float, seed: int) -> ImageData:
+    files = FolderFiles.of(check_folder(root))
+    images, unreadable = _read(files.train, files.test or {}, resolution)
+    if files.problems or unreadable:
+        raise DataError(f"data folder {root} cannot be used:", files.problems + unreadable)
+    parts = files.split(val_fraction, seed)
+    train, test = (
+        _stack([torch.stack([images[path] for path in part[name]]) for name in files.classes])
+        for part in parts
+    )
+    return ImageData(root.resolve().name, files.classes, train, test)
+
+
+def check_folder(spec: str | os.PathLike[str]) -> Path:
+    """The folder of a data set that is not built in."""
+    root = Path(spec)
     if not root.is_dir():
         accepted = ", ".join(repr(name) for name in BUILTIN)
         raise DataError(f"data {str(root)!r} is no folder; accepted: {accepted} or an image folder")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    test_root = next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
-    if train_root is root:
-        test_root = None
-    train_files = _class_files(train_root)
-    test_files = _class_files(test_root) if test_root else {}
-    problems = [] if test_root is None else _class_mismatch(train_files, test_files, test_root.name)
-    for part, files in ((train_root, train_files), (test_root, test_files)):
-        problems += [f"{part / name}: no image" for name, paths in files.items() if not paths]
-    if test_root is None:
-        problems += [
-            f"{train_root / name}: one image cannot be split into train and test"
-            for name, paths in train_files.items()
-            if len(paths) == 1
-        ]
-    images, unreadable = _read(train_files, test_files, resolution)
-    if problems or unreadable:
-        raise DataError(f"data folder {root} cannot be used:", problems + unreadable)
-    if test_root is None:
-        train_files, test_files = _split(train_files, val_fraction, seed)
-    classes = sorted(train_files)
-    train, test = (
-        _stack([torch.stack([images[path] for path in files[name]]) for name in classes])
-        for files in (train_files, test_files)
-    )
-    return ImageData(root.resolve().name, classes, train, test)
-
-
-def _class_files(root: Path) -> dict[str, list[Path]]:
-    """Class name -> sorted image files; hidden names are skipped, links are followed."""
-    found = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
-        seen, files = set(), []
-        for where, folders, names in os.walk(folder, followlinks=True):
-            real = os.path.realpath(where)
-            folders[:] = [] if real in seen else sorted(n for n in folders if n[0] != ".")
-            if real not in seen:
-                files += [Path(where, n) for n in names if n[0] != "."]
-            seen.add(real)
-        images = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
-        found[unicodedata.normalize("NFC", folder.name)] = images
-    if not found:
-        raise DataError(f"{root} is empty: expected one folder of images per class, found none")
-    if len(found) == 1:
-        raise DataError(f"{root} has one class ({next(iter(found))}): at least two are needed")
-    return found
-
-
-def _class_mismatch(
-    train: dict[str, list[Path]], test: dict[str, list[Path]], test_name: str
-) -> list[str]:
-    return [
-        f"class {name!r} is in {'train' if name in train else test_name}/ only"
-        for name in sorted(set(train) ^ set(test))
-    ]
+    return root
 
 
 def _read(
@@ -254,55 +211,11 @@ def _read(
 ) -> tuple[dict[Path, Tensor], list[str]]:
     """Decodes every file; returns the images that could be read and what is wrong with the rest."""
     paths = [p for files in (train, test) for per_class in files.values() for p in per_class]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        read = dict(zip(paths, pool.map(lambda p: _decode(p, resolution), paths), strict=True))
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = dict(zip(paths, pool.map(lambda p: decode(p, resolution), paths), strict=True))
     problems = [f"{path}: {image}" for path, image in read.items() if isinstance(image, str)]
     images = {path: image for path, image in read.items() if isinstance(image, Tensor)}
     if any(image.shape[0] == 3 for image in images.values()):
         images = {path: image.expand(3, -1, -1) for path, image in images.items()}
-    sizes = sorted({tuple(image.shape[1:]) for image in images.values()})
-    if resolution is None and (len(sizes) > 1 or any(h != w for h, w in sizes)):
-        shown = ", ".join(f"{h}x{w}" for h, w in sizes[:4]) + (", ..." if len(sizes) > 4 else "")
-        problems.append(
-            f"images of {len(sizes)} sizes ({shown}): give --resolution (resolution=), e.g. 32"
-        )
-    return images, problems
-
-
-def _decode(path: Path, resolution: int | None) -> Tensor | str:
-    """One image as uint8 (C, H, W), C = 1 for grey; a text that says what is wrong otherwise."""
-    from PIL import Image
-
-    if not path.exists():
-        return "link to a file that does not exist"
-    try:
-        with Image.open(path) as file:
-            if file.mode.startswith("I;16"):  # PIL would clip 16 bits, not scale them
-                image = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
-            elif file.mode in ("I", "F"):
-                return f"image of mode {file.mode}: save it with 8 or 16 bits a channel"
-            else:
-                image = file.convert("L" if file.mode in ("1", "L", "LA") else "RGB")
-    except Exception as error:
-        return f"unreadable image ({type(error).__name__}: {error})"
-    if resolution is not None and image.size != (resolution, resolution):
-        scale = resolution / min(image.size)
-        size = [max(resolution, round(side * scale)) for side in image.size]
-        left, top = ((side - resolution) // 2 for side in size)
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.array(image)
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
-
-
-def _split(
-    files: dict[str, list[Path]], val_fraction: float, seed: int
-) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    train, test = {}, {}
-    for name, paths in files.items():
-        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        order = np.random.default_rng(int.from_bytes(key[:8], "little")).permutation(len(paths))
-        held = min(max(1, round(val_fraction * len(paths))), len(paths) - 1)
-        test[name] = [paths[i] for i in sorted(order[:held])]
-        train[name] = [paths[i] for i in sorted(order[held:])]
-    return train, test
+    sizes = {tuple(image.shape[1:]) for image in images.values()}
+    return images, problems + size_problems(sizes, resolution)

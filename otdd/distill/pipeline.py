@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from otdd.distill.codec import Codec
     from otdd.distill.data import ImageData
     from otdd.distill.generator import Generator
+    from otdd.distill.latents import Latents
     from otdd.distill.relabel import Teacher
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +50,7 @@ class Run:
     store: Store
     data: ImageData
     generator: Generator | None
+    latents: Latents | None = None
     progress: Progress = _silent
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -71,7 +73,7 @@ class Run:
         known |= {"data": data.name, "data_sha256": data.fingerprint}
         Store(config.out).check(known)
         _check_networks(config, data)
-        generator = None
+        generator = latents = None
         if config.generator is not None or any(name in SAMPLED for name in config.sets):
             generator = _load_generator(config, data)
             try:
@@ -80,12 +82,15 @@ class Run:
                 raise ConfigError(f"sample.steps: {error}") from None
             known["generator_sha256"] = _digest(generator)
             known |= _check_terms(config, data)
+            if config.latents is not None and "otg" in config.sets:
+                latents = _load_latents(config, data, generator)
+            known["latents_sha256"] = latents.digest if latents is not None else None
         store = Store.open(config.out, known, lock=True)
         resolved = to_dict(config)
         if Path(config.data).is_dir():
             resolved["data"] = str(Path(config.data).resolve())
         store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
-        run = cls(config, store, data, generator, progress)
+        run = cls(config, store, data, generator, latents, progress)
         if store.has(METRICS):
             run.timings = dict(store.read_json(METRICS)["timings"])
         progress("prepare", 1, 1)
@@ -107,6 +112,7 @@ class Run:
                         self.generator,
                         self.config,
                         set_name=name,
+                        latents=self.latents,
                         progress=lambda text, *count: self.progress(f"sample {text}", *count),
                     )
                 else:
@@ -304,6 +310,14 @@ def _load_generator(config: RunConfig, data: ImageData) -> Generator:
     from otdd.distill.generator import load_generator
 
     return load_generator(config.generator, data)
+
+
+def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents:
+    from otdd.distill.latents import Latents
+
+    latents = Latents(config.latents or "")
+    latents.check(data, generator.codec)
+    return latents
 
 
 def _digest(generator: Generator) -> str:

@@ -18,6 +18,7 @@ from otdd.distill.config import RunConfig, SampleConfig
 from otdd.distill.data import ImageData
 from otdd.distill.denoising import Guides, denoise, stepper
 from otdd.distill.generator import Generator
+from otdd.distill.latents import Latents
 from otdd.distill.store import Store
 from otdd.distill.terms import Guidance, Memory, rng
 from otdd.distill.update import Update, Updates
@@ -41,6 +42,7 @@ def sample(
     config: RunConfig,
     *,
     set_name: str = "otg",
+    latents: Latents | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Samples a set into the store; goes on after the last finished group of classes.
@@ -51,6 +53,7 @@ def sample(
         generator: knows every class of the data.
         config: `ipc`, `seed` and `sample` are used.
         set_name: `otg`, or `unguided` for the same sampling without guidance.
+        latents: of the real images, if they are encoded already.
         progress: called as progress(set_name, denoising steps done, of how many).
     """
     if set_name not in ("otg", "unguided"):
@@ -61,20 +64,20 @@ def sample(
     folder = f"sets/{set_name}/groups"
     size, guided = config.sample.batch_classes, set_name == "otg"
     groups = [range(k, min(k + size, data.num_classes)) for k in range(0, data.num_classes, size)]
-    updates = Updates(data, generator, config) if guided else None
+    updates = Updates(data, generator, config, latents) if guided else None
     ticker = _Ticker(progress, set_name, len(groups), config, guided)
     for number, group in enumerate(groups):
         name = f"{folder}/{number:05d}.safetensors"
         if not store.has(name):
             update = updates.of(group) if updates is not None else None
-            latents = _sample_group(data, generator, config, group, update, ticker.tick)
-            store.write_tensors(name, {"latents": latents})
+            made = _sample_group(data, generator, config, group, update, ticker.tick)
+            store.write_tensors(name, {"latents": made})
         ticker.finish(number)
     parts = [store.read_tensors(f"{folder}/{n:05d}.safetensors") for n in range(len(groups))]
-    latents = torch.cat([part["latents"] for part in parts])
+    made = torch.cat([part["latents"] for part in parts])
     labels = torch.arange(data.num_classes).repeat_interleave(config.ipc)
-    images = generator.codec.decode(latents)
-    store.write_images(set_name, images, labels, latents=latents)
+    images = generator.codec.decode(made)
+    store.write_images(set_name, images, labels, latents=made)
     shutil.rmtree(store.path / folder, ignore_errors=True)
 
 

@@ -15,9 +15,9 @@ from otdd.distill.config import PRESETS, ConfigError, RunConfig, require
 
 # What may change without changing any finished result of a folder: more seeds, sets, losses or
 # architectures add rows; the rest says where things are, or how they were asked for.
-# Generator and surrogate count by their content.
+# Generator, surrogate and latents count by their content.
 FREE_FIELDS = (
-    *("out", "preset", "seeds", "sets", "generator", "train.losses", "train.archs"),
+    *("out", "preset", "seeds", "sets", "generator", "latents", "train.losses", "train.archs"),
     "sample.influence.surrogate",
 )
 

@@ -18,6 +18,7 @@ from otdd.distill.diversity import DiversityGuidance
 from otdd.distill.generator import Generator
 from otdd.distill.guidance import OTGuidance, pick_reference
 from otdd.distill.influence import InfluenceGuidance
+from otdd.distill.latents import Latents
 from otdd.distill.modes import ModeGuidance
 from otdd.distill.surrogate import load_surrogates
 from otdd.distill.terms import Guidance
@@ -38,13 +39,20 @@ class Updates:
         data: real images.
         generator: its codec encodes them.
         config: `sample`, `ipc` and `seed` are used.
+        latents: of the training images, if they are encoded already; as checked.
 
     Raises:
         ConfigError: influence guidance is on and has no surrogate that fits the data.
     """
 
-    def __init__(self, data: ImageData, generator: Generator, config: RunConfig) -> None:
-        self.data, self.generator, self.config = data, generator, config
+    def __init__(
+        self,
+        data: ImageData,
+        generator: Generator,
+        config: RunConfig,
+        latents: Latents | None = None,
+    ) -> None:
+        self.data, self.generator, self.config, self.latents = data, generator, config, latents
         self.surrogates = load_wanted(config.sample, data)
 
     def of(self, group: range) -> Update:
@@ -61,9 +69,7 @@ class Updates:
         if guided:
             terms.append(transport)
         if settings.modes.strength > 0:
-            modes = ModeGuidance(settings.modes, seed=seed)
-            modes.set_reference(*self._latents(group, None), self.config.ipc)
-            terms.append(modes)
+            terms.append(self._modes(group))
         return Update(terms, transport if judged else None)
 
     def _influence(self, group: range) -> InfluenceGuidance:
@@ -78,10 +84,24 @@ class Updates:
         term.set_reference(self.data.train.images[keep], self.data.train.labels[keep])
         return term
 
+    def _modes(self, group: range) -> ModeGuidance:
+        ipc, seed = self.config.ipc, self.config.seed
+        term = ModeGuidance(self.config.sample.modes, seed=seed)
+        for label in group:
+            kept = None if self.latents is None else self.latents.modes(label, ipc, seed)
+            if kept is not None:
+                term.set_modes(kept.to(self.generator.device), label)
+            else:
+                term.set_reference(*self._latents(range(label, label + 1), None), ipc)
+        return term
+
     def _latents(self, group: range, size: int | None) -> tuple[Tensor, Tensor]:
         """Latents and labels of a group, all or at most `size` of each class."""
         keep, device = self._indices(group, size), self.generator.device
-        latents = self.generator.codec.encode(self.data.train.images[keep])
+        if self.latents is not None:
+            latents = self.latents.rows(keep)
+        else:
+            latents = self.generator.codec.encode(self.data.train.images[keep])
         return latents.to(device), self.data.train.labels[keep].to(device)
 
     def _indices(self, group: range, size: int | None) -> Tensor:
