@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from otdd.distill.data import ImageData
 
 FORMAT = 1
+UNNAMED = (
+    "; it was saved without names (diffusers loses them): put a list of them, in the order of the "
+    "labels, as classes.json into its folder"
+)
 SHIPPED = {"digits": "digits.safetensors"}
 SCHEDULERS = ("ddim", "ddpm", "dpm++")
 
@@ -114,6 +118,8 @@ class Generator:
             raise GeneratorError(
                 f"classes missing from the generator: {', '.join(map(repr, missing))}; "
                 f"it knows {', '.join(self.classes[:20])}{', ...' * (len(self.classes) > 20)}"
+                + UNNAMED
+                * bool(self.info.get("unnamed"))
             )
         return [index[name] for name in names]
 
@@ -162,7 +168,11 @@ class Generator:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Generator:
-        """Reads a file written by `save`, or the folder of a diffusers `DiTPipeline`."""
+        """Reads a file written by `save`, or the folder of a diffusers `DiTPipeline`.
+
+        The names of its classes are those of `classes.json` in the folder, or of `id2label` in
+        `model_index.json`; without either they are the numbers 0, 1, ...
+        """
         source = Path(path)
         if source.is_dir():
             return cls._load_folder(source)
@@ -193,18 +203,32 @@ class Generator:
         diffusers = import_diffusers()
         transformer = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
         vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
-        index = json.loads((folder / "model_index.json").read_text())
-        names = {int(k): v for k, v in (index.get("id2label") or {}).items()}
-        count = transformer.config.num_embeds_ada_norm
+        classes = _folder_classes(folder, transformer.config.num_embeds_ada_norm)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         side = transformer.config.sample_size * factor
         return cls(
             transformer=transformer.eval().requires_grad_(False),
             scheduler_config=json.loads((folder / wanted[1]).read_text()),
             codec=AutoencoderCodec(vae),
-            classes=[names.get(k, str(k)) for k in range(count)],
+            classes=classes or [str(k) for k in range(transformer.config.num_embeds_ada_norm)],
             image_shape=(vae.config.out_channels, side, side),
+            info={} if classes else {"unnamed": True},
         )
+
+
+def _folder_classes(folder: Path, count: int) -> list[str]:
+    """Class names of a pipeline folder, or none."""
+    try:
+        if (folder / "classes.json").exists():
+            names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+            if len(names) != count or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"expected a list of {count} names")
+            return list(names)
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        known = {int(k): v for k, v in (index.get("id2label") or {}).items()}
+    except (ValueError, TypeError) as error:
+        raise GeneratorError(f"class names in {folder} cannot be read: {error}") from None
+    return [known.get(k, str(k)) for k in range(count)] if known else []
 
 
 def build_transformer(config: dict[str, Any]) -> torch.nn.Module:

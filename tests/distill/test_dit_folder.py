@@ -1,0 +1,85 @@
+"""A DiT saved by diffusers, from Python and from the command line."""
+
+import json
+
+import pytest
+import torch
+from distill.test_data import picture
+from distill.tiny import dit_pipeline
+from safetensors.torch import load_file
+
+from otdd import cli
+from otdd.distill import GuidanceConfig, OTDiTPipeline, OTGuidance
+from otdd.distill.data import load_data
+from otdd.distill.generator import Generator, GeneratorError, load_generator
+from otdd.distill.terms import rng
+
+NAMES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    made = tmp_path_factory.mktemp("dit")
+    dit_pipeline().save_pretrained(made / "dit")
+    for part in ("train", "val"):
+        for k, name in enumerate(reversed(NAMES)):
+            for n in range(4):
+                picture(made / "data" / part / name / f"{n}.png", 10 * k + n, mode="RGB")
+    return made
+
+
+def call(*arguments):
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    return end.value.code or 0
+
+
+def command(root, out, *more):
+    base = ["sample", "--data", root / "data", "--ipc", "2", "--out", out, "--quiet"]
+    return [*base, "--generator", root / "dit", "--sample.steps", "3", *more]
+
+
+def test_names_that_diffusers_lost_are_asked_for(root, tmp_path, capsys):
+    assert call(*command(root, tmp_path / "o")) == 2
+    assert "saved without names (diffusers loses them): put a list" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    (root / "dit/classes.json").write_text('["one"]')
+    with pytest.raises(GeneratorError, match="expected a list of 3 names"):
+        Generator.load(root / "dit")
+    (root / "dit/classes.json").unlink()
+
+
+def test_command_and_pipeline_make_the_same_images(root, tmp_path):
+    (root / "dit/classes.json").write_text(json.dumps(NAMES))
+    assert call(*command(root, tmp_path, "--sets", "otg", "unguided", "--sample.starts", "1")) == 0
+    made = {
+        name: load_file(tmp_path / f"sets/{name}/images.safetensors")
+        for name in ("otg", "unguided")
+    }
+    assert made["otg"]["images"].shape == (6, 3, 8, 8)
+
+    data = load_data(root / "data")
+    generator = load_generator(root / "dit", data)
+    pipe = OTDiTPipeline.from_pretrained(root / "dit")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = generator.scheduler("ddim", 3)
+    guidance = OTGuidance(GuidanceConfig())
+    guidance.set_reference(generator.codec.encode(data.train.images), data.train.labels)
+    for name, terms in (("otg", guidance), ("unguided", None)):
+        latents = pipe(
+            [0, 0, 1, 1, 2, 2],
+            guidance_scale=1.0,
+            generator=[rng(0, "image", c, n) for c in NAMES for n in range(2)],
+            num_inference_steps=3,
+            output_type="latent",
+            guidance=terms,
+        ).images
+        torch.testing.assert_close(latents, made[name]["latents"], rtol=1e-4, atol=1e-4)
+
+
+def test_names_kept_by_our_pipeline(root, tmp_path):
+    named = OTDiTPipeline.from_pipe(
+        OTDiTPipeline.from_pretrained(root / "dit"), id2label=dict(enumerate(NAMES))
+    )
+    named.save_pretrained(tmp_path)
+    assert Generator.load(tmp_path).classes == NAMES
