@@ -116,12 +116,13 @@ def _run(command: str, flags: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from otdd.terminal import Bars, print_metrics
 
-    with Bars(given.quiet) as bars:
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
+    with Bars(given.quiet or not first) as bars:
         from otdd.distill.pipeline import STAGES, run_stages
 
         stages = STAGES if command == "run" else (command,)
         metrics = run_stages(config, stages, bars)
-    if command in ("run", "train", "evaluate"):
+    if first and command in ("run", "train", "evaluate"):
         print_metrics(metrics, config.out)
     return 0
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from otdd import cli
 
@@ -81,6 +82,11 @@ def test_help_of_run_imports_no_torch():
         (["run", *TINY, "--out", "x", "--train.archs", "net"], "unknown architecture 'net'"),
         (["run", *TINY, "--out", "x", "--relabel.teachers", "convnet=f"], "no file f"),
         (["run", *TINY, "--out", "x", "--generator", "g", "--sets", "otg"], "generator g cannot"),
+        pytest.param(
+            ["run", *TINY, "--out", "x", "--sample.device", "cuda"],
+            "sample.device: 'cuda' is not accepted for process 0 .* torch sees 0 GPUs",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
         (["encode", "--data", "digits", "--out", "x", "--shard", "0"], "--shard: 0 is not accept"),

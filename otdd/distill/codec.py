@@ -30,6 +30,8 @@ class Codec(Protocol):
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]: ...
 
+    def to(self, device: str | torch.device) -> None: ...
+
     def config(self) -> dict[str, Any]: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
@@ -53,6 +55,9 @@ class PixelCodec:
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         return image_shape
+
+    def to(self, device: str | torch.device) -> None:
+        """Has nothing to move: images stay where they are."""
 
     def config(self) -> dict[str, Any]:
         return {"kind": "pixels"}
@@ -112,6 +117,10 @@ class AutoencoderCodec:
         if height % factor or width % factor:
             raise ValueError(f"images of {height}x{width} do not divide by the codec's {factor}")
         return self.vae.config.latent_channels, height // factor, width // factor
+
+    def to(self, device: str | torch.device) -> None:
+        """Moves the autoencoder; images and latents come back to where they were."""
+        self.vae.to(device)
 
     def config(self) -> dict[str, Any]:
         settings = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}

@@ -65,6 +65,8 @@ class SampleConfig:
     """Classes sampled together; a group is written as soon as it is finished."""
     batch_images: int = 256
     """Most images in one call of the denoiser."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where sampling runs; of several processes on a machine each takes the GPU of its own rank."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Optimal-transport guidance."""
     diversity: DiversityConfig = field(default_factory=DiversityConfig)

@@ -83,6 +83,12 @@ class Generator:
         """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
+    def to(self, device: str | torch.device) -> Generator:
+        """Moves transformer and codec; returns itself."""
+        self.transformer.to(device)
+        self.codec.to(device)
+        return self
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of one latent."""

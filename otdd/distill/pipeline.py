@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -15,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from otdd import __version__
 from otdd.distill.config import ConfigError, RunConfig
-from otdd.distill.settings import identity, to_dict
+from otdd.distill.prepare import SAMPLED, prepare
+from otdd.distill.settings import to_dict
 from otdd.distill.store import Store
+from otdd.distill.workers import Workers, local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
@@ -30,7 +30,6 @@ Progress = Callable[[str, int, int], None]
 CONFIG = "config.json"
 METRICS = "metrics.json"
 GRID = "grid.png"
-SAMPLED = ("otg", "unguided")
 PACKAGES = ("torch", "numpy", "diffusers", "timm", "safetensors", "scikit-learn", "pillow")
 STAGES = ("sample", "relabel", "train", "evaluate")
 
@@ -51,46 +50,29 @@ class Run:
     data: ImageData
     generator: Generator | None
     latents: Latents | None = None
+    workers: Workers = field(default_factory=Workers)
     progress: Progress = _silent
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, config: RunConfig, progress: Progress | None = None) -> Run:
+    def open(
+        cls, config: RunConfig, progress: Progress | None = None, workers: Workers | None = None
+    ) -> Run:
         """Check everything that can be checked before any work, then open the store.
+
+        Of several processes the first makes the folder and holds its lock.
 
         Raises:
             ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
         """
-        progress = progress or _silent
+        progress, workers = progress or _silent, workers or Workers()
         progress("prepare", 0, 1)
-        known = {k: v for k, v in identity(config).items() if k != "data"}
-        Store(config.out).check(known)
-        from otdd.distill.data import load_data
-
-        data = load_data(
-            config.data, resolution=config.resolution, seed=config.seed, ipc=config.ipc
-        )
-        known |= {"data": data.name, "data_sha256": data.fingerprint}
-        Store(config.out).check(known)
-        _check_networks(config, data)
-        generator = latents = None
-        if config.generator is not None or any(name in SAMPLED for name in config.sets):
-            generator = _load_generator(config, data)
-            try:
-                generator.scheduler(config.sample.scheduler, config.sample.steps)
-            except ValueError as error:
-                raise ConfigError(f"sample.steps: {error}") from None
-            known["generator_sha256"] = _digest(generator)
-            known |= _check_terms(config, data)
-            if config.latents is not None and "otg" in config.sets:
-                latents = _load_latents(config, data, generator)
-            known["latents_sha256"] = latents.digest if latents is not None else None
-        store = Store.open(config.out, known, lock=True)
-        resolved = to_dict(config)
-        if Path(config.data).is_dir():
-            resolved["data"] = str(Path(config.data).resolve())
-        store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
-        run = cls(config, store, data, generator, latents, progress)
+        device = local_device(config.sample.device)
+        made = prepare(config)
+        if made.generator is not None:
+            made.generator.to(device)
+        store = _open_store(config, made.known, workers)
+        run = cls(config, store, made.data, made.generator, made.latents, workers, progress)
         if store.has(METRICS):
             run.timings = dict(store.read_json(METRICS)["timings"])
         progress("prepare", 1, 1)
@@ -101,8 +83,9 @@ class Run:
         from otdd.distill import baselines, sample
 
         for name in self.config.sets:
-            if self.store.has_images(name):
-                self.store.remove(f"sets/{name}/groups")  # a kill may have come before this
+            if self.workers.share(self.store.has_images(name)):
+                if self.workers.first:
+                    self.store.remove(f"sets/{name}/groups")  # a kill may have come before this
                 continue
             with self._timed(f"sample {name}"):
                 if name in SAMPLED:
@@ -113,9 +96,10 @@ class Run:
                         self.config,
                         set_name=name,
                         latents=self.latents,
+                        workers=self.workers,
                         progress=lambda text, *count: self.progress(f"sample {text}", *count),
                     )
-                else:
+                elif self.workers.first:
                     baselines.baselines(self.store, self.data, self.config, name, codec=self._codec)
 
     def relabel(self) -> None:
@@ -242,11 +226,20 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 def run_stages(
     config: RunConfig, stages: tuple[str, ...], progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Some of the stages, in the order given; each continues where it was stopped."""
-    work = Run.open(config, progress)
+    """Some of the stages, in the order given; each continues where it was stopped.
+
+    Of several processes all sample, and the first alone goes on; the others return nothing.
+    """
+    workers = Workers.join()
+    work = Run.open(config, progress, workers)
+    result = None
     with work.store:
         for stage in stages:
-            result = getattr(work, stage)()
+            if workers.first or stage == "sample":
+                result = getattr(work, stage)()
+        workers.leave()
+        if not workers.first:
+            return {}
         return result if result is not None else work._write_metrics(work._known("ot_cost", {}))
 
 
@@ -265,70 +258,18 @@ class _Timer:
         self.run.timings[self.name] = self.run.timings.get(self.name, 0.0) + spent
 
 
-def _check_networks(config: RunConfig, data: ImageData) -> None:
-    from otdd.distill.relabel import teacher_names
-    from otdd.distill.students import check_network
-
-    for arch in config.train.archs:
-        check_network(arch, data)
-    for teacher in teacher_names(config):
-        arch, _, file = teacher.partition("=")
-        if file and not Path(file).is_file():
-            raise ConfigError(f"relabel.teachers: no file {file}")
-        if teacher.startswith("timm:"):
-            _check_timm(teacher.removeprefix("timm:"))
-        else:
-            check_network(arch, data)
-
-
-def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:
-    """What the guided set depends on beside settings, data and generator."""
-    influence = config.sample.influence
-    if "otg" not in config.sets or influence.strength == 0:
-        return {}
-    from otdd.distill.surrogate import surrogate_digest
-    from otdd.distill.update import load_wanted
-
-    load_wanted(config.sample, data)
-    return {"surrogate_sha256": surrogate_digest(influence.surrogate or "")}
-
-
-def _check_timm(name: str) -> None:
-    from otdd import _torchvision
-
-    _torchvision.repair()
-    import timm
-
-    if not timm.is_model(name.split(".")[0]):
-        raise ConfigError(f"relabel.teachers: timm has no model {name!r}")
-
-
-def _load_generator(config: RunConfig, data: ImageData) -> Generator:
-    from otdd import _torchvision
-
-    _torchvision.repair()
-    from otdd.distill.generator import load_generator
-
-    return load_generator(config.generator, data)
-
-
-def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents:
-    from otdd.distill.latents import Latents
-
-    latents = Latents(config.latents or "")
-    latents.check(data, generator.codec)
-    return latents
-
-
-def _digest(generator: Generator) -> str:
-    digest = hashlib.sha256()
-    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _open_store(config: RunConfig, known: dict[str, Any], workers: Workers) -> Store:
+    if workers.first:
+        store = Store.open(config.out, known, lock=True)
+        resolved = to_dict(config)
+        if Path(config.data).is_dir():
+            resolved["data"] = str(Path(config.data).resolve())
+        store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
+    workers.wait()
+    if not workers.first:
+        store = Store(config.out)
+        store.check(known)
+    return store
 
 
 def _versions() -> dict[str, str]:

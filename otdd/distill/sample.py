@@ -7,7 +7,6 @@ is the same bytes whatever was interrupted and whoever made the others.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from otdd.distill.latents import Latents
 from otdd.distill.store import Store
 from otdd.distill.terms import Guidance, Memory, rng
 from otdd.distill.update import Update, Updates
+from otdd.distill.workers import Workers
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,9 +43,10 @@ def sample(
     *,
     set_name: str = "otg",
     latents: Latents | None = None,
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Samples a set into the store; goes on after the last finished group of classes.
+    """Samples a set into the store; goes on with the groups of classes that are missing there.
 
     Args:
         store: where `sets/<set_name>` is written.
@@ -54,31 +55,42 @@ def sample(
         config: `ipc`, `seed` and `sample` are used.
         set_name: `otg`, or `unguided` for the same sampling without guidance.
         latents: of the real images, if they are encoded already.
+        workers: processes that make the missing groups together; the first writes the set.
         progress: called as progress(set_name, denoising steps done, of how many).
     """
     if set_name not in ("otg", "unguided"):
         raise ValueError(f"set_name {set_name!r}; accepted: otg, unguided")
-    if store.has_images(set_name):
+    workers = workers or Workers()
+    if workers.share(store.has_images(set_name)):
         return
     generator.class_indices(data.classes)
-    folder = f"sets/{set_name}/groups"
     size, guided = config.sample.batch_classes, set_name == "otg"
     groups = [range(k, min(k + size, data.num_classes)) for k in range(0, data.num_classes, size)]
+    names = [f"sets/{set_name}/groups/{n:05d}.safetensors" for n in range(len(groups))]
+    missing = workers.share([n for n, name in enumerate(names) if not store.has(name)])
+    mine = workers.part(missing)
     updates = Updates(data, generator, config, latents) if guided else None
-    ticker = _Ticker(progress, set_name, len(groups), config, guided)
-    for number, group in enumerate(groups):
-        name = f"{folder}/{number:05d}.safetensors"
-        if not store.has(name):
-            update = updates.of(group) if updates is not None else None
-            made = _sample_group(data, generator, config, group, update, ticker.tick)
-            store.write_tensors(name, {"latents": made})
-        ticker.finish(number)
-    parts = [store.read_tensors(f"{folder}/{n:05d}.safetensors") for n in range(len(groups))]
-    made = torch.cat([part["latents"] for part in parts])
-    labels = torch.arange(data.num_classes).repeat_interleave(config.ipc)
-    images = generator.codec.decode(made)
-    store.write_images(set_name, images, labels, latents=made)
-    shutil.rmtree(store.path / folder, ignore_errors=True)
+    seen = [n for n in range(len(groups)) if n in mine or n not in missing]
+    ticker = _Ticker(progress, set_name, len(seen), config, guided)
+    for position, number in enumerate(seen):
+        if number in mine:
+            update = updates.of(groups[number]) if updates is not None else None
+            made = _sample_group(data, generator, config, groups[number], update, ticker.tick)
+            store.write_tensors(names[number], {"latents": made})
+        ticker.finish(position)
+    workers.wait()
+    if workers.first:
+        _gather(store, generator, config, set_name, names)
+
+
+def _gather(
+    store: Store, generator: Generator, config: RunConfig, set_name: str, names: Sequence[str]
+) -> None:
+    """Writes the set from the files of its groups."""
+    made = torch.cat([store.read_tensors(name)["latents"] for name in names])
+    labels = torch.arange(len(made) // config.ipc).repeat_interleave(config.ipc)
+    store.write_images(set_name, generator.codec.decode(made), labels, latents=made)
+    store.remove(f"sets/{set_name}/groups")
 
 
 def run_batch(

@@ -1,0 +1,125 @@
+"""What a run works on, loaded and checked before any work, with what its results depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.settings import identity
+from otdd.distill.store import Store
+
+if TYPE_CHECKING:
+    from otdd.distill.data import ImageData
+    from otdd.distill.generator import Generator
+    from otdd.distill.latents import Latents
+
+SAMPLED = ("otg", "unguided")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of a run; `known` is the identity that its folder must have."""
+
+    data: ImageData
+    generator: Generator | None
+    latents: Latents | None
+    known: dict[str, Any]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Loads data, generator and latents; checks them, the networks and the output folder.
+
+    Raises:
+        ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
+    """
+    known = {k: v for k, v in identity(config).items() if k != "data"}
+    Store(config.out).check(known)
+    from otdd.distill.data import load_data
+
+    data = load_data(config.data, resolution=config.resolution, seed=config.seed, ipc=config.ipc)
+    known |= {"data": data.name, "data_sha256": data.fingerprint}
+    Store(config.out).check(known)
+    _check_networks(config, data)
+    generator = latents = None
+    if config.generator is not None or any(name in SAMPLED for name in config.sets):
+        generator = _load_generator(config, data)
+        try:
+            generator.scheduler(config.sample.scheduler, config.sample.steps)
+        except ValueError as error:
+            raise ConfigError(f"sample.steps: {error}") from None
+        known["generator_sha256"] = _digest(generator)
+        known |= _check_terms(config, data)
+        if config.latents is not None and "otg" in config.sets:
+            latents = _load_latents(config, data, generator)
+        known["latents_sha256"] = latents.digest if latents is not None else None
+    return Prepared(data, generator, latents, known)
+
+
+def _check_networks(config: RunConfig, data: ImageData) -> None:
+    from otdd.distill.relabel import teacher_names
+    from otdd.distill.students import check_network
+
+    for arch in config.train.archs:
+        check_network(arch, data)
+    for teacher in teacher_names(config):
+        arch, _, file = teacher.partition("=")
+        if file and not Path(file).is_file():
+            raise ConfigError(f"relabel.teachers: no file {file}")
+        if teacher.startswith("timm:"):
+            _check_timm(teacher.removeprefix("timm:"))
+        else:
+            check_network(arch, data)
+
+
+def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:
+    """What the guided set depends on beside settings, data and generator."""
+    influence = config.sample.influence
+    if "otg" not in config.sets or influence.strength == 0:
+        return {}
+    from otdd.distill.surrogate import surrogate_digest
+    from otdd.distill.update import load_wanted
+
+    load_wanted(config.sample, data)
+    return {"surrogate_sha256": surrogate_digest(influence.surrogate or "")}
+
+
+def _check_timm(name: str) -> None:
+    from otdd import _torchvision
+
+    _torchvision.repair()
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(f"relabel.teachers: timm has no model {name!r}")
+
+
+def _load_generator(config: RunConfig, data: ImageData) -> Generator:
+    from otdd import _torchvision
+
+    _torchvision.repair()
+    from otdd.distill.generator import load_generator
+
+    return load_generator(config.generator, data)
+
+
+def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents:
+    from otdd.distill.latents import Latents
+
+    latents = Latents(config.latents or "")
+    latents.check(data, generator.codec)
+    return latents
+
+
+def _digest(generator: Generator) -> str:
+    digest = hashlib.sha256()
+    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

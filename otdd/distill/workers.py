@@ -1,0 +1,115 @@
+"""The processes of one run, as `torchrun` or `accelerate launch` start them.
+
+Groups of classes are shared out; no tensor passes between processes, only what is to be made, and
+that it is. All of them see the output folder, where every group is a file that appears when it is
+complete. When one process is lost the others stop, and the same command, started again with any
+number of processes, makes what is missing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from otdd.distill.config import ConfigError
+
+T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(days=7)  # a group of large images may take hours
+
+
+class WorkersError(RuntimeError):
+    """Another process of the run was lost."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among all of a run; alone by default.
+
+    Attributes:
+        rank: its number.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> Workers:
+        """Joins the processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR)."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process does what only one may do."""
+        return self.rank == 0
+
+    def part(self, work: Sequence[T]) -> list[T]:
+        """What this process is to make of some work."""
+        return list(work[self.rank :: self.size])
+
+    def share(self, value: Any) -> Any:
+        """The value that the first process has; the others wait for it."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        try:
+            dist.broadcast_object_list(box, src=0)
+        except RuntimeError as error:
+            raise _lost() from error
+        return box[0]
+
+    def wait(self) -> None:
+        """Waits until every process has come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                raise _lost() from error
+
+    def leave(self) -> None:
+        """Ends the company of the others."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+
+def local_device(kind: str) -> str:
+    """`cpu`, or the GPU of this process among those of its machine.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    if kind == "cpu":
+        return kind
+    import torch
+
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(
+            f"sample.device: 'cuda' is not accepted for process {number} of this machine; torch "
+            f"sees {count} GPUs"
+        )
+    return f"cuda:{number}"
+
+
+def _lost() -> WorkersError:
+    return WorkersError(
+        "another process of this run was lost; what is finished is kept, and the same command, "
+        "with as many processes as there are, continues from there"
+    )

@@ -1,0 +1,101 @@
+"""Helper of test_workers: samples a tiny set by several processes, some killed on the way.
+
+Everything heavy is imported once; every process of a run is a fork of this one.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+
+from otdd.distill import baselines, sample  # noqa: E402, F401
+from otdd.distill.data import load_data  # noqa: E402
+from otdd.distill.fit import FitConfig, fit  # noqa: E402
+from otdd.distill.pipeline import run_stages  # noqa: E402
+from otdd.distill.settings import resolve  # noqa: E402
+
+SETTINGS = {
+    "data": "digits",
+    "ipc": 2,
+    "sets": ["otg", "random", "unguided"],
+    "sample": {"steps": 2, "batch_classes": 2, "guidance": {"reference_size": 8}},
+}
+GROUPS = "sets/otg/groups"
+
+
+def worker(out: Path, rank: int, size: int, port: int, kill_at: int | None) -> int:
+    """Fork one process of a run, killed at its n-th flush to the disk; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        flushes, flush = 0, os.fsync
+
+        def counted(handle: int) -> None:
+            nonlocal flushes
+            flushes += 1
+            if flushes == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(handle)
+
+        os.fsync = counted
+        if size > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        generator = str(out.parent / "generator.safetensors")
+        config = resolve({**SETTINGS, "out": str(out), "generator": generator})
+        run_stages(config, ("sample",))
+        code = 0
+    except BaseException as error:
+        out.with_name(f"{out.name}-{rank}.error").write_text(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(code)
+
+
+def run(out: Path, size: int, kill: tuple[int, int] | None = None) -> list[int]:
+    """Run by `size` processes; `kill` is a rank and its flush. Exit codes, -9 where killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kills = dict([kill] if kill else [])
+    children = [worker(out, rank, size, port, kills.get(rank)) for rank in range(size)]
+    codes, deadline = dict.fromkeys(children), time.monotonic() + 60
+    while None in codes.values() and time.monotonic() < deadline:
+        for child in [c for c, code in codes.items() if code is None]:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for child in [c for c, code in codes.items() if code is None]:  # it hangs: that is a failure
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        codes[child] = 99
+    return list(codes.values())
+
+
+def main(root: Path) -> None:
+    tiny = FitConfig(width=32, layers=1, patch_size=4, steps=2)
+    fit(load_data("digits"), tiny, root / "generator.safetensors")
+    ways = {"one": [run(root / "one", 1)]}
+    for size in (2, 3):
+        ways[f"by-{size}"] = [run(root / f"by-{size}", size)]
+    # Flush 3 of the second process is in its second group, and so is flush 7 of the first.
+    for name, kill, then in (("lost", (1, 3), 2), ("alone", (1, 3), 1), ("head", (0, 7), 3)):
+        out = root / name
+        ways[name] = [run(out, 2, kill)]
+        kept = sorted(p.name for p in (out / GROUPS).glob("0*"))
+        (root / f"{name}.json").write_text(json.dumps(kept))
+        ways[name].append(run(out, then))
+    (root / "ways.json").write_text(json.dumps(ways))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,66 @@
+"""Several processes make the same bytes as one, and what a lost one left is made by others."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from otdd.distill.store import TEMP
+from otdd.distill.workers import Workers
+
+DRIVER = Path(__file__).with_name("shared_run.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(DRIVER), str(root)], check=True, env=environment)
+    return root, json.loads((root / "ways.json").read_text())
+
+
+def contents(folder):
+    files = (p for p in (folder / "sets").rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def test_processes_end_well_and_those_left_behind_stop(runs):
+    root, ways = runs
+    assert ways["one"] == [[0]]
+    assert (ways["by-2"], ways["by-3"]) == ([[0, 0]], [[0, 0, 0]])
+    assert (ways["lost"], ways["alone"]) == ([[1, -9], [0, 0]], [[1, -9], [0]])
+    assert ways["head"] == [[-9, 1], [0, 0, 0]]
+    for name, rank in (("lost", 0), ("alone", 0), ("head", 1)):
+        error = (root / f"{name}-{rank}.error").read_text()
+        assert "another process of this run was lost; what is finished is kept" in error
+
+
+def test_groups_of_a_lost_process_are_kept_and_the_rest_made(runs):
+    for name in ("lost", "alone", "head"):
+        kept = json.loads((runs[0] / f"{name}.json").read_text())
+        assert 1 < len(kept) < 5, (name, kept)
+
+
+@pytest.mark.parametrize("name", ["by-2", "by-3", "lost", "alone", "head"])
+def test_the_same_bytes_whatever_the_number_of_processes(runs, name):
+    root = runs[0]
+    whole = contents(root / "one")
+    assert len(whole) == 3 * (20 + 1)
+    assert contents(root / name) == whole
+    assert not list((root / name).rglob(TEMP + "*"))
+
+
+def test_one_process_is_alone(monkeypatch):
+    for size in (None, "1"):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if size:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        alone = Workers.join()
+        assert (alone.first, alone.share("x"), alone.part(range(3))) == (True, "x", [0, 1, 2])
+        alone.wait()
+        alone.leave()
+    parts = [Workers(rank, 3).part(range(7)) for rank in range(3)]
+    assert sorted(n for part in parts for n in part) == list(range(7))
