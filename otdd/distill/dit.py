@@ -16,7 +16,7 @@ from torch import Tensor
 from otdd.distill.codec import import_diffusers
 from otdd.distill.denoiser import Denoiser
 from otdd.distill.denoising import Guides, denoise, keeps_variances, noise_levels, stepper
-from otdd.distill.terms import Guidance
+from otdd.distill.terms import Guidance, Memory, check_latents
 
 import_diffusers()
 
@@ -78,6 +78,7 @@ class OTDiTPipeline(DiTPipeline):
         return_dict: bool = True,
         *,
         guidance: Guidance | Sequence[Guidance] | None = None,
+        memory: Memory | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -92,6 +93,8 @@ class OTDiTPipeline(DiTPipeline):
             return_dict: an `ImagePipelineOutput`, or a tuple of the images.
             guidance: terms of the update with their references set, which know classes by the
                 same labels; their corrections add up.
+            memory: finished latents (M, c, h, w), as `latent` gives them, and their labels (M,),
+                for terms that look at what was made before: `sequential` sampling.
             callback_on_step_end: called as callback(pipe, step, t, {"latents": ...}) after every
                 step; what it returns for "latents" is gone on with.
             callback_on_step_end_tensor_inputs: what the callback is given: `latents`.
@@ -103,6 +106,7 @@ class OTDiTPipeline(DiTPipeline):
         scale = guidance_scale if guidance_scale > 1 else 1.0
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         self._check(labels, denoiser, num_inference_steps, output_type, terms)
+        _check_memory(memory, self.transformer.config)
         _check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         config = self.transformer.config
         noise = randn_tensor(
@@ -118,7 +122,7 @@ class OTDiTPipeline(DiTPipeline):
                     lambda z, t: denoiser.predict(z, t, labels, scale),
                     self.scheduler,
                     noise,
-                    Guides(terms, labels),
+                    Guides(terms, labels, memory),
                     advance=_doubled(self.scheduler) if scale > 1 else None,
                     on_step=self._after_step(bar, callback_on_step_end),
                 )
@@ -188,6 +192,15 @@ def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """
     step = stepper(scheduler)
     return lambda output, t, x: step(torch.cat([output] * 2), t, torch.cat([x] * 2))[: len(x)]
+
+
+def _check_memory(memory: Memory | None, config: Any) -> None:
+    if memory is not None:
+        check_latents(memory[0], memory[1], "memory")
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        if tuple(memory[0].shape[1:]) != shape:
+            seen = tuple(memory[0].shape[1:])
+            raise ValueError(f"memory: latents of {seen} are not accepted; expected {shape}")
 
 
 def _check_callback(wanted: Sequence[str], known: Sequence[str]) -> None:

@@ -7,7 +7,13 @@ import pytest
 import torch
 from distill.tiny import dit_pipeline
 
-from otdd.distill import GuidanceConfig, OTDiTPipeline, OTGuidance
+from otdd.distill import (
+    DiversityConfig,
+    DiversityGuidance,
+    GuidanceConfig,
+    OTDiTPipeline,
+    OTGuidance,
+)
 from otdd.distill.codec import import_diffusers
 
 diffusers = import_diffusers()
@@ -117,6 +123,27 @@ def test_guidance_lowers_the_transport_cost(name, target):
         assert cost[1] < cost[0]
 
 
+@pytest.mark.parametrize("target", ["z_t", "x0", "through"])
+def test_half_precision_is_guided_to_about_the_same(target):
+    guidance = ot(target=target, form="gradient", strength=5.0)
+    made = [
+        run(pipe().to(dtype), 1.5, guidance=guidance) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert made[1].dtype == torch.bfloat16
+    torch.testing.assert_close(made[0], made[1].float(), rtol=0.1, atol=0.1)
+
+
+def test_finished_latents_of_earlier_calls_are_looked_at():
+    made = pipe()
+    guidance = DiversityGuidance(DiversityConfig(strength=5.0))
+    free, first = run(made), made([1], 1.0, output_type="latent").images
+    lonely = run(made, guidance=guidance, memory=(first, torch.tensor([1])))
+    assert torch.equal(lonely[1], free[1])  # the others of [2, 0, 2] see each other
+    beside = run(made, guidance=guidance, memory=(first, torch.tensor([0])))
+    assert not torch.equal(beside[1], free[1])
+    torch.testing.assert_close(beside[[0, 2]], lonely[[0, 2]])
+
+
 def test_the_null_class_is_the_one_after_the_last():
     made = pipe(classes=3)
     seen = []
@@ -186,6 +213,11 @@ def test_files_round_trip_with_names(tmp_path):
         ({"guidance": [3]}, "guidance: int is not accepted"),
         ({"guidance": ot(shape=(4, 8, 8))}, "the reference has"),
         ({"guidance": ot(classes=2)}, r"classes \[2\] have no reference"),
+        (
+            {"memory": (torch.zeros(1, 4, 8, 8), torch.tensor([0]))},
+            r"memory: latents of \(4, 8, 8\) are not accepted; expected \(4, 4, 4\)",
+        ),
+        ({"memory": (torch.zeros(1, 4, 4, 4), torch.tensor([0, 1]))}, "class_labels must be int64"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "'prompt' is not accepted; known"),
     ],
 )

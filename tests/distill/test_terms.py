@@ -123,11 +123,17 @@ def test_influence_direction_is_its_gradient_and_lowers_it():
     x, wanted = random(3, 1, 4, 4).double(), torch.tensor([1, 0, 1])
     with torch.no_grad():
         move = guidance.direction(x, 0, wanted)
+
+    def objective(z, label):
+        return float(guidance.objective(z, label).detach())
+
     for n, label in enumerate(wanted.tolist()):
         for pixel in ((0, 0), (2, 3)):
             shift = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
             shift[0, 0][pixel] = 1e-5
-            at = [float(guidance.objective(x[n : n + 1] + s, label)) for s in (shift, -shift)]
+            at = [
+                float(guidance.objective(x[n : n + 1] + s, label).detach()) for s in (shift, -shift)
+            ]
             numeric = (at[0] - at[1]) / 2e-5
             assert float(move[n, 0][pixel]) == pytest.approx(numeric, rel=1e-4, abs=1e-8)
     better = guidance(x, 0, wanted, alpha_bar=0.5, output_rms=1.0)
