@@ -94,7 +94,7 @@ def encode(flags: list[str]) -> int:
     from otdd.distill.generator import load_generator
 
     codec = load_generator(given.generator, data).codec
-    pace = Pace({"encode": "images", "statistics": "classes"}, given.quiet)
+    pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
     made = encode(data, codec, config, given.out, progress=pace)
     size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
     shape = "x".join(map(str, made.latent_shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,26 +43,32 @@ class LabeledImages:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """Mean and deviation of the training images in [0, 1], per channel; a hash of everything."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class ImageData:
-    """A data set: `classes[k]` names label k; mean and std are per channel, of train in [0, 1]."""
+    """A data set: `classes[k]` names label k; `facts` are gathered here unless they are known."""
 
     name: str
     classes: list[str]
     train: LabeledImages
     test: LabeledImages
+    facts: Facts | None = field(default=None, repr=False)
     mean: tuple[float, ...] = field(init=False)
     std: tuple[float, ...] = field(init=False)
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        counts = _histogram(self.train.images)  # (C, 256): exact, and no float copy of the data
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        share = counts / counts.sum(1, keepdim=True)
-        mean = share @ levels
-        std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
-        object.__setattr__(self, "mean", tuple(round(v, 6) for v in mean.tolist()))
-        object.__setattr__(self, "std", tuple(round(v, 6) for v in std.tolist()))
-        object.__setattr__(self, "fingerprint", self._hash())
+        parts = [(part.labels, [part.images]) for part in (self.train, self.test)]
+        facts = self.facts or gather_facts(self.classes, self.image_shape, parts)
+        for name in ("mean", "std", "fingerprint"):
+            object.__setattr__(self, name, getattr(facts, name))
 
     @property
     def num_classes(self) -> int:
@@ -74,12 +80,34 @@ class ImageData:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
-    def _hash(self) -> str:
-        digest = hashlib.sha256(repr((self.classes, self.image_shape)).encode())
-        for part in (self.train, self.test):
-            digest.update(part.labels.numpy().tobytes())
-            digest.update(memoryview(part.images.contiguous().numpy()).cast("B"))
-        return digest.hexdigest()
+
+def gather_facts(
+    classes: list[str],
+    image_shape: tuple[int, int, int],
+    parts: Iterable[tuple[Tensor, Iterable[Tensor]]],
+) -> Facts:
+    """Facts of a data set in one pass over its images.
+
+    Args:
+        classes: names, by label.
+        image_shape: (C, H, W).
+        parts: labels (N,), and images uint8 (n, C, H, W) in any number of batches, of the training
+            part and of the test part.
+    """
+    digest = hashlib.sha256(repr((classes, image_shape)).encode())
+    counts = torch.zeros(image_shape[0], 256, dtype=torch.float64)  # exact
+    for number, (labels, batches) in enumerate(parts):
+        digest.update(labels.numpy().tobytes())
+        for images in batches:
+            digest.update(memoryview(images.contiguous().numpy()).cast("B"))
+            if number == 0:
+                counts += _histogram(images)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
+    rounded = (tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
+    return Facts(*rounded, digest.hexdigest())
 
 
 def load_data(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from otdd.distill.codec import Codec, codec_digest
 from otdd.distill.config import require
+from otdd.distill.data import gather_facts
 from otdd.distill.latents import INDEX, LABELS, Latents, read_rows, shard_name, statistics_name
 from otdd.distill.modes import kmeans_centres
 from otdd.distill.store import Store, StoreError
@@ -26,6 +27,7 @@ from otdd.distill.terms import rng
 
 Progress = Callable[[str, int, int], None]
 
+FACTS = "facts.json"
 KMEANS_LIMIT = 5000  # latents of a class that k-means sees
 
 
@@ -77,15 +79,20 @@ def encode(
         "codec_sha256": codec_digest(codec),
     }
     with Store.open(out, about, lock=True) as store:
-        known = {k: about[k] for k in ("classes", "image_shape", "codec_sha256")}
         shards = _shards(store, data, codec, config, progress)
         store.write_tensors(LABELS, {"labels": data.labels})
         progress("statistics", 0, len(data.classes))
         for label in range(len(data.classes)):
             _statistics(store, data, shards, config, label)
             progress("statistics", label + 1, len(data.classes))
-        layout = {"shard": config.shard, "support": config.support, "seed": config.seed}
-        index = {**known, **layout, "latent_shape": list(latent_shape), "shards": shards}
+        index = {
+            **{k: about[k] for k in ("classes", "image_shape", "codec_sha256")},
+            **{k: asdict(config)[k] for k in ("shard", "support", "seed")},
+            "resolution": data.resolution,
+            "latent_shape": list(latent_shape),
+            "data": _facts(store, data, config, progress),
+            "shards": shards,
+        }
         store.write_json(INDEX, index)
     return Latents(out)
 
@@ -97,8 +104,8 @@ def _shards(
     spans = [(k, min(k + config.shard, len(data))) for k in range(0, len(data), config.shard)]
     kept = {span: meta for span in spans if (meta := _kept(store, data, config, span))}
     if len(kept) < len(spans):  # what follows from all images is made anew
-        store.remove(INDEX)
-        store.remove("statistics")
+        for name in (INDEX, FACTS, "statistics"):
+            store.remove(name)
     done = sum(stop - first for first, stop in kept)
     progress("encode", done, len(data))
     for span in spans:
@@ -153,6 +160,35 @@ def _ahead(data: Stream, first: int, stop: int, batch: int) -> Iterator[Tensor]:
             if following < stop:
                 coming = pool.submit(data.read, following, min(following + batch, stop))
             yield images
+
+
+def _facts(
+    store: Store, data: Stream, config: EncodeConfig, progress: Progress
+) -> dict[str, Any] | None:
+    """What `load_data` would find out of a folder, in a second pass over its images.
+
+    With it a run samples without holding the images.
+    """
+    if data.test is None:
+        return None
+    files = data.test.digest(0, len(data.test))
+    if store.has(FACTS) and store.read_json(FACTS)["test_files_sha256"] == files:
+        return dict(store.read_json(FACTS))
+    done, total = 0, len(data) + len(data.test)
+
+    def counted(part: Stream) -> Iterator[Tensor]:
+        nonlocal done
+        for images in part.batches(config.batch):
+            yield images
+            done += len(images)
+            progress("check", done, total)
+
+    progress("check", 0, total)
+    parts = ((part.labels, counted(part)) for part in (data, data.test))
+    facts = gather_facts(data.classes, data.image_shape, parts)
+    made = {"name": data.name, "test_files_sha256": files, **asdict(facts)}
+    store.write_json(FACTS, made)
+    return made
 
 
 def _statistics(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from otdd.distill.codec import Codec, codec_digest
 from otdd.distill.config import ConfigError
-from otdd.distill.data import ImageData
+from otdd.distill.data import Facts, ImageData, LabeledImages, check_ipc
 from otdd.distill.store import Store, StoreError
-from otdd.distill.stream import pixel_digest
+from otdd.distill.stream import StreamedImages, open_stream, pixel_digest
 
 INDEX = "latents.json"
 LABELS = "labels.safetensors"
@@ -73,10 +73,15 @@ class Latents:
         return self.statistics(label)["modes"]
 
     def check(self, data: ImageData, codec: Codec) -> None:
-        """Raises `ConfigError` unless these are the latents of this data by this codec."""
+        """Raises `ConfigError` unless these are the latents of this data by this codec.
+
+        Images are compared by their pixels; those that `data` made known by their files already.
+        """
         where = f"latents: {self.store.path}"
         if self.index["codec_sha256"] != codec_digest(codec):
             raise ConfigError(f"{where} was encoded by another codec than the generator's")
+        if isinstance(data.train.images, StreamedImages):
+            return
         same = self.index["classes"] == list(data.classes)
         if not same or tuple(self.index["image_shape"]) != data.image_shape:
             raise ConfigError(
@@ -88,17 +93,57 @@ class Latents:
             raise ConfigError(
                 f"{where} was encoded from {len(self)} training images, not these {len(data.train)}"
             )
-        for shard in self.index["shards"]:
+        for shard in self._shards:
             first, stop = shard["first"], shard["first"] + shard["count"]
             if pixel_digest(data.train.images[first:stop]) != shard["pixels_sha256"]:
                 raise ConfigError(
                     f"{where} was encoded from other images (among {first} to {stop - 1})"
                 )
 
+    def data(
+        self, spec: str | os.PathLike[str], *, resolution: int | None, seed: int, ipc: int
+    ) -> ImageData:
+        """The folder that was encoded, as `load_data` gives it, with images left in their files.
+
+        Every file is compared by name and size with what was encoded; none is opened.
+
+        Raises:
+            ConfigError: it is another folder, or has changed.
+            DataError: it cannot be used.
+        """
+        where, facts = f"latents: {self.store.path}", self.index["data"]
+        if facts is None or resolution != self.index["resolution"]:
+            there = "a built-in data set" if facts is None else self.index["resolution"]
+            raise ConfigError(f"{where} was encoded at resolution {there}, not {resolution}")
+        shape = tuple(self.index["image_shape"])
+        stream = open_stream(spec, resolution=resolution, seed=seed, image_shape=shape)
+        if stream.classes != self.index["classes"] or not torch.equal(stream.labels, self.labels):
+            raise ConfigError(f"{where} was encoded from other classes or numbers of images")
+        spans = [(s["first"], s["first"] + s["count"], s["files_sha256"]) for s in self._shards]
+        for first, stop, files in spans:
+            if stream.digest(first, stop) != files:
+                raise ConfigError(
+                    f"{where} was encoded from other images (among {first} to {stop - 1})"
+                )
+        if stream.test.digest(0, len(stream.test)) != facts["test_files_sha256"]:
+            raise ConfigError(f"{where} was encoded beside other test images")
+        train, test = (
+            LabeledImages(cast(Tensor, StreamedImages(part)), part.labels)
+            for part in (stream, stream.test)
+        )
+        known = Facts(tuple(facts["mean"]), tuple(facts["std"]), facts["fingerprint"])
+        made = ImageData(facts["name"], stream.classes, train, test, known)
+        check_ipc(made, ipc)
+        return made
+
+    @property
+    def _shards(self) -> list[dict[str, Any]]:
+        return list(self.index["shards"])
+
     def _verify(self, number: int) -> None:
         name = shard_name(number)
         content = self.store.read_tensors(name)["latents"].numpy().tobytes()
-        if hashlib.sha256(content).hexdigest() != self.index["shards"][number]["latents_sha256"]:
+        if hashlib.sha256(content).hexdigest() != self._shards[number]["latents_sha256"]:
             raise StoreError(
                 f"{self.store.path / name} is not what was written; delete it and run "
                 "`otdd encode` again"

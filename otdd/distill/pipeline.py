@@ -56,11 +56,17 @@ class Run:
 
     @classmethod
     def open(
-        cls, config: RunConfig, progress: Progress | None = None, workers: Workers | None = None
+        cls,
+        config: RunConfig,
+        progress: Progress | None = None,
+        workers: Workers | None = None,
+        *,
+        only_sample: bool = False,
     ) -> Run:
         """Check everything that can be checked before any work, then open the store.
 
-        Of several processes the first makes the folder and holds its lock.
+        Of several processes the first makes the folder and holds its lock. With `only_sample` the
+        images of an encoded folder stay in their files.
 
         Raises:
             ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
@@ -68,7 +74,7 @@ class Run:
         progress, workers = progress or _silent, workers or Workers()
         progress("prepare", 0, 1)
         device = local_device(config.sample.device)
-        made = prepare(config)
+        made = prepare(config, only_sample=only_sample)
         if made.generator is not None:
             made.generator.to(device)
         store = _open_store(config, made.known, workers)
@@ -231,7 +237,7 @@ def run_stages(
     Of several processes all sample, and the first alone goes on; the others return nothing.
     """
     workers = Workers.join()
-    work = Run.open(config, progress, workers)
+    work = Run.open(config, progress, workers, only_sample=stages == ("sample",))
     result = None
     with work.store:
         for stage in stages:

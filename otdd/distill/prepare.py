@@ -30,17 +30,20 @@ class Prepared:
     known: dict[str, Any]
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     """Loads data, generator and latents; checks them, the networks and the output folder.
+
+    Args:
+        config: settings of the run.
+        only_sample: nothing but sampling follows, which leaves the images of an encoded folder
+            where they are.
 
     Raises:
         ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
     """
     known = {k: v for k, v in identity(config).items() if k != "data"}
     Store(config.out).check(known)
-    from otdd.distill.data import load_data
-
-    data = load_data(config.data, resolution=config.resolution, seed=config.seed, ipc=config.ipc)
+    data = _load_data(config, only_sample)
     known |= {"data": data.name, "data_sha256": data.fingerprint}
     Store(config.out).check(known)
     _check_networks(config, data)
@@ -104,6 +107,17 @@ def _load_generator(config: RunConfig, data: ImageData) -> Generator:
     from otdd.distill.generator import load_generator
 
     return load_generator(config.generator, data)
+
+
+def _load_data(config: RunConfig, only_sample: bool) -> ImageData:
+    from otdd.distill.data import BUILTIN, load_data
+
+    wanted = {"resolution": config.resolution, "seed": config.seed, "ipc": config.ipc}
+    if not only_sample or config.latents is None or config.data in BUILTIN:
+        return load_data(config.data, **wanted)
+    from otdd.distill.latents import Latents
+
+    return Latents(config.latents).data(config.data, **wanted)
 
 
 def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents:

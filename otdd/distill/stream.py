@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ class Stream:
         files: of the images, in order; empty if `images` holds them.
         images: uint8 (N, C, H, W) of a built-in data set.
         root: folder of the files.
+        test: the test part of a folder.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stream:
     files: Sequence[Path] = ()
     images: Tensor | None = None
     root: Path = field(default_factory=Path)
+    test: Stream | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,7 +58,20 @@ class Stream:
         """
         if self.images is not None:
             return self.images[start:stop]
-        paths = self.files[start:stop]
+        return self._decode(self.files[start:stop])
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Images at these indices (n,), in their order."""
+        if self.images is not None:
+            return self.images[indices]
+        return self._decode([self.files[k] for k in indices.tolist()])
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images in order."""
+        for start in range(0, len(self), size):
+            yield self.read(start, min(start + size, len(self)))
+
+    def _decode(self, paths: Sequence[Path]) -> Tensor:
         with ThreadPoolExecutor(THREADS) as pool:
             read = list(pool.map(lambda path: decode(path, self.resolution), paths))
         wrong = [f"{p}: {r}" for p, r in zip(paths, read, strict=True) if isinstance(r, str)]
@@ -75,14 +90,42 @@ class Stream:
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
+class StreamedImages:
+    """Images of a stream in place of a tensor (N, C, H, W): read whenever they are indexed."""
+
+    dtype = torch.uint8
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.shape = torch.Size((len(stream), *stream.image_shape))
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, key: slice | Tensor) -> Tensor:
+        """Images of a range without steps, at indices (n,), or under a mask (N,)."""
+        if isinstance(key, slice):
+            start, stop, _ = key.indices(len(self))
+            return self.stream.read(start, stop)
+        return self.stream.take(key.nonzero()[:, 0] if key.dtype == torch.bool else key)
+
+
 def open_stream(
     spec: str | os.PathLike[str],
     *,
     resolution: int | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> Stream:
     """The training images of `load_data` with the same arguments, one range at a time.
+
+    Args:
+        spec: as for `load_data`, as the next three.
+        resolution: side of the images.
+        val_fraction: part kept for testing where a folder has no split.
+        seed: of that split.
+        image_shape: (C, H, W) of images that were looked at before; else every header is read.
 
     Raises:
         DataError: what cannot be used, with every file whose header says so.
@@ -93,23 +136,22 @@ def open_stream(
         return Stream(data.name, data.classes, data.train.labels, shape, images=data.train.images)
     root = check_folder(spec)
     listed = FolderFiles.of(root)
-    parts = [listed.train, listed.test or {}]  # colour in any file makes all of them colour
-    everything = [path for part in parts for paths in part.values() for path in paths]
-    channels, size, problems = _headers(everything, resolution)
-    if listed.problems or problems:
-        raise DataError(f"data folder {root} cannot be used:", listed.problems + problems)
-    train, _ = listed.split(val_fraction, seed)
-    files = [path for name in listed.classes for path in train[name]]
-    counts = torch.tensor([len(train[name]) for name in listed.classes])
-    return Stream(
-        root.resolve().name,
-        listed.classes,
-        torch.arange(len(counts)).repeat_interleave(counts),
-        (channels, *size),
-        resolution,
-        files,
-        root=root,
-    )
+    problems = list(listed.problems)
+    if image_shape is None:
+        parts = [listed.train, listed.test or {}]  # colour in any file makes all of them colour
+        everything = [path for part in parts for paths in part.values() for path in paths]
+        channels, size, wrong = _headers(everything, resolution)
+        image_shape, problems = (channels, *size), problems + wrong
+    if problems:
+        raise DataError(f"data folder {root} cannot be used:", problems)
+    made = None
+    for part in reversed(listed.split(val_fraction, seed)):
+        files = [path for name in listed.classes for path in part[name]]
+        counts = torch.tensor([len(part[name]) for name in listed.classes])
+        labels = torch.arange(len(counts)).repeat_interleave(counts)
+        name, classes = root.resolve().name, listed.classes
+        made = Stream(name, classes, labels, image_shape, resolution, files, root=root, test=made)
+    return made
 
 
 def pixel_digest(images: Tensor) -> str:

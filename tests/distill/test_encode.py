@@ -10,6 +10,7 @@ from otdd.distill.codec import AutoencoderCodec, PixelCodec
 from otdd.distill.config import ConfigError
 from otdd.distill.data import DataError, load_data
 from otdd.distill.encode import EncodeConfig, encode
+from otdd.distill.fit import FitConfig, fit
 from otdd.distill.latents import Latents
 from otdd.distill.modes import kmeans_centres
 from otdd.distill.store import StoreError
@@ -74,7 +75,7 @@ def test_memory_is_a_batch_of_images_and_a_shard_of_latents(root, tmp_path, monk
     monkeypatch.setattr(Stream, "read", watched)
     encode(stream(root), PixelCodec(), SMALL, tmp_path / "out")
     assert max(sizes) == 3
-    assert sum(sizes) == 19  # every image is read once
+    assert sum(sizes) == 19 + (19 + 18)  # once to encode, once with the test images for a hash
     names = [p.name for p in sorted((tmp_path / "out").glob("latents-*"))]
     assert names == [f"latents-0000{k}.safetensors" for k in range(3)]
 
@@ -83,7 +84,9 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize(("text", "at"), [("encode", 3), ("encode", 14), ("statistics", 1)])
+@pytest.mark.parametrize(
+    ("text", "at"), [("encode", 3), ("encode", 14), ("statistics", 1), ("check", 20)]
+)
 def test_interrupted_encoding_ends_with_the_same_bytes(root, tmp_path, text, at):
     def contents(name):
         files = (p for p in (tmp_path / name).rglob("*.*") if p.is_file())
@@ -100,7 +103,7 @@ def test_interrupted_encoding_ends_with_the_same_bytes(root, tmp_path, text, at)
         Latents(tmp_path / "cut")
     seen = []
     encode(stream(root), PixelCodec(), SMALL, tmp_path / "cut", progress=lambda *s: seen.append(s))
-    finished = {3: 0, 14: 7, 1: 19}[at]
+    finished = {3: 0, 14: 7, 1: 19, 20: 19}[at]
     assert seen[0] == ("encode", finished, 19)  # at 14 the second shard was not yet written
     assert contents("whole") == contents("cut")
 
@@ -197,6 +200,60 @@ def test_commands_encode_and_sample_with_latents(tmp_path, capsys, monkeypatch):
     assert "latents_sha256" in capsys.readouterr().err
     assert call(*sample, tmp_path / "none") == 2
     assert "none holds no finished latents; run `otdd encode`" in capsys.readouterr().err
+
+
+@pytest.fixture
+def encoded(root, tmp_path):
+    """An image folder with its latents and a generator for it."""
+    data = load_data(root, resolution=8)
+    fit(data, FitConfig(width=32, layers=1, steps=2, batch=4), tmp_path / "g.safetensors")
+    encode(stream(root), PixelCodec(), SMALL, tmp_path / "latents")
+    flags = ["--data", root, "--resolution", "8", "--ipc", "2", "--quiet"]
+    flags += ["--generator", tmp_path / "g.safetensors", "--sample.steps", "2"]
+    return [*flags, "--latents", tmp_path / "latents", "--sets", "otg", "unguided"]
+
+
+def test_sampling_leaves_the_images_of_an_encoded_folder_alone(encoded, tmp_path, monkeypatch):
+    monkeypatch.setattr("otdd.distill.stream.decode", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr("otdd.distill.data.decode", lambda *_: pytest.fail("an image was opened"))
+    assert call("sample", *encoded, "--out", tmp_path / "lazy") == 0
+    monkeypatch.undo()
+    images = "sets/otg/images.safetensors"
+    assert call("evaluate", "--out", tmp_path / "lazy", "--quiet") == 0  # it is the same run
+    epochs = ["--train.epochs", "1", "--relabel.teacher_epochs", "1", "--seeds", "1"]
+    assert call("run", *encoded, *epochs, "--out", tmp_path / "whole") == 0
+    assert (tmp_path / "lazy" / images).read_bytes() == (tmp_path / "whole" / images).read_bytes()
+
+
+def test_images_of_an_encoded_folder_are_read_where_they_are_wanted(encoded, root, tmp_path):
+    latents = Latents(tmp_path / "latents")
+    streamed = latents.data(root, resolution=8, seed=0, ipc=1)
+    held = load_data(root, resolution=8)
+    assert (streamed.mean, streamed.std, streamed.fingerprint) == (
+        held.mean, held.std, held.fingerprint,
+    )  # fmt: skip
+    for part, want in ((streamed.train, held.train), (streamed.test, held.test)):
+        assert torch.equal(part.of_class(1), want.of_class(1))
+        assert torch.equal(part.images[torch.tensor([5, 2])], want.images[[5, 2]])
+        assert torch.equal(part.images[3:6], want.images[3:6])
+    latents.check(streamed, PixelCodec())
+
+
+def test_an_encoded_folder_that_changed_is_refused(encoded, root, tmp_path, capsys):
+    latents, wanted = Latents(tmp_path / "latents"), {"resolution": 8, "seed": 0, "ipc": 1}
+    with pytest.raises(ConfigError, match="was encoded at resolution 8, not 4"):
+        latents.data(root, **{**wanted, "resolution": 4})
+    with pytest.raises(DataError, match="ipc=10 asks for more"):
+        latents.data(root, **{**wanted, "ipc": 10})
+    picture(root / "val" / "a" / "0.png", 3, size=(64, 64))
+    with pytest.raises(ConfigError, match="was encoded beside other test images"):
+        latents.data(root, **wanted)
+    picture(root / "train" / "a" / "0.png", 3, size=(64, 64))
+    assert call("sample", *encoded, "--out", tmp_path / "o") == 2
+    assert "was encoded from other images (among 0 to 6)" in capsys.readouterr().err
+    picture(root / "train" / "a" / "new.png", 3)
+    with pytest.raises(ConfigError, match="from other classes or numbers of images"):
+        latents.data(root, **wanted)
 
 
 def test_pace_tells_rate_and_time_left(capsys, monkeypatch):
