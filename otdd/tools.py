@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from otdd.distill.config import ConfigError
 from otdd.flags import parse
@@ -77,6 +77,7 @@ def encode(flags: list[str]) -> int:
     from otdd import _torchvision
     from otdd.distill.encode import EncodeConfig, encode
     from otdd.distill.stream import open_stream
+    from otdd.distill.workers import local_device
     from otdd.terminal import Pace
 
     @dataclass(frozen=True)
@@ -85,15 +86,18 @@ def encode(flags: list[str]) -> int:
 
         generator: str | None = None
         """Generator whose codec encodes; by default the one shipped for the data."""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the codec runs."""
 
     about = "Encode the training images once; an interrupted encoding continues."
     given = parse(EncodeFlags, flags, "otdd encode", about, {})
-    config = _only(EncodeConfig, given)
+    config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
     _torchvision.repair()
     from otdd.distill.generator import load_generator
 
     codec = load_generator(given.generator, data).codec
+    codec.to(device)
     pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
     made = encode(data, codec, config, given.out, progress=pace)
     size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20

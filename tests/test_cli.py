@@ -87,6 +87,11 @@ def test_help_of_run_imports_no_torch():
             "sample.device: 'cuda' is not accepted for process 0 .* torch sees 0 GPUs",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
+        pytest.param(
+            ["encode", "--data", "digits", "--out", "x", "--device", "cuda"],
+            "--device: 'cuda' is not accepted for process 0 .* torch sees 0 GPUs",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
         (["encode", "--data", "digits", "--out", "x", "--shard", "0"], "--shard: 0 is not accept"),

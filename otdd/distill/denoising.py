@@ -53,6 +53,7 @@ class Guides:
     memory: Memory | None = None
 
 
+@torch.no_grad()
 def denoise(
     predict: Predict,
     scheduler: Any,

@@ -89,8 +89,12 @@ class Workers:
             dist.destroy_process_group()
 
 
-def local_device(kind: str) -> str:
+def local_device(kind: str, key: str = "sample.device") -> str:
     """`cpu`, or the GPU of this process among those of its machine.
+
+    Args:
+        kind: `cpu` or `cuda`.
+        key: the setting, for the error.
 
     Raises:
         ConfigError: there is no such GPU.
@@ -102,7 +106,7 @@ def local_device(kind: str) -> str:
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         raise ConfigError(
-            f"sample.device: 'cuda' is not accepted for process {number} of this machine; torch "
+            f"{key}: 'cuda' is not accepted for process {number} of this machine; torch "
             f"sees {count} GPUs"
         )
     return f"cuda:{number}"

@@ -101,6 +101,7 @@ def test_every_family_is_guided(family, target):
         for guides in (None, Guides([guidance], labels))
     ]
     assert all(torch.isfinite(x).all() for x in made)
+    assert not any(x.requires_grad for x in made)  # no graph from step to step
     assert not torch.equal(*made)
 
 
