@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ from otdd.distill.config import ConfigError
 
 T = TypeVar("T")
 
+JOIN = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=7)  # a group of large images may take hours
 
 
@@ -44,10 +47,17 @@ class Workers:
         if size == 1:
             return cls()
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
-        return cls(dist.get_rank(), dist.get_world_size())
+        store, rank, size = next(rendezvous("env://", timeout=JOIN))
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(_agree(store, rank, size), store),
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+        )
+        return cls(rank, size)
 
     @property
     def first(self) -> bool:
@@ -87,6 +97,32 @@ class Workers:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+
+
+def _agree(store: Any, rank: int, size: int) -> str:
+    """A name that only the processes which are alive now share.
+
+    A launcher that starts processes again may give them the store of those before them, and the
+    addresses there are of the dead. So every process says hello by a word that is new, the first
+    one answers each with the name, and ends when all have said it back.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + JOIN.total_seconds()
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        name = str(store.get(f"welcome/{mine}").decode())
+        store.set(f"here/{name}/{rank}", "")
+        return name
+    away = set(range(1, size))
+    while away:
+        for other in sorted(away):
+            if store.check([f"here/{mine}/{other}"]):
+                away.discard(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise WorkersError(f"processes {sorted(away)} of this run have not come")
+        time.sleep(0.02)
+    return mine
 
 
 def local_device(kind: str, key: str = "sample.device") -> str:

@@ -1,13 +1,17 @@
 """Several processes make the same bytes as one, and what a lost one left is made by others."""
 
+import datetime
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from otdd.distill import workers
 from otdd.distill.store import TEMP
 from otdd.distill.workers import Workers
 
@@ -51,6 +55,26 @@ def test_the_same_bytes_whatever_the_number_of_processes(runs, name):
     assert len(whole) == 3 * (20 + 1)
     assert contents(root / name) == whole
     assert not list((root / name).rglob(TEMP + "*"))
+
+
+def test_a_store_with_words_of_the_dead_joins_the_living():
+    store = torch.distributed.HashStore()
+    for rank in (1, 2):  # an attempt whose first process was lost while it answered
+        store.set(f"hello/{rank}", f"dead{rank}")
+    store.set("welcome/dead1", "dead")
+    store.set("here/dead/1", "")
+    for _ in range(2):  # and then twice in the same store
+        with ThreadPoolExecutor(3) as pool:
+            names = [pool.submit(workers._agree, store, rank, 3) for rank in (1, 2, 0)]
+            found = {name.result(timeout=20) for name in names}
+        assert len(found) == 1
+        assert found != {"dead"}
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(workers, "JOIN", datetime.timedelta(seconds=0.1))
+    with pytest.raises(workers.WorkersError, match=r"processes \[1\] of this run have not come"):
+        workers._agree(torch.distributed.HashStore(), 0, 2)
 
 
 def test_one_process_is_alone(monkeypatch):
