@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from otdd.backends import NAMES
-from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence
+from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence, sinkhorn_points
 from otdd.ops.checks import (
     as_float,
     finite,
@@ -15,6 +15,7 @@ from otdd.ops.checks import (
     solver_options,
     values_are_checked,
 )
+from otdd.ops.points import clouds_of, placed
 from otdd.ops.sinkhorn import GRADS, MARGINALS
 
 
@@ -71,8 +72,13 @@ class SinkhornLoss(nn.Module):
     ) -> Tensor:
         if self.debias:
             return sinkhorn_divergence(x, y, a, b, metric=self.metric, **self.options).value
-        C = cost_matrix(x, y, self.metric, backend=self.options["backend"])
-        return sinkhorn(C, a, b, **self.options).value
+        x, y = clouds_of(x, y)
+        backend, kept = placed("SinkhornLoss", x, y, self.options["backend"])
+        options = self.options | {"backend": backend}
+        if not kept:
+            return sinkhorn_points(x, y, a, b, metric=self.metric, **options).value
+        C = cost_matrix(x, y, self.metric, backend=backend)
+        return sinkhorn(C, a, b, **options).value
 
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, eps={self.eps}, debias={self.debias}"
