@@ -23,14 +23,15 @@ class SinkhornLoss(nn.Module):
     """Entropic OT between point clouds, or the Sinkhorn divergence.
 
     With `debias`, `otdd.ops.sinkhorn_divergence`, which is zero at x = y and never negative;
-    without, the dual value ``OT(x, y)`` of `otdd.ops.sinkhorn` with the KL regulariser.
+    without, the dual value ``OT(x, y)`` of `otdd.ops.sinkhorn` with the KL regulariser. Costs are
+    kept up to 2^22 in all, else made tile by tile.
 
     Args:
         metric: Ground cost, as in `otdd.ops.cost_matrix`; ``sqeuclidean`` is ``|x - y|^2``, without
             GeomLoss's 1/2.
         eps: Regularisation strength > 0 in the units of the cost.
         debias: Subtract the self-transport terms.
-        max_iter: Iterations of each solve.
+        max_iter: Iterations of the solve of x against y.
         tol: L1 marginal error at which a problem stops by itself; 0 never.
         rho_a: KL penalty > 0 on the marginal of x, as in `otdd.ops.sinkhorn`; None: met.
         rho_b: KL penalty on the marginal of y.

@@ -27,7 +27,8 @@ class Divergence:
         f: Debiased row potentials, ``(..., N)``: dS/da up to a constant between hard marginals.
         g: Debiased column potentials, ``(..., M)``.
         between: Solve of x against y.
-        within: Solves of x and of y against themselves.
+        within: Solves of x and of y against themselves: their second half, after both halves'
+            iterations.
     """
 
     value: Tensor
@@ -57,12 +58,20 @@ def sinkhorn_divergence(
     With penalties, the unbalanced divergence, ``+ eps (sum(a) - sum(b))^2 / 2`` (Sejourne, Feydy,
     Vialard, Trouve & Peyre 2019, definition 5). It is zero at x = y, with penalties once it has
     converged and if they are equal. It is not negative after any number of iterations, up to
-    rounding, which is cut off. For that, OT(x, x) is the dual at the
-    mean p of its two potentials, OT(y, y) that at q, and the solve of x against y starts at
-    (p, q). Its dual only grows from there, and exp(-C / eps) is a positive definite kernel K under
-    every metric, so with u = a exp(p / eps) and v = b exp(q / eps)::
+    rounding, which is cut off. For that, OT(x, x) is the dual at the mean p of its two potentials,
+    OT(y, y) that at q, and the solve of x against y starts at (p, q). Its dual only grows from
+    there, and exp(-C / eps) is a positive definite kernel K under every metric, so with
+    u = a exp(p / eps) and v = b exp(q / eps)::
 
         S >= eps (<u, K u> / 2 + <v, K v> / 2 - <u, K v>) >= 0
+
+    A transport of a cloud to itself does one and the same thing in both half-steps, so it takes
+    half of `max_iter`: a quarter, and from the mean of the potentials another. That is mostly
+    nearer to the fixed point than `max_iter` iterations are; all three are about two solves.
+
+    Costs are kept while those of the larger cloud to itself are at most 2^22 in all, and by
+    ``cuda``; else they are made tile by tile, in memory for the points. `value` has second
+    derivatives under ``envelope``.
 
     Args:
         x: Points ``(..., N, D)``.
@@ -71,12 +80,13 @@ def sinkhorn_divergence(
         b: Weights of y, ``(..., M)``. Without penalties their mass must be that of a, to 1e-3.
         metric: Ground cost, as in `otdd.ops.cost_matrix`.
         eps: Regularisation strength > 0, in the units of the cost.
-        max_iter: Iterations of each of the three solves.
-        tol: L1 marginal error at which a solve stops by itself; 0 never.
+        max_iter: Iterations of the solve of x against y.
+        tol: If > 0, L1 marginal error at which each of the three solves stops by itself, at the
+            latest after `max_iter`.
         rho_a: Penalty > 0 on the marginal of x, as in `otdd.ops.sinkhorn`; None or inf: met.
         rho_b: Penalty on the marginal of y.
         grad: As in `otdd.ops.sinkhorn`, for each of the three; what they start from is a constant.
-        backend: As in `otdd.ops.sinkhorn`.
+        backend: ``reference``, ``cpu``, ``cuda``, ``triton``, or None for the first that can.
 
     Raises:
         ValueError: As `otdd.ops.cost_matrix` and `otdd.ops.sinkhorn`; masses that differ, without

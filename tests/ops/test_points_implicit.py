@@ -5,23 +5,20 @@ import sys
 
 import pytest
 import torch
+from points_backends import OF_THE_FIXED_POINT, points_backend
 from references import clouds, cost_oracle, sinkhorn_oracle
 
 from otdd.ops import METRICS, sinkhorn_points
-from otdd.ops.points import cpu, implicit
+from otdd.ops.points import implicit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SIZES = [(1, 9, 3), (9, 1, 2), (33, 20, 5)]
 OUTPUTS = ("value", "cost", "f", "g", "image", "back", "projection")
 
 
-@pytest.fixture(params=["reference", "reference kept", "stored", "streamed"])
+@pytest.fixture(params=OF_THE_FIXED_POINT)
 def backend(request, monkeypatch) -> str:
-    """Backends, with plans that are kept for the linear system and without."""
-    streamed = request.param in ("reference", "streamed")
-    monkeypatch.setattr(cpu, "STORED", 0 if streamed else 1 << 20)
-    monkeypatch.setattr(implicit, "KEPT", 0 if streamed else 1 << 20)
-    return "reference" if request.param.startswith("reference") else "cpu"
+    return points_backend(request.param, monkeypatch)
 
 
 def leaves_of(size: tuple, dtype: torch.dtype = torch.float64) -> tuple:
@@ -128,6 +125,26 @@ def test_labels(metric, monkeypatch):
             for o in (outputs_of(r, z, w), expected)
         )
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
+def test_on_triton(backend, metric, monkeypatch):
+    """The same as plain PyTorch makes of the same potentials, converged or not."""
+    points_backend(backend, monkeypatch)
+    leaves, (z, w) = leaves_of((9, 12, 3)), values(9, 12)
+    options = {"metric": metric, "eps": 2.0, "max_iter": 5, "rho_a": 0.7}
+    grads = []
+    for name in (backend, "reference"):
+        r = sinkhorn_points(*leaves, **options, grad="implicit", backend=name)
+        loss = loss_of(outputs_of(r, z, w), OUTPUTS, False)
+        grads.append(torch.autograd.grad(loss, leaves))
+        if metric != "l1":
+            value = sinkhorn_points(*leaves, **options, backend=name).value.sum()
+            first = torch.autograd.grad(value, leaves, create_graph=True)
+            slope = sum(t.square().sum() for t in first)
+            grads[-1] += torch.autograd.grad(slope, leaves)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
 
 def test_masks_have_no_gradient(backend):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from points_backends import OF_THE_FIXED_POINT, points_backend
 from references import clouds, cost_oracle, sinkhorn_oracle
 from torch.func import grad, jacrev, vmap
 
@@ -14,13 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SMOOTH = ("sqeuclidean", "l2", "cosine")
 
 
-@pytest.fixture(params=["reference", "reference kept", "stored", "streamed"])
+@pytest.fixture(params=OF_THE_FIXED_POINT)
 def backend(request, monkeypatch) -> str:
-    """Backends, with plans that are kept for the linear system and without."""
-    streamed = request.param in ("reference", "streamed")
-    monkeypatch.setattr(cpu, "STORED", 0 if streamed else 1 << 20)
-    monkeypatch.setattr(implicit, "KEPT", 0 if streamed else 1 << 20)
-    return "reference" if request.param.startswith("reference") else "cpu"
+    return points_backend(request.param, monkeypatch)
 
 
 def balanced(t: torch.Tensor) -> torch.Tensor:

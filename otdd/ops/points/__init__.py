@@ -69,9 +69,16 @@ def sinkhorn_points(
 
     - ``envelope``: ``dvalue/dx_i = sum_j P_ij dc(x_i, y_j)/dx_i``, ``dvalue/da = f`` (up to a
       constant), y and b alike, ``dvalue/dlabel_cost`` the mass between labels, and `cost` with the
-      plan held fixed; streamed as well. No second derivatives.
-    - ``unrolled`` and ``implicit``: as in `otdd.ops.sinkhorn`, whose cost matrix they keep; for at
-      most 2^25 costs in all.
+      plan held fixed: one sum over the plan for each cloud. `value` has second derivatives, those
+      of the fixed point, but under ``l1`` none in x and y: two passes over the plan by blocks of
+      rows, and the linear system of ``implicit``.
+    - ``implicit``: the derivative of the fixed point, for value, cost, f, g, `PointsResult.apply`
+      and `barycentric`; exact at convergence. Conjugate gradients in float64, two products with the
+      plan a step, which is kept while it has at most 2^22 entries, and one sum for each cloud.
+    - ``unrolled``: that of the iterations done, as in `otdd.ops.sinkhorn`, whose cost matrix it
+      keeps: for at most 2^25 costs in all.
+
+    Nothing but ``unrolled`` and `PointsResult.plan` takes memory for N x M numbers.
 
     Args:
         x: Sources, ``(..., N, D)``; float16 and bfloat16 are computed, and results given, in
@@ -103,7 +110,7 @@ def sinkhorn_points(
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, D = 0, N or M = 0,
-            eps or rho <= 0, more than 2^25 costs without ``envelope``, one or two of the three
+            eps or rho <= 0, more than 2^25 costs under ``unrolled``, one or two of the three
             arguments for labels, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) NaN or inf,
             costs that overflow, negative weights, a problem with only zero weights, or labels that
             `label_cost` does not have.
