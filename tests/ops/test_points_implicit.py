@@ -127,9 +127,9 @@ def test_labels(metric, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
-def test_on_triton(backend, metric, monkeypatch):
+def test_on_gpu_backends(backend, metric, monkeypatch):
     """The same as plain PyTorch makes of the same potentials, converged or not."""
     points_backend(backend, monkeypatch)
     leaves, (z, w) = leaves_of((9, 12, 3)), values(9, 12)
