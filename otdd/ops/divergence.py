@@ -110,7 +110,7 @@ def sinkhorn_divergence(
         checks.weights(b, "b")
         if not soft:
             _check_masses(a, b)
-    pairs = (x, y), (x, x), (y, y)
+    pairs = (x, y), (x, _again(x)), (y, _again(y))
     if metric == "cosine":
         pairs, metric = [on_sphere(*pair) for pair in pairs], "sqeuclidean"
     longer = x if x.shape[-2] > y.shape[-2] else y
@@ -152,7 +152,7 @@ def _within(
     one in rows and columns, so that the mean of the two potentials keeps ``t^(2n - 1) (1 - t) / 2``
     of it after n iterations: little where t is near 1, which is what iterations alone are slow at.
     """
-    cloud = Clouds(x, copy, a, a, eps, rho, rho, None, None, None)
+    cloud = Clouds(x, copy, a, _again(a), eps, rho, _again(rho), None, None, None)
     C = costs_of(cloud, metric, backend) if kept else None
     tol, quarter = limits["tol"], -(-limits["max_iter"] // 4)
     with torch.no_grad():
@@ -167,6 +167,11 @@ def _within(
     limits = limits | {"max_iter": rest}
     solved = solve_clouds(cloud, start, metric, "highest", backend, limits, C, n_iter)
     return solved, *_half(solved, rho, soft, C)
+
+
+def _again(t: Tensor | None) -> Tensor | None:
+    """The same once more: Dynamo refuses one tensor in two places of an op."""
+    return None if t is None else t.expand(t.shape)
 
 
 def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
@@ -199,7 +204,7 @@ def _half(
         p = (solved.f + solved.g) / 2
         a, mass = solved.a, solved.a.sum(-1)
         if C is None:
-            at_mean = replace(solved, f=p, g=p, grad="envelope")
+            at_mean = replace(solved, f=p, g=_again(p), grad="envelope")
             total = at_mean.apply(p.new_ones(p.shape[-1], 1)).sum((-1, -2))
         else:
             total = plan_op(C, p, p, a, a, solved.eps, None, False, solved.backend).sum((-1, -2))

@@ -234,9 +234,25 @@ def test_each_solve_stops_by_itself():
 
 
 def test_without_the_native_module_where_costs_are_few(monkeypatch):
-    monkeypatch.setitem(backends._REASONS, "cpu", "not built")
+    for name in ("cpu", "triton"):
+        monkeypatch.setitem(backends._REASONS, name, "not there")
     x, y, a, b = clouds(5, 4, 2)
     assert sinkhorn_divergence(x, y, a, b, eps=0.1).between.backend == "reference"
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+def test_compile_fullgraph(kept, debias, grad, monkeypatch):
+    monkeypatch.setattr("otdd.ops.points.KEPT", kept)
+    torch._dynamo.reset()
+    loss = SinkhornLoss(eps=0.5, max_iter=7, debias=debias, rho_a=0.5, rho_b=0.5, grad=grad)
+    leaves = tuple(t.requires_grad_() for t in clouds(6, 9, 3))
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    want = loss(*leaves)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(t.sum(), leaves) for t in (got, want)]
+    torch.testing.assert_close(*grads)
 
 
 MEMORY = """

@@ -248,7 +248,7 @@ def clouds_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         checks.require(full, name, f"shape {tuple(t.shape)}", f"{accepted}, none of the two 0")
     checks.require(x.shape[-1] == y.shape[-1], "y", f"D = {y.shape[-1]}", f"D of x, {x.shape[-1]}")
     if x.shape[:-2] == y.shape[:-2]:
-        return x, y
+        return x.expand(x.shape), y.expand(y.shape)  # not one tensor twice: Dynamo refuses that
     try:
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except RuntimeError:
