@@ -5,7 +5,6 @@ import torch
 from points_backends import WAYS, points_backend
 from references import clouds, cost_oracle, sinkhorn_oracle
 
-from otdd.backends import BackendError
 from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_points
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -49,10 +48,6 @@ def test_envelope(backend, metric, size, rho):
 def test_other_modes_are_those_of_sinkhorn(backend, metric, mode):
     x, y, *_ = (t.requires_grad_() for t in clouds(2, 6, 8, 3, torch.float64))
     options = {"eps": 0.9, "max_iter": 40, "grad": mode}
-    if (backend, mode) == ("triton", "unrolled"):
-        with pytest.raises(BackendError, match="sinkhorn: backend='triton' cannot be used"):
-            sinkhorn_points(x, y, metric=metric, backend=backend, **options)
-        return
     r = sinkhorn_points(x, y, metric=metric, backend=backend, **options)
     dense = "reference" if backend == "triton" else backend
     s = sinkhorn(cost_matrix(x, y, metric, backend=dense), backend=dense, **options)
