@@ -157,27 +157,37 @@ int cost_backward(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, 
   return released([&] { return otdd::cpu::kernels<T>().cost_backward(args); });
 }
 
+// Labels of the rows, of the columns, and (address, batch stride, row stride, K, L) of their costs.
+using LabelStrides = std::tuple<Strided, Strided, Strided, i64, i64>;
+
 template <class T>
-int points(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Strided a, Strided b,
-           Strided eps, Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, Strided tol, Address f,
+otdd::cpu::Labels<T> labels_of(const LabelStrides& t) {
+  return {vectors<i64>(std::get<0>(t)), vectors<i64>(std::get<1>(t)), matrices<T>(std::get<2>(t)),
+          std::get<3>(t), std::get<4>(t)};
+}
+
+template <class T>
+int points(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, LabelStrides labels,
+           Strided a, Strided b, Strided eps, Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, Strided tol, Address f,
            Address g, Address value, Address cost, Address marginal_error, Address n_iter,
            int threads) {
   const otdd::cpu::PointsArgs<T> args{
-      B, N, M, D, matrices<T>(x), matrices<T>(y), metric, vectors<T>(a), vectors<T>(b),
-      vectors<double>(eps), vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(g0), max_iter,
-      vectors<double>(tol), out<T>(f), out<T>(g), out<T>(value), out<T>(cost),
+      B, N, M, D, matrices<T>(x), matrices<T>(y), metric, labels_of<T>(labels), vectors<T>(a),
+      vectors<T>(b), vectors<double>(eps), vectors<double>(rho_a), vectors<double>(rho_b),
+      vectors<T>(g0), max_iter, vectors<double>(tol), out<T>(f), out<T>(g), out<T>(value), out<T>(cost),
       out<T>(marginal_error), out<i64>(n_iter), threads};
   return released([&] { return otdd::cpu::kernels<T>().points(args); });
 }
 
 template <class T>
-int plan_product(i64 B, i64 N, i64 M, i64 D, i64 K, Strided x, Strided y, int metric, Strided f,
-                 Strided g, Strided a, Strided b, Strided eps, Strided u, Strided v, Strided kappa,
-                 Strided z, int mode, bool over_cost, Address product, int threads) {
+int plan_product(i64 B, i64 N, i64 M, i64 D, i64 K, Strided x, Strided y, int metric,
+                 LabelStrides labels, Strided f, Strided g, Strided a, Strided b, Strided eps,
+                 Strided u, Strided v, Strided kappa, Strided z, int mode, bool over_distance,
+                 Address product, int threads) {
   const otdd::cpu::PlanProductArgs<T> args{
-      B, N, M, D, K, matrices<T>(x), matrices<T>(y), metric, vectors<T>(f), vectors<T>(g),
-      vectors<T>(a), vectors<T>(b), vectors<double>(eps), vectors<T>(u), vectors<T>(v),
-      vectors<double>(kappa), matrices<T>(z), mode, over_cost, out<T>(product), threads};
+      B, N, M, D, K, matrices<T>(x), matrices<T>(y), metric, labels_of<T>(labels), vectors<T>(f),
+      vectors<T>(g), vectors<T>(a), vectors<T>(b), vectors<double>(eps), vectors<T>(u), vectors<T>(v),
+      vectors<double>(kappa), matrices<T>(z), mode, over_distance, out<T>(product), threads};
   return released([&] { return otdd::cpu::kernels<T>().plan_product(args); });
 }
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from otdd.backends import NAMES
+from otdd.dataset_distance import DatasetDistance
 from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence, sinkhorn_points
 from otdd.ops.checks import (
     as_float,
@@ -17,6 +18,8 @@ from otdd.ops.checks import (
 )
 from otdd.ops.points import clouds_of, placed
 from otdd.ops.sinkhorn import GRADS, MARGINALS
+
+__all__ = ["DatasetDistance", "OTLogitLoss", "SinkhornLoss"]
 
 
 class SinkhornLoss(nn.Module):

@@ -13,6 +13,10 @@
 //
 // Costs come from differences of coordinates, so nothing cancels however far the clouds are from the
 // origin; gamma and m are split so that their difference, too, is exact to the digits of the result.
+//
+// Costs between labels are read from a table with a row for each label of the rows and an entry for
+// each point of the columns: a tile adds whole vectors of it. A gather would do with K L numbers
+// in place of K M, but takes a load for each entry, and the baseline instruction set has none.
 #pragma once
 
 #include "resident.h"
@@ -71,18 +75,83 @@ struct Cloud {
   const T* row(i64 i) const { return rows + i * stride; }
 };
 
+// A buffer for a row of M numbers; no power of two, whose rows would share cache sets.
+template <class T>
+i64 buffer_width(i64 M) {
+  return round_up(M, kPointPanel<T>) + kWidth<T>;
+}
+
+// Costs between labels: for each label of one side a row with an entry for each point of the other.
+template <class T>
+class LabelCosts {
+ public:
+  LabelCosts(const Labels<T>& labels, i64 N, i64 M, bool of_columns, Scratch& s)
+      : L_(labels), N_(N), M_(M) {
+    if (!L_.cost.data) return;
+    by_x_ = s.take<T>(L_.K * buffer_width<T>(M));
+    if (of_columns) by_y_ = s.take<T>(L_.L * buffer_width<T>(N));
+  }
+
+  // False if a point has a label without costs.
+  bool place(i64 problem) {
+    if (!L_.cost.data) return true;
+    x_ = L_.x.data + problem * L_.x.batch, y_ = L_.y.data + problem * L_.y.batch;
+    for (i64 i = 0; i < N_; ++i)
+      if (x_[i * L_.x.item] < 0 || x_[i * L_.x.item] >= L_.K) return false;
+    for (i64 j = 0; j < M_; ++j)
+      if (y_[j * L_.y.item] < 0 || y_[j * L_.y.item] >= L_.L) return false;
+    const T* cost = L_.cost.data + problem * L_.cost.batch;
+    reach_ = 0;
+    for (i64 k = 0; k < L_.K; ++k)
+      for (i64 l = 0; l < L_.L; ++l) {
+        const double size = ::fabs(double(cost[k * L_.cost.row + l]));
+        reach_ = size > reach_ ? size : reach_;
+      }
+    spread(by_x_, L_.K, M_, y_, L_.y.item, cost, L_.cost.row, 1);
+    if (by_y_) spread(by_y_, L_.L, N_, x_, L_.x.item, cost, 1, L_.cost.row);
+    return true;
+  }
+
+  double reach() const { return reach_; }  // of the label costs: none is larger in magnitude
+  // What labels add to the costs of a point, or null.
+  const T* of_row(i64 i) const {
+    return by_x_ ? by_x_ + x_[i * L_.x.item] * buffer_width<T>(M_) : nullptr;
+  }
+  const T* of_column(i64 j) const {
+    return by_y_ ? by_y_ + y_[j * L_.y.item] * buffer_width<T>(N_) : nullptr;
+  }
+
+ private:
+  const Labels<T>& L_;
+  i64 N_, M_;
+  const i64 *x_ = nullptr, *y_ = nullptr;
+  T *by_x_ = nullptr, *by_y_ = nullptr;
+  double reach_ = 0;
+
+  static void spread(T* table, i64 count, i64 n, const i64* labels, i64 item, const T* cost, i64 own,
+                     i64 other) {
+    const i64 ld = buffer_width<T>(n);
+    for (i64 k = 0; k < count; ++k)
+      for (i64 j = 0; j < ld; ++j)
+        table[k * ld + j] = j < n ? cost[k * own + labels[j * item] * other] : T(0);
+  }
+};
+
 // Up to kBlockRows rows and what a pass over all columns gives for each.
 template <class T>
 struct RowBlock {
   int count = 0;
   const T* x[kBlockRows];
+  const T* labels[kBlockRows] = {};  // what they add to the row's costs, or null
   T shift[kBlockRows];
   double sum[kBlockRows], cost[kBlockRows];
 
-  void add(const T* row, T m) { x[count] = row, shift[count++] = m; }
+  void add(const T* row, const T* by_label, T m) {
+    x[count] = row, labels[count] = by_label, shift[count++] = m;
+  }
   // Whole tiles: the last row is repeated.
   void fill_up() {
-    for (; count % 4; ++count) x[count] = x[count - 1], shift[count] = shift[count - 1];
+    while (count % 4) add(x[count - 1], labels[count - 1], shift[count - 1]);
   }
 };
 
@@ -93,16 +162,16 @@ struct Grid {
   double nearest(double x) const { return ::nearbyint(x / unit) * unit; }
 };
 
-template <class T, int kMetric>
+template <class T, int kMetric, bool kLabels>
 struct Tiles {
   i64 D;
   T scale;  // 1 / (eps ln 2)
   double exact_scale;
-  double reach;  // no cost is above
+  double reach;  // no cost is larger in magnitude
   Grid grid;
 
-  // q = costs of a tile
-  void costs(const T* const* x, const T* panel, Vec<T> (&q)[kPointRows][kPointVecs]) const {
+  // q = distances of a tile
+  void distances(const T* const* x, const T* panel, Vec<T> (&q)[kPointRows][kPointVecs]) const {
     for (int k = 0; k < kPointRows; ++k)
       for (int v = 0; v < kPointVecs; ++v) q[k][v] = Vec<T>{};
     for (i64 d = 0; d < D; ++d, panel += kPointPanel<T>) {
@@ -121,8 +190,8 @@ struct Tiles {
         for (int v = 0; v < kPointVecs; ++v) q[k][v] = square_root<T>(q[k][v]);
   }
 
-  // Runs visit(row, first column, exponents, costs) for a panel's width of every row of a block, and
-  // between() now and then and at the end.
+  // Runs visit(row, first column, exponents, costs, distances) for a panel's width of every row of a
+  // block, and between() now and then and at the end.
   template <class Visit, class Between>
   void sweep(const RowBlock<T>& block, const Cloud<T>& cloud, Visit visit, Between between) const {
     const T scale = this->scale;  // a copy that stores cannot change
@@ -131,16 +200,22 @@ struct Tiles {
       const T *high = cloud.high + p * kPointPanel<T>, *low = cloud.low + p * kPointPanel<T>;
       for (int k0 = 0; k0 < block.count; k0 += kPointRows) {
         Vec<T> q[kPointRows][kPointVecs];
-        costs(block.x + k0, panel, q);
+        distances(block.x + k0, panel, q);
 #pragma GCC unroll 2
         for (int k = 0; k < kPointRows; ++k) {  // unrolled: costs then need not leave their registers
-          Vec<T> t[kPointVecs];
+          Vec<T> t[kPointVecs], with_labels[kPointVecs];
+          const Vec<T>* C = q[k];
+          if constexpr (kLabels) {
+            const T* more = block.labels[k0 + k] + p * kPointPanel<T>;
+            for (int v = 0; v < kPointVecs; ++v) with_labels[v] = q[k][v] + load(more + v * kWidth<T>);
+            C = with_labels;
+          }
           for (int v = 0; v < kPointVecs; ++v) {
             t[v] = load(high + v * kWidth<T>) - block.shift[k0 + k];
             t[v] += load(low + v * kWidth<T>);
-            t[v] -= q[k][v] * scale;
+            t[v] -= C[v] * scale;
           }
-          visit(k0 + k, p * kPointPanel<T>, t, q[k]);
+          visit(k0 + k, p * kPointPanel<T>, t, C, q[k]);
         }
       }
       if (p % 16 == 15 || p + 1 == cloud.panels.count) between();
@@ -151,7 +226,7 @@ struct Tiles {
   void tops(RowBlock<T>& block, const Cloud<T>& cloud) const {
     Vec<T> best[kBlockRows];
     for (int k = 0; k < block.count; ++k) best[k] = Vec<T>{} - T(INFINITY), block.shift[k] = 0;
-    const auto visit = [&](int k, i64, Vec<T>(&t)[kPointVecs], const Vec<T>*) {
+    const auto visit = [&](int k, i64, Vec<T>(&t)[kPointVecs], const Vec<T>*, const Vec<T>*) {
       for (int v = 0; v < kPointVecs; ++v) best[k] = larger<T>(best[k], t[v]);
     };
     sweep(block, cloud, visit, [] {});
@@ -164,14 +239,14 @@ struct Tiles {
     Vec<T> s[kBlockRows], c[kBlockRows];
     for (int k = 0; k < block.count; ++k)
       s[k] = c[k] = Vec<T>{}, block.sum[k] = block.cost[k] = 0;
-    const auto visit = [&](int k, i64 j, Vec<T>(&t)[kPointVecs], const Vec<T>* q) {
+    const auto visit = [&](int k, i64 j, Vec<T>(&t)[kPointVecs], const Vec<T>* C, const Vec<T>*) {
       decltype(t[0] > t[0]) kept[kPointVecs];
       for (int v = 0; v < kPointVecs; ++v) kept[v] = t[v] > Powers<T>::kLowest - Vec<T>{};
       exp2<T>(t);
       for (int v = 0; v < kPointVecs; ++v) {
         if constexpr (kCost) t[v] = kept[v] ? t[v] : Vec<T>{};  // also against a mass of next to 0
         if constexpr (kKeep) store(out + k * ld + j + v * kWidth<T>, t[v]);
-        if constexpr (kCost) c[k] += t[v] * q[v];
+        if constexpr (kCost) c[k] += t[v] * C[v];
         s[k] += t[v];
       }
     };
@@ -199,7 +274,7 @@ struct Tiles {
   }
 };
 
-// A bound on every cost, from the box that holds both clouds.
+// A bound on every distance, from the box that holds both clouds.
 template <class T, int kMetric>
 double reach_of(const Matrices<T>& x, const Matrices<T>& y, i64 N, i64 M, i64 D, i64 problem) {
   double total = 0;
@@ -224,10 +299,6 @@ i64 block_rows(i64 ld) {
   const i64 rows = (i64(384) << 10) / (ld * i64(sizeof(T))) / 4 * 4;
   return least(kBlockRows, most(4, rows));
 }
-template <class T>
-i64 buffer_width(i64 M) {
-  return round_up(M, kPointPanel<T>) + kWidth<T>;  // no power of two: rows would share cache sets
-}
 
 // acc += sum_k weight_k e_k over rows of ld, whose end is padding
 template <class T>
@@ -240,14 +311,15 @@ inline void add_weighted(const T* e, const T* weight, int count, i64 ld, T* acc)
     }
 }
 
-template <class T, int kMetric>
+template <class T, int kMetric, bool kLabels>
 class PointSinkhorn {
  public:
   static i64 parts_for(i64 N, i64 M) { return N * M < (1 << 17) ? 1 : least(16, (N + 63) / 64); }
 
   PointSinkhorn(const PointsArgs<T>& args, Crew& crew, Scratch& s, Patience& patience)
       : A(args), N(args.N), M(args.M), crew_(crew), patience_(patience), parts_(parts_for(N, M)),
-        X_(N, args.D, s), Y_(M, args.D, s), ld_(buffer_width<T>(M)), block_(block_rows<T>(ld_)) {
+        X_(N, args.D, s), Y_(M, args.D, s), labels_(args.labels, N, M, true, s),
+        ld_(buffer_width<T>(M)), block_(block_rows<T>(ld_)) {
     buffer_ = s.take<T>(A.threads * block_ * ld_);
     acc_ = s.take<T>(parts_ * stride<T>()), total_ = s.take<double>(parts_ * stride<double>());
     a_ = s.take<double>(N), log_a_ = s.take<double>(N), phi_ = s.take<double>(N);
@@ -257,7 +329,7 @@ class PointSinkhorn {
   }
 
   int solve(i64 problem) {
-    start(problem);
+    if (!start(problem)) return kBadValue;
     const double tol = A.tol.data[problem * A.tol.batch];
     stops_ = tol > 0;
     i64 done = 0;
@@ -283,8 +355,9 @@ class PointSinkhorn {
   Patience& patience_;
   i64 parts_;
   Cloud<T> X_, Y_;
+  LabelCosts<T> labels_;
   i64 ld_, block_;
-  Tiles<T, kMetric> tiles_;
+  Tiles<T, kMetric, kLabels> tiles_;
   double unit_, mass_a_, pull_a_, pull_b_, rise_;  // unit: eps ln 2; pull: eps / rho
   bool stops_ = false;
   double offset_, weights_;  // rows weigh 2^-offset of what they do, which sums to weights, near 1
@@ -293,12 +366,13 @@ class PointSinkhorn {
   i64* lost_;
   double error_[16], cost_[16], weight_[16];
 
-  void start(i64 problem) {
+  bool start(i64 problem) {
+    if (!labels_.place(problem)) return false;
     X_.place(A.x, problem), Y_.place(A.y, problem);
     const double eps = A.eps.data[problem * A.eps.batch];
     unit_ = eps * 0.693147180559945309417;
     tiles_.D = A.D, tiles_.exact_scale = 1 / unit_, tiles_.scale = T(1 / unit_);
-    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, N, M, A.D, problem);
+    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, N, M, A.D, problem) + labels_.reach();
     pull_a_ = eps / A.rho_a.data[problem * A.rho_a.batch];
     pull_b_ = eps / A.rho_b.data[problem * A.rho_b.batch];
     mass_a_ = 0;
@@ -312,6 +386,7 @@ class PointSinkhorn {
       gamma_[j] = log_b_[j] + A.g0.data[problem * A.g0.batch + j * A.g0.item] / unit_;
     }
     rise_ = INFINITY, offset_ = ::log2(mass_a_);
+    return true;
   }
 
   i64 first_row(i64 part) const { return N * part / parts_; }
@@ -356,7 +431,7 @@ class PointSinkhorn {
     const bool known = started && rise_ <= kRise;
     RowBlock<T> block;
     for (i64 k = 0; k < count; ++k)
-      block.add(X_.row(i + k), known ? T(tiles_.grid.nearest(lse_[i + k])) : T(0));
+      block.add(X_.row(i + k), labels_.of_row(i + k), known ? T(tiles_.grid.nearest(lse_[i + k])) : T(0));
     block.fill_up();
     if (!known) tiles_.tops(block, Y_);
     tiles_.template fill<true, false>(block, Y_, buffer, ld_);
@@ -418,7 +493,10 @@ class PointSinkhorn {
       if (patience_.look()) return;
       RowBlock<T> block;
       const i64 begin = part * kBlockRows, end = least(count, begin + kBlockRows);
-      for (i64 k = begin; k < end; ++k) block.add(Y_.row(lost_[k]), T(0));
+      for (i64 k = begin; k < end; ++k) {
+        const i64 j = lost_[k];
+        block.add(Y_.row(j), labels_.of_column(j), T(0));
+      }
       block.fill_up();
       tiles_.tops(block, X_);
       tiles_.template fill<false, false>(block, X_, nullptr, 0);
@@ -439,7 +517,7 @@ class PointSinkhorn {
         for (; i < first_row(part + 1) && block.count < kBlockRows; ++i) {
           if (!(a_[i] > 0)) continue;
           index[block.count] = i;
-          block.add(X_.row(i), T(-tiles_.grid.nearest(phi_[i] + log_a_[i])));
+          block.add(X_.row(i), labels_.of_row(i), T(-tiles_.grid.nearest(phi_[i] + log_a_[i])));
         }
         const int count = block.count;
         block.fill_up();
@@ -489,49 +567,57 @@ class PointSinkhorn {
   }
 };
 
-template <int kMetric>
-struct MetricTag {
-  static constexpr int value = kMetric;
+// Without labels no code asks for them: a branch in a tile costs some percent.
+template <int kMetric_, bool kLabels_>
+struct Kind {
+  static constexpr int kMetric = kMetric_;
+  static constexpr bool kLabels = kLabels_;
 };
-template <class Run>
+template <bool kLabels, class Run>
 int with_metric(int metric, Run run) {
-  if (metric == kL1) return run(MetricTag<kL1>{});
-  if (metric == kL2) return run(MetricTag<kL2>{});
-  return run(MetricTag<kSqEuclidean>{});
+  if (metric == kL1) return run(Kind<kL1, kLabels>{});
+  if (metric == kL2) return run(Kind<kL2, kLabels>{});
+  return run(Kind<kSqEuclidean, kLabels>{});
+}
+template <class Args, class Run>
+int with_kind(const Args& args, Run run) {
+  return args.labels.cost.data ? with_metric<true>(args.metric, run)
+                               : with_metric<false>(args.metric, run);
 }
 
 template <class T>
 int points(const PointsArgs<T>& args) {
-  const auto run = [&](auto metric) {
-    constexpr int kMetric = decltype(metric)::value;
-    using Solver = PointSinkhorn<T, kMetric>;
+  const auto run = [&](auto kind) {
+    using Kind = decltype(kind);
+    using Solver = PointSinkhorn<T, Kind::kMetric, Kind::kLabels>;
     return each_problem(args, bytes_of<Solver>(args), [&](Scratch& scratch, Crew& crew, i64 problem,
                                                           Patience& patience) {
       return Solver(args, crew, scratch, patience).solve(problem);
     });
   };
-  return with_metric(args.metric, run);
+  return with_kind(args, run);
 }
 
-// out_i = sum_j w_ij h(x_i, z_j) with w_ij = P_ij (u_i + v_j + kappa C_ij), by mode also over C_ij, and
-// h the value z_j, the difference x_i - z_j or its sign: products with the plan, with its transpose
+// out_i = sum_j w_ij h(x_i, z_j) with w_ij = P_ij (u_i + v_j + kappa C_ij), by mode also over c(x_i, y_j),
+// and h the value z_j, the difference x_i - z_j or its sign: products with the plan, with its transpose
 // (the clouds in the other order) and gradients with respect to points.
-template <class T, int kMetric>
+template <class T, int kMetric, bool kLabels>
 class PlanProduct {
  public:
   PlanProduct(const PlanProductArgs<T>& args, Crew& crew, Scratch& s, Patience& patience)
-      : A(args), crew_(crew), patience_(patience), Y_(A.M, A.D, s), Z_(A.M, A.K, s), ld_(buffer_width<T>(A.M)),
-        block_(block_rows<T>(ld_)) {
+      : A(args), crew_(crew), patience_(patience), Y_(A.M, A.D, s), Z_(A.M, A.K, s),
+        labels_(A.labels, A.N, A.M, false, s), ld_(buffer_width<T>(A.M)), block_(block_rows<T>(ld_)) {
     buffer_ = s.take<T>(A.threads * block_ * ld_);
     v_ = s.take<T>(ld_), gamma_ = s.take<double>(ld_);
   }
 
   int run(i64 problem) {
+    if (!labels_.place(problem)) return kBadValue;
     Y_.place(A.y, problem);
     Z_.pack(A.z.data + problem * A.z.batch, A.z.row);
     const double unit = A.eps.data[problem * A.eps.batch] * 0.693147180559945309417;
     tiles_.D = A.D, tiles_.exact_scale = 1 / unit, tiles_.scale = T(1 / unit);
-    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, A.N, A.M, A.D, problem);
+    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, A.N, A.M, A.D, problem) + labels_.reach();
     for (i64 j = 0; j < ld_; ++j) {
       v_[j] = j < A.M ? at(A.v, problem, j) : T(0);
       if (j < A.M)
@@ -551,8 +637,9 @@ class PlanProduct {
   Patience& patience_;
   Cloud<T> Y_;
   Panels<T> Z_;
+  LabelCosts<T> labels_;
   i64 ld_, block_;
-  Tiles<T, kMetric> tiles_;
+  Tiles<T, kMetric, kLabels> tiles_;
   T *buffer_, *v_;
   double* gamma_;
 
@@ -570,21 +657,21 @@ class PlanProduct {
     for (i64 k = 0; k < rows; ++k) {
       const double a = at(A.a, problem, i0 + k);
       const double phi = ::log2(a) + double(at(A.f, problem, i0 + k)) / unit;
-      block.add(x + (i0 + k) * A.x.row, T(a > 0 ? -tiles_.grid.nearest(phi) : INFINITY));
+      block.add(x + (i0 + k) * A.x.row, labels_.of_row(i0 + k), T(a > 0 ? -tiles_.grid.nearest(phi) : INFINITY));
       rest[k] = T(a > 0 ? ::exp2(phi + double(block.shift[k])) : 0), u[k] = at(A.u, problem, i0 + k);
     }
     block.fill_up();
     tiles_.sweep(
         block, Y_,
-        [&](int k, i64 j, Vec<T>(&t)[kPointVecs], const Vec<T>* q) {
+        [&](int k, i64 j, Vec<T>(&t)[kPointVecs], const Vec<T>* C, const Vec<T>* distance) {
           const Vec<T> low = Powers<T>::kLowest - zero, high = T(120) - zero;
           decltype(low > low) kept[kPointVecs];
           for (int v = 0; v < kPointVecs; ++v)
             kept[v] = t[v] > low, t[v] = t[v] > high ? high : t[v];
           exp2<T>(t);
           for (int v = 0; v < kPointVecs; ++v, j += kWidth<T>) {
-            Vec<T> w = t[v] * rest[k] * (load(v_ + j) + u[k] + kappa * q[v]);
-            if (A.over_cost) w = q[v] > zero ? w / q[v] : zero;
+            Vec<T> w = t[v] * rest[k] * (load(v_ + j) + u[k] + kappa * C[v]);
+            if (A.over_distance) w = distance[v] > zero ? w / distance[v] : zero;
             store(buffer + k * ld_ + j, kept[v] ? w : zero);
           }
         },
@@ -635,14 +722,15 @@ class PlanProduct {
 
 template <class T>
 int plan_product(const PlanProductArgs<T>& args) {
-  const auto run = [&](auto metric) {
-    using Product = PlanProduct<T, decltype(metric)::value>;
+  const auto run = [&](auto kind) {
+    using Kind = decltype(kind);
+    using Product = PlanProduct<T, Kind::kMetric, Kind::kLabels>;
     return each_problem(args, bytes_of<Product>(args), [&](Scratch& scratch, Crew& crew, i64 problem,
                                                            Patience& patience) {
       return Product(args, crew, scratch, patience).run(problem);
     });
   };
-  return with_metric(args.metric, run);
+  return with_kind(args, run);
 }
 
 }  // namespace otdd::cpu::OTDD_ISA

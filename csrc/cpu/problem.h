@@ -93,12 +93,21 @@ struct CostBackwardArgs {
   int threads;
 };
 
-// Sinkhorn between point clouds; rho is inf where a marginal is met exactly.
+// Labels of the points of both sides and the cost between labels, (K, L); cost.data null: no labels.
+template <class T>
+struct Labels {
+  Vectors<i64> x, y;
+  Matrices<T> cost;
+  i64 K, L;
+};
+
+// Sinkhorn between point clouds, C_ij = c(x_i, y_j) + cost[label of x_i, label of y_j]; rho is inf where a marginal is met exactly.
 template <class T>
 struct PointsArgs {
   i64 B, N, M, D;
   Matrices<T> x, y;
   int metric;
+  Labels<T> labels;
   Vectors<T> a, b;
   Vectors<double> eps, rho_a, rho_b;
   Vectors<T> g0;
@@ -111,19 +120,21 @@ struct PointsArgs {
 
 enum ProductMode : int { kValue = 0, kDifference = 1, kSign = 2 };
 
-// out_i = sum_j P_ij (u_i + v_j + kappa C_ij) h(x_i, z_j), over C_ij if over_cost (0 where that is 0).
+// out_i = sum_j P_ij (u_i + v_j + kappa C_ij) h(x_i, z_j), over c(x_i, y_j) if over_distance (0 where
+// that is 0).
 template <class T>
 struct PlanProductArgs {
   i64 B, N, M, D, K;
   Matrices<T> x, y;
   int metric;
+  Labels<T> labels;
   Vectors<T> f, g, a, b;
   Vectors<double> eps;
   Vectors<T> u, v;
   Vectors<double> kappa;
   Matrices<T> z;
   int mode;
-  bool over_cost;
+  bool over_distance;
   T* out;  // contiguous
   int threads;
 };

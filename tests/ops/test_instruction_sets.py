@@ -12,7 +12,9 @@ from otdd import backends
 SCRIPT = """
 import sys, torch
 from otdd import backends
-from otdd.ops import cost_matrix, sinkhorn
+from otdd.ops import cost_matrix, sinkhorn, sinkhorn_points
+from otdd.ops.points import cpu
+cpu.STORED = 0
 torch.manual_seed(0)
 out = []
 for dtype in (torch.float32, torch.float64):
@@ -26,6 +28,14 @@ for dtype in (torch.float32, torch.float64):
     # Tiny problems, one in a lane, of a size that fills the cache lines of no instruction set.
     r = sinkhorn(torch.rand(33, 15, 17, dtype=dtype), eps=0.1, max_iter=20, backend="cpu")
     out += [t.double() for t in (r.f, r.g, r.plan, r.cost)]
+    lx, ly = torch.randint(0, 3, (9,)), torch.randint(0, 4, (70,))
+    W = (torch.rand(3, 4, dtype=dtype) - 0.5).requires_grad_()
+    for metric in ("l1", "l2", "sqeuclidean"):
+        labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
+        options = {"metric": metric, "eps": 3.0, "max_iter": 20, "backend": "cpu"}
+        r = sinkhorn_points(x, y, **options, **labels)
+        dx, dW = torch.autograd.grad(r.value.sum(), (x, W))
+        out += [t.detach().double() for t in (r.f, r.g, r.cost, dx, dW)]
 torch.save((backends.native().cpu_isa(), out), sys.argv[1])
 """
 

@@ -6,11 +6,11 @@ Forward only: a graph of derivatives needs the device itself (tests marked gpu c
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from otdd import backends
-from otdd.losses import OTLogitLoss
+from otdd.losses import DatasetDistance, OTLogitLoss
 from otdd.ops import barycentric, cost_matrix, sinkhorn
 
 
@@ -67,6 +67,20 @@ def test_unbalanced(calls):
 
 def test_logit_loss(calls):
     OTLogitLoss()(fake(16, 10), fake(16, 10))
+
+
+@pytest.mark.parametrize("labels", ["sinkhorn", "given"])
+def test_dataset_distance(calls, monkeypatch, labels):
+    """One read, of the sizes of the classes; none where their costs are given."""
+    monkeypatch.setitem(backends._REASONS, "triton", None)
+    reads = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda t: reads.append(t) or [3, 7, 1, 8])
+    x, y = fake(10, 3), fake(2, 9, 3)
+    lx, ly = fake(10, dtype=torch.int64), fake(2, 9, dtype=torch.int64)
+    options = {"num_classes": 2} if labels == "sinkhorn" else {"labels": fake(2, 2)}
+    assert DatasetDistance(**options)(x, lx, y, ly).shape == (2,)
+    assert len(reads) == (labels == "sinkhorn")
+    assert "otdd::sinkhorn_points" in calls.names
 
 
 def test_a_look_at_a_value_is_seen(calls):

@@ -1,17 +1,18 @@
 """`sinkhorn_points` with costs between labels, and its schedule, against the dense oracle."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from points_backends import points_backend
+from points_backends import WAYS, points_backend
 from references import clouds, cost_oracle, sinkhorn_oracle
 
-from otdd.ops import METRICS, sinkhorn_points
+from otdd.ops import METRICS, checks, sinkhorn_points
 from otdd.ops.points import cpu
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=WAYS)
 def backend(request, monkeypatch) -> str:
     return points_backend(request.param, monkeypatch)
 
@@ -75,6 +76,94 @@ def test_labels_that_all_problems_share(backend):
     shared = {"labels_x": lx[0], "labels_y": ly[0], "label_cost": W[0]}
     alone = sinkhorn_points(x[1], y[1], a[1], b[1], **shared, **options)
     torch.testing.assert_close(sinkhorn_points(x, y, a, b, **shared, **options).f[1], alone.f)
+
+
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean"])
+@pytest.mark.parametrize("shift", [-50.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_costs_between_labels_of_any_sign_and_size(backend, metric, shift, dtype):
+    """Some labels far from all others, and costs all negative or far above those of the points."""
+    x, y, a, b, lx, ly, W = labelled(2, 21, 70, 3, dtype)
+    W = W + shift
+    W[:, 3] += 1e3
+    W[:, :, 5] += 1e3
+    options = {"metric": metric, "eps": 0.5, "max_iter": 30}
+    labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
+    r = sinkhorn_points(x, y, a, b, **options, **labels, backend=backend)
+    doubles = (t.double() for t in (x, y))
+    C = dense(*doubles, lx, ly, W.double(), metric)
+    expected = sinkhorn_oracle(C, a.double(), b.double(), eps=0.5, max_iter=30)
+    unit = 6e-8 if dtype == torch.float32 else 1e-15
+    size = C.abs().max().item()
+    for name in ("f", "g", "value"):
+        got = getattr(r, name).double()
+        torch.testing.assert_close(got, expected[name], rtol=0, atol=unit * 100 * size, msg=name)
+    bound = unit * (40 + 20 * size / 0.5)  # as many roundings of costs over eps
+    assert (r.plan.double() - expected["plan"]).abs().sum() < bound
+    assert (r.cost.double() - expected["cost"]).abs().max() < bound * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_columns_that_only_labels_keep_apart(backend, dtype):
+    """No column keeps any mass after the first row step: all are done in the log domain."""
+    x, y, a, b, lx, ly, W = labelled(1, 30, 40, 2, dtype)
+    W = W + 1e5 * torch.arange(6).to(dtype)
+    labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
+    C = dense(x.double(), y.double(), lx, ly, W.double(), "sqeuclidean")
+    a[0, ::3], b[0, ::4] = 0, 0
+    for max_iter in (1, 2, 20):
+        r = sinkhorn_points(x, y, a, b, eps=1.0, max_iter=max_iter, **labels, backend=backend)
+        expected = sinkhorn_oracle(C, a.double(), b.double(), eps=1.0, max_iter=max_iter)
+        unit = 6e-8 if dtype == torch.float32 else 1e-15
+        for name in ("f", "g"):
+            seen = getattr(r, name).double()
+            torch.testing.assert_close(seen, expected[name], rtol=0, atol=unit * 100 * 6e5)
+
+
+def test_masked_points_may_have_any_label(backend):
+    x, y, a, b, lx, ly, W = labelled(1, 12, 20, 3, torch.float64)
+    a[0, 9:], b[0, 13:] = 0, 0
+    options = {"eps": 0.5, "max_iter": 40, "backend": backend, "label_cost": W}
+    cut = x[:, :9], y[:, :13], a[:, :9], b[:, :13]
+    alone = sinkhorn_points(*cut, labels_x=lx[:, :9], labels_y=ly[:, :13], **options)
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    for label in (0, 3):
+        lx[0, 9:], ly[0, 13:] = label, label
+        r = sinkhorn_points(*leaves, a, b, labels_x=lx, labels_y=ly, **options)
+        torch.testing.assert_close((r.value, r.f[:, :9]), (alone.value, alone.f))
+        dx, dy = torch.autograd.grad(r.cost.sum(), leaves)
+        assert not dx[0, 9:].any()
+        assert not dy[0, 13:].any()
+
+
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean"])
+def test_points_in_the_same_place_with_different_labels(backend, metric):
+    """The L2 gradient divides by the distance, which is 0 here, and not by the cost."""
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    W = torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64)
+    labels = {"labels_x": torch.tensor([0, 0, 1]), "labels_y": torch.tensor([1, 0, 1])}
+    x.requires_grad_()
+    r = sinkhorn_points(x, y, metric=metric, eps=1.0, label_cost=W, **labels, backend=backend)
+    C = cost_oracle(x, y, metric) + W[labels["labels_x"]][:, labels["labels_y"]]
+    want = torch.autograd.grad((r.plan.detach() * C).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(r.value, x), want)
+
+
+@pytest.mark.parametrize("side", ["labels_x", "labels_y"])
+@pytest.mark.parametrize("label", [-1, 6])
+def test_native_code_reads_no_cost_that_is_not_there(side, label, monkeypatch):
+    """Where values are not looked at before, the kernels still do."""
+    monkeypatch.setattr(cpu, "STORED", 0)
+    monkeypatch.setattr(checks, "values_are_checked", lambda t: False)
+    x, y, a, b, lx, ly, W = labelled(1, 9, 11, 2, torch.float64, K=6)
+    labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
+    r = sinkhorn_points(x, y, a, b, eps=1.0, **labels, backend="cpu")
+    labels[side][0, -1] = label
+    with pytest.raises(ValueError, match="sinkhorn_points: got values that the kernel refuses"):
+        sinkhorn_points(x, y, a, b, eps=1.0, **labels, backend="cpu")
+    with pytest.raises(ValueError, match="a product with the plan: got values that the kernel"):
+        replace(r, labels=(lx, ly, W)).apply(torch.rand(1, 11, 2, dtype=torch.float64))
 
 
 LABELS = {

@@ -63,7 +63,7 @@ def sinkhorn_points(
     The iterates of ``sinkhorn(cost_matrix(x, y, metric), a, b, ...)``, in memory for ``(N + M) D``
     numbers: costs are made tile by tile in each iteration, from differences of coordinates, so that
     clouds far from the origin keep their digits. A cost matrix that is small is kept all the same
-    where that is faster.
+    where that is faster. (With labels, ``K M + L N`` numbers more on the CPU.)
 
     Gradients:
 
@@ -172,7 +172,7 @@ def solve_clouds(
     elif C is not None:
         out = solve_costs(C, *p[2:7], g, *limits, "", grad, False, backend)
     else:
-        found = refusals(p.x, p.y, options["schedule"], p.label_cost)
+        found = refusals(p.x, p.y, options["schedule"])
         backend = backends.choose("sinkhorn_points", found, backend)
         run = solve_implicit if grad == "implicit" else solve
         out = run(*p, g, metric, *limits, precision, backend)
@@ -186,18 +186,13 @@ def solve_clouds(
 def placed(op: str, x: Tensor, y: Tensor, backend: str | None) -> tuple[str, bool]:
     """The backend of an op that may keep the costs between clouds, and whether it keeps them."""
     few = x.shape[:-1].numel() * y.shape[-2] <= KEPT
-    chosen = backends.choose(op, refusals(x, y, None, None), backend)
+    chosen = backends.choose(op, refusals(x, y, None), backend)
     return chosen, few and chosen != "triton"
 
 
-def refusals(
-    x: Tensor, y: Tensor, schedule: float | None, label_cost: Tensor | None
-) -> dict[str, str | None]:
+def refusals(x: Tensor, y: Tensor, schedule: float | None) -> dict[str, str | None]:
     """For `backends.choose`: what each backend of `sinkhorn_points` has against a problem."""
-    found = pointers.refusals(x, cuda_refusal(x, x.shape[-2], y.shape[-2], schedule))
-    if label_cost is not None:
-        found["cpu"] = "no costs between labels yet"
-    return found
+    return pointers.refusals(x, cuda_refusal(x, x.shape[-2], y.shape[-2], schedule))
 
 
 def _labels(

@@ -16,6 +16,7 @@ from otdd.ops.points.levels import through_levels
 from otdd.ops.points.reference import Clouds, PointSolution
 
 STORED = 1 << 23  # entries of the largest stored cost
+Labels = tuple[pointers.Strided, pointers.Strided, pointers.Strided, int, int]
 _METRICS = {"l1": 0, "sqeuclidean": 1, "l2": 2}
 _MODES = {"value": 0, "difference": 1, "sign": 2}
 
@@ -32,7 +33,11 @@ def points_cpu(
 def streamed(
     p: Clouds, g: Tensor, metric: str, max_iter: int, tol: float | Tensor
 ) -> PointSolution:
-    """One cost and one exp an entry and iteration, and memory for ``(N + M) D`` numbers."""
+    """One cost and one exp an entry and iteration, and memory for ``(N + M) D`` numbers.
+
+    With K and L labels, for ``K M + L N`` more: costs between labels are then read in whole
+    vectors.
+    """
     *batch, N, D = p.x.shape
     M = p.y.shape[-2]
     out = PointSolution(
@@ -47,6 +52,7 @@ def streamed(
     tol = tol if isinstance(tol, Tensor) else torch.full_like(p.eps, tol)
     rest = p.a, p.b, p.eps, p.rho_a, p.rho_b, g, tol
     x, y, a, b, eps, rho_a, rho_b, g, tol = pointers.flat(len(batch), *points, *rest)
+    labels, _kept = _labels(p)
     status = pointers.kernel("points", p.x.dtype)(
         math.prod(batch),
         N,
@@ -55,6 +61,7 @@ def streamed(
         matrices(x),
         matrices(y),
         _METRICS[metric],
+        labels,
         per_point(a),
         per_point(b),
         per_problem(eps),
@@ -89,6 +96,7 @@ def product_cpu(
     points = (pointers.with_rows(t) for t in (p.x, p.y, z))
     rest = f, g, p.a, p.b, p.eps, u, v, kappa
     x, y, z, f, g, a, b, eps, u, v, kappa = pointers.flat(len(batch), *points, *rest)
+    labels, _kept = _labels(p)
     status = pointers.kernel("plan_product", p.x.dtype)(
         math.prod(batch),
         N,
@@ -98,6 +106,7 @@ def product_cpu(
         matrices(x),
         matrices(y),
         _METRICS[metric],
+        labels,
         per_point(f),
         per_point(g),
         per_point(a),
@@ -114,3 +123,13 @@ def product_cpu(
     )
     pointers.check(status, "a product with the plan")
     return out
+
+
+def _labels(p: Clouds) -> tuple[Labels, tuple[Tensor, ...]]:
+    """Labels and their costs for native code, and the tensors to keep until its call is over."""
+    if p.label_cost is None:
+        return ((0, 0, 0), (0, 0, 0), (0, 0, 0), 0, 0), ()
+    K, L = p.label_cost.shape[-2:]
+    tensors = p.labels_x, p.labels_y, pointers.with_rows(p.label_cost)
+    kept = lx, ly, costs = pointers.flat(p.eps.dim(), *tensors)
+    return (per_point(lx), per_point(ly), matrices(costs), K, L), kept
