@@ -16,7 +16,7 @@ from otdd.ops.checks import (
     solver_options,
     values_are_checked,
 )
-from otdd.ops.points import _clouds, _expanded
+from otdd.ops.points import _expanded, clouds_of
 
 
 class DatasetDistance(nn.Module):
@@ -112,7 +112,7 @@ class DatasetDistance(nn.Module):
         self.options = {"eps": eps / lambda_x, **options}
 
     def forward(self, x: Tensor, labels_x: Tensor, y: Tensor, labels_y: Tensor) -> Tensor:
-        x, y = _clouds(x, y)
+        x, y = clouds_of(x, y)
         require(x.shape[:-2].numel() > 0, "x", f"shape {tuple(x.shape)}", "a batch of at least one")
         if values_are_checked(x):
             finite(x, "x")

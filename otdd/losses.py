@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from otdd.backends import NAMES
 from otdd.dataset_distance import DatasetDistance
-from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence
+from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence, sinkhorn_points
 from otdd.ops.checks import (
     as_float,
     finite,
@@ -16,6 +16,7 @@ from otdd.ops.checks import (
     solver_options,
     values_are_checked,
 )
+from otdd.ops.points import clouds_of, placed
 from otdd.ops.sinkhorn import GRADS, MARGINALS
 
 __all__ = ["DatasetDistance", "OTLogitLoss", "SinkhornLoss"]
@@ -25,14 +26,15 @@ class SinkhornLoss(nn.Module):
     """Entropic OT between point clouds, or the Sinkhorn divergence.
 
     With `debias`, `otdd.ops.sinkhorn_divergence`, which is zero at x = y and never negative;
-    without, the dual value ``OT(x, y)`` of `otdd.ops.sinkhorn` with the KL regulariser.
+    without, the dual value ``OT(x, y)`` of `otdd.ops.sinkhorn` with the KL regulariser. Costs are
+    kept up to 2^22 in all, else made tile by tile.
 
     Args:
         metric: Ground cost, as in `otdd.ops.cost_matrix`; ``sqeuclidean`` is ``|x - y|^2``, without
             GeomLoss's 1/2.
         eps: Regularisation strength > 0 in the units of the cost.
         debias: Subtract the self-transport terms.
-        max_iter: Iterations of each solve.
+        max_iter: Iterations of the solve of x against y.
         tol: L1 marginal error at which a problem stops by itself; 0 never.
         rho_a: KL penalty > 0 on the marginal of x, as in `otdd.ops.sinkhorn`; None: met.
         rho_b: KL penalty on the marginal of y.
@@ -74,8 +76,13 @@ class SinkhornLoss(nn.Module):
     ) -> Tensor:
         if self.debias:
             return sinkhorn_divergence(x, y, a, b, metric=self.metric, **self.options).value
-        C = cost_matrix(x, y, self.metric, backend=self.options["backend"])
-        return sinkhorn(C, a, b, **self.options).value
+        x, y = clouds_of(x, y)
+        backend, kept = placed("SinkhornLoss", x, y, self.options["backend"])
+        options = self.options | {"backend": backend}
+        if not kept:
+            return sinkhorn_points(x, y, a, b, metric=self.metric, **options).value
+        C = cost_matrix(x, y, self.metric, backend=backend)
+        return sinkhorn(C, a, b, **options).value
 
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, eps={self.eps}, debias={self.debias}"

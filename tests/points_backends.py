@@ -1,15 +1,20 @@
 """`sinkhorn_points` on every backend, and in every way that it gets its costs there."""
 
 from otdd.ops import pointers
-from otdd.ops.points import cpu, tiles
+from otdd.ops.points import cpu, implicit, tiles
 
 WAYS = ("reference", "cpu stored", "cpu streamed", "cuda", "triton")
 MORE_OF_TRITON = ("triton stored", "triton panels")
+OF_THE_FIXED_POINT = ("reference kept", "reference", "cpu kept", "cpu streamed")
 
 
 def points_backend(way: str, monkeypatch) -> str:
-    """Sets up a way, ``backend`` or ``backend WAY``; returns the backend."""
+    """Sets up a way, ``backend`` or ``backend WAY``; returns the backend.
+
+    ``kept`` is the plan for the linear system of the fixed point.
+    """
     backend, _, how = way.partition(" ")
+    monkeypatch.setattr(implicit, "KEPT", 1 << 20 if how == "kept" else 0)
     if backend == "cpu":
         monkeypatch.setattr(cpu, "STORED", 0 if how == "streamed" else 1 << 20)
     elif backend == "triton":

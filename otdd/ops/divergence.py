@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from otdd.ops import checks
-from otdd.ops.cost import METRICS, cost_matrix
-from otdd.ops.sinkhorn import GRADS, Grad, SinkhornResult, problem_tensors, sinkhorn
+from otdd.ops.cost import METRICS
+from otdd.ops.points import clouds_of, on_sphere, placed, solve_clouds
+from otdd.ops.points.gradients import solve as solve_points
+from otdd.ops.points.reference import Clouds
+from otdd.ops.points.result import PointsResult, costs_of
+from otdd.ops.sinkhorn import GRADS, Grad, _per_problem, problem_tensors
+from otdd.ops.sinkhorn.gradients import solve as solve_costs
+from otdd.ops.sinkhorn.op import plan_op
 from otdd.ops.sinkhorn.reference import conjugate, weighted
 
 
@@ -21,14 +27,15 @@ class Divergence:
         f: Debiased row potentials, ``(..., N)``: dS/da up to a constant between hard marginals.
         g: Debiased column potentials, ``(..., M)``.
         between: Solve of x against y.
-        within: Solves of x and of y against themselves.
+        within: Solves of x and of y against themselves: their second half, after both halves'
+            iterations.
     """
 
     value: Tensor
     f: Tensor
     g: Tensor
-    between: SinkhornResult
-    within: tuple[SinkhornResult, SinkhornResult]
+    between: PointsResult
+    within: tuple[PointsResult, PointsResult]
 
 
 def sinkhorn_divergence(
@@ -51,12 +58,20 @@ def sinkhorn_divergence(
     With penalties, the unbalanced divergence, ``+ eps (sum(a) - sum(b))^2 / 2`` (Sejourne, Feydy,
     Vialard, Trouve & Peyre 2019, definition 5). It is zero at x = y, with penalties once it has
     converged and if they are equal. It is not negative after any number of iterations, up to
-    rounding, which is cut off. For that, OT(x, x) is the dual at the
-    mean p of its two potentials, OT(y, y) that at q, and the solve of x against y starts at
-    (p, q). Its dual only grows from there, and exp(-C / eps) is a positive definite kernel K under
-    every metric, so with u = a exp(p / eps) and v = b exp(q / eps)::
+    rounding, which is cut off. For that, OT(x, x) is the dual at the mean p of its two potentials,
+    OT(y, y) that at q, and the solve of x against y starts at (p, q). Its dual only grows from
+    there, and exp(-C / eps) is a positive definite kernel K under every metric, so with
+    u = a exp(p / eps) and v = b exp(q / eps)::
 
         S >= eps (<u, K u> / 2 + <v, K v> / 2 - <u, K v>) >= 0
+
+    A transport of a cloud to itself does one and the same thing in both half-steps, so it takes
+    half of `max_iter`: a quarter, and from the mean of the potentials another. That is mostly
+    nearer to the fixed point than `max_iter` iterations are; all three are about two solves.
+
+    Costs are kept while those of the larger cloud to itself are at most 2^22 in all, and by
+    ``cuda``; else they are made tile by tile, in memory for the points. `value` has second
+    derivatives under ``envelope``.
 
     Args:
         x: Points ``(..., N, D)``.
@@ -65,12 +80,13 @@ def sinkhorn_divergence(
         b: Weights of y, ``(..., M)``. Without penalties their mass must be that of a, to 1e-3.
         metric: Ground cost, as in `otdd.ops.cost_matrix`.
         eps: Regularisation strength > 0, in the units of the cost.
-        max_iter: Iterations of each of the three solves.
-        tol: L1 marginal error at which a solve stops by itself; 0 never.
+        max_iter: Iterations of the solve of x against y.
+        tol: If > 0, L1 marginal error at which each of the three solves stops by itself, at the
+            latest after `max_iter`.
         rho_a: Penalty > 0 on the marginal of x, as in `otdd.ops.sinkhorn`; None or inf: met.
         rho_b: Penalty on the marginal of y.
         grad: As in `otdd.ops.sinkhorn`, for each of the three; what they start from is a constant.
-        backend: As in `otdd.ops.sinkhorn`.
+        backend: ``reference``, ``cpu``, ``cuda``, ``triton``, or None for the first that can.
 
     Raises:
         ValueError: As `otdd.ops.cost_matrix` and `otdd.ops.sinkhorn`; masses that differ, without
@@ -82,29 +98,80 @@ def sinkhorn_divergence(
     checks.positive(eps, "eps", torch.float64)
     rho_a, rho_b = (None if rho == math.inf else rho for rho in (rho_a, rho_b))
     soft = rho_a is not None or rho_b is not None
-    C = cost_matrix(x, y, metric, backend=backend)
-    _, _, a, b, _ = problem_tensors(C, eps, None, a, b, like="x")
-    if checks.values_are_checked(C):
+    x, y = clouds_of(x, y)
+    shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the costs of x to y
+    _, _, a, b, strength = problem_tensors(shape, eps, None, a, b, like="x")
+    rho_x, rho_y = (
+        None if rho is None else _per_problem(rho, name, shape, or_inf=True)
+        for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
+    )
+    if checks.values_are_checked(x):
         checks.weights(a, "a")
         checks.weights(b, "b")
         if not soft:
             _check_masses(a, b)
-    x, y = x.expand(*C.shape[:-2], *x.shape[-2:]), y.expand(*C.shape[:-2], *y.shape[-2:])
-    options = {"eps": eps, "max_iter": max_iter, "tol": tol, "grad": grad, "backend": backend}
-
-    def within(x: Tensor, a: Tensor | None, rho: float | None) -> SinkhornResult:
-        C = cost_matrix(x, x, metric, backend=backend)
-        return sinkhorn(C, a, a, rho_a=rho, rho_b=rho, **options)
-
-    within_x, within_y = within(x, a, rho_a), within(y, b, rho_b)
-    half_x, p = _half(within_x, eps, rho_a, soft)
-    half_y, q = _half(within_y, eps, rho_b, soft)
-    between = sinkhorn(C, a, b, rho_a=rho_a, rho_b=rho_b, init=(p, q), **options)
+    pairs = (x, y), (x, _again(x)), (y, _again(y))
+    if metric == "cosine":
+        pairs, metric = [on_sphere(*pair) for pair in pairs], "sqeuclidean"
+    longer = x if x.shape[-2] > y.shape[-2] else y
+    chosen, kept = placed("sinkhorn_divergence", longer, longer, backend)
+    limits = {"max_iter": max_iter, "tol": tol, "schedule": None, "grad": grad}
+    rest = metric, chosen, kept, limits
+    (of_x, of_y), weights, penalties = pairs[1:], (a, b), (rho_x, rho_y)
+    between, C = Clouds(*pairs[0], *weights, strength, *penalties, None, None, None), None
+    if kept:  # first, since its check of values names the sides
+        C = costs_of(between, metric, chosen)
+    elif checks.values_are_checked(x):
+        checks.finite(x, "x")
+        checks.finite(y, "y")
+    within_x, half_x, p = _within(*of_x, a, strength, rho_x, soft, *rest)
+    within_y, half_y, q = _within(*of_y, b, strength, rho_y, soft, *rest)
+    between = solve_clouds(between, q, metric, "highest", chosen, limits, C)
     value = between.value - half_x - half_y
     if soft:
         value = value + eps / 2 * (between.a.sum(-1) - between.b.sum(-1)).square()
     value = value - value.detach().clamp(max=0)  # its gradient stays
     return Divergence(value, between.f - p, between.g - q, between, (within_x, within_y))
+
+
+def _within(
+    x: Tensor,
+    copy: Tensor,
+    a: Tensor | None,
+    eps: Tensor,
+    rho: Tensor | None,
+    soft: bool,
+    metric: str,
+    backend: str,
+    kept: bool,
+    limits: dict,
+) -> tuple[PointsResult, Tensor, Tensor]:
+    """A cloud's transport to itself, half of its value, and the mean of its potentials.
+
+    A half-step along a direction of the potentials multiplies it by some -t in [-1, 0], the same
+    one in rows and columns, so that the mean of the two potentials keeps ``t^(2n - 1) (1 - t) / 2``
+    of it after n iterations: little where t is near 1, which is what iterations alone are slow at.
+    """
+    cloud = Clouds(x, copy, a, _again(a), eps, rho, _again(rho), None, None, None)
+    C = costs_of(cloud, metric, backend) if kept else None
+    tol, quarter = limits["tol"], -(-limits["max_iter"] // 4)
+    with torch.no_grad():
+        if kept:
+            some = None, quarter, tol, 0.0, "", "envelope", False
+            f, g, *_, n_iter, _ = solve_costs(C, *cloud[2:7], *some, backend)
+        else:
+            some = None, metric, quarter, tol, 0.0, "highest"
+            f, g, *_, n_iter = solve_points(*cloud, *some, backend)
+        start = (f + g) / 2
+    rest = max(1, limits["max_iter"] - quarter) if tol else quarter
+    limits = limits | {"max_iter": rest}
+    solved = solve_clouds(cloud, start, metric, "highest", backend, limits, C, n_iter)
+    return solved, *_half(solved, rho, soft, C)
+
+
+def _again(t: Tensor | None) -> Tensor | None:
+    """The same once more: Dynamo refuses one tensor in two places of an op."""
+    return None if t is None else t.expand(t.shape)
 
 
 def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
@@ -120,7 +187,7 @@ def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
 
 
 def _half(
-    solved: SinkhornResult, eps: float, rho: float | None, soft: bool
+    solved: PointsResult, rho: Tensor | None, soft: bool, C: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Half of a cloud's transport to itself at the mean of its potentials, and that mean.
 
@@ -128,7 +195,7 @@ def _half(
     penalty on the other cloud only, it is the limit of a penalty on this one, in which the mass
     counts too.
     """
-    own = solved.value / 2
+    own, eps = solved.value / 2, solved.eps.to(solved.value.dtype)
     if soft and rho is None:
         mass = solved.a.sum(-1)
         by_mass = 1 if solved.grad == "envelope" else 0.5  # of which the value's slopes know or not
@@ -136,8 +203,12 @@ def _half(
     with torch.no_grad():
         p = (solved.f + solved.g) / 2
         a, mass = solved.a, solved.a.sum(-1)
-        plan = replace(solved, f=p, g=p, grad="envelope").plan
-        rho = torch.full_like(mass, torch.inf if rho is None else rho)
+        if C is None:
+            at_mean = replace(solved, f=p, g=_again(p), grad="envelope")
+            total = at_mean.apply(p.new_ones(p.shape[-1], 1)).sum((-1, -2))
+        else:
+            total = plan_op(C, p, p, a, a, solved.eps, None, False, solved.backend).sum((-1, -2))
+        rho = torch.full_like(mass, torch.inf) if rho is None else rho
         reached = mass.square() if soft else mass
-        half = weighted(a, conjugate(p, rho)).sum(-1) - eps / 2 * (plan.sum((-1, -2)) - reached)
+        half = weighted(a, conjugate(p, rho)).sum(-1) - eps / 2 * (total - reached)
     return half + (own - own.detach()), p

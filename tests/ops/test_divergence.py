@@ -1,6 +1,9 @@
 """The Sinkhorn divergence: never negative, zero at equality, the right gradients."""
 
 import math
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import cost_oracle, sinkhorn_oracle
 
+from otdd import backends
 from otdd.losses import SinkhornLoss
-from otdd.ops import METRICS, sinkhorn_divergence
+from otdd.ops import METRICS, PointsResult, cost_matrix, sinkhorn, sinkhorn_divergence
 
 BACKENDS = ("reference", "cpu", "cuda")
 
@@ -81,14 +85,18 @@ def test_potentials_are_the_slopes_in_the_weights(backend):
     max_iter=st.integers(1, 5),
     rho=st.sampled_from([None, 0.1, 10.0]),
     near=st.booleans(),
+    kept=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_never_negative_however_few_the_iterations(N, M, D, metric, eps, max_iter, rho, near, seed):
+def test_never_negative_however_few_the_iterations(
+    N, M, D, metric, eps, max_iter, rho, near, kept, seed
+):
     x, y, a, b = clouds(N, M, D, seed)
     if near:  # where the divergence is small and its terms are not
         y, b = x + 1e-4 * torch.randn_like(x), a
     options = {"metric": metric, "eps": eps, "max_iter": max_iter, "rho_a": rho, "rho_b": rho}
-    result = sinkhorn_divergence(x, y, a, b, **options)
+    with mock.patch("otdd.ops.points.KEPT", 1 << 22 if kept else 0):
+        result = sinkhorn_divergence(x, y, a, b, **options)
     halves = [r.value / 2 for r in result.within]
     terms = max(t.abs().max().item() for t in (result.between.value, *halves))
     assert (result.value >= 0).all()
@@ -96,7 +104,8 @@ def test_never_negative_however_few_the_iterations(N, M, D, metric, eps, max_ite
     from otdd.ops.divergence import _half
 
     soft = rho is not None
-    whole = result.between.value - sum(_half(r, eps, rho, soft)[0] for r in result.within)
+    penalty = torch.full((2,), rho, dtype=torch.float64) if soft else None
+    whole = result.between.value - sum(_half(r, penalty, soft)[0] for r in result.within)
     if soft:
         whole = whole + eps / 2 * (a.sum(-1) - b.sum(-1)) ** 2
     assert (whole >= -1e-12 * max(terms, 1)).all()
@@ -162,3 +171,108 @@ def test_bad_input(backend):
         SinkhornLoss(rho_b=-1.0)
     with pytest.raises(ValueError, match="a: got shape"):
         sinkhorn_divergence(x, y, b, a, eps=0.1, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+def test_the_same_without_the_costs(backend, metric, grad, monkeypatch):
+    leaves = tuple(t.requires_grad_() for t in clouds(6, 9, 3))
+    options = {"metric": metric, "eps": 0.3, "max_iter": 300, "grad": grad, "backend": backend}
+    options |= {"rho_a": 0.8}
+    seen = []
+    for kept in (1 << 22, 0):
+        monkeypatch.setattr("otdd.ops.points.KEPT", kept)
+        r = sinkhorn_divergence(*leaves, **options)
+        loss = SinkhornLoss(debias=False, **options)(*leaves)
+        assert all(isinstance(s, PointsResult) for s in (r.between, *r.within))
+        assert {s.backend for s in (r.between, *r.within)} == {backend}
+        grads = torch.autograd.grad(r.value.sum() + loss.sum(), leaves)
+        seen.append([r.value, r.f, r.g, loss, *grads])
+    torch.testing.assert_close(*seen, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "l1"])
+@pytest.mark.parametrize("ratio", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("max_iter", [4, 20, 100])
+def test_a_self_transport_is_nearer_than_twice_as_many_plain_iterations_come(
+    metric, ratio, max_iter
+):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 2, generator=generator, dtype=torch.float64)
+    a = torch.rand(150, generator=generator, dtype=torch.float64) ** 2 + 1e-3
+    a = a / a.sum()
+    C = cost_matrix(x, x, metric)
+    eps = ratio * C.mean().item()
+
+    def half(p: torch.Tensor) -> float:
+        P = ((p[:, None] + p - C) / eps).exp() * a[:, None] * a
+        return ((a * p).sum() - eps / 2 * (P.sum() - 1)).item()
+
+    def mean(r) -> torch.Tensor:
+        return (r.f + r.g) / 2
+
+    p = torch.zeros_like(a)
+    for _ in range(300):
+        p = mean(sinkhorn(C, a, a, eps=eps, max_iter=1, init=(None, p)))
+    exact = half(p)
+    plain = half(mean(sinkhorn(C, a, a, eps=eps, max_iter=max_iter)))
+    result = sinkhorn_divergence(x, x, a, a, metric=metric, eps=eps, max_iter=max_iter)
+    for r in result.within:
+        assert r.n_iter == 2 * -(-max_iter // 4)
+        seen = half(mean(r))
+        assert seen <= exact + 1e-12  # a dual value
+        assert exact - seen <= 0.5 * (exact - plain) + 1e-12
+
+
+def test_each_solve_stops_by_itself():
+    x, y, a, b = clouds(30, 40, 2)
+    r = sinkhorn_divergence(x, y, a, b, eps=0.05, max_iter=400, tol=1e-9)
+    for solve in (r.between, *r.within):
+        assert solve.converged.all()
+        assert (solve.n_iter < 200).all()
+
+
+def test_without_the_native_module_where_costs_are_few(monkeypatch):
+    for name in ("cpu", "triton"):
+        monkeypatch.setitem(backends._REASONS, name, "not there")
+    x, y, a, b = clouds(5, 4, 2)
+    assert sinkhorn_divergence(x, y, a, b, eps=0.1).between.backend == "reference"
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+def test_compile_fullgraph(kept, debias, grad, monkeypatch):
+    monkeypatch.setattr("otdd.ops.points.KEPT", kept)
+    torch._dynamo.reset()
+    loss = SinkhornLoss(eps=0.5, max_iter=7, debias=debias, rho_a=0.5, rho_b=0.5, grad=grad)
+    leaves = tuple(t.requires_grad_() for t in clouds(6, 9, 3))
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    want = loss(*leaves)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(t.sum(), leaves) for t in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
+MEMORY = """
+import resource, sys, torch
+from otdd.losses import SinkhornLoss
+n, debias = int(sys.argv[1]), sys.argv[2] == "True"
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+x, y = torch.rand(n, 3, requires_grad=True), torch.rand(300, 3)
+loss = SinkhornLoss(eps=0.1, max_iter=1, debias=debias)
+torch.autograd.grad(loss(x[:64], y), x)
+before = peak()
+torch.autograd.grad(loss(x, y if debias else x.detach()), x)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_memory_is_that_of_the_points(debias):
+    """12000 x 12000 costs would be 549 MB, also where only one of the clouds is large."""
+    command = [sys.executable, "-c", MEMORY, "12000", str(debias)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 60

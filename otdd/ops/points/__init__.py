@@ -1,7 +1,6 @@
 """`sinkhorn_points`: entropic OT between point clouds, without their cost matrix."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,12 +8,13 @@ from torch import Tensor
 
 from otdd import backends
 from otdd.ops import checks, pointers
-from otdd.ops.cost import METRICS, cost_matrix
+from otdd.ops.cost import METRICS
 from otdd.ops.cost.reference import normalised
-from otdd.ops.matmul import matmul
 from otdd.ops.points.dense import cuda_refusal
-from otdd.ops.points.op import filled, solve, transport
-from otdd.ops.points.reference import Clouds, label_costs
+from otdd.ops.points.gradients import solve, solve_implicit
+from otdd.ops.points.op import equal_weights
+from otdd.ops.points.reference import Clouds
+from otdd.ops.points.result import PointsResult, costs_of
 from otdd.ops.sinkhorn import (
     GRADS,
     Grad,
@@ -24,132 +24,14 @@ from otdd.ops.sinkhorn import (
     problem_tensors,
     sinkhorn,
 )
-from otdd.ops.sinkhorn.reference import over, plan_from_potentials
+from otdd.ops.sinkhorn.gradients import solve as solve_costs
 
 # Entries of the largest batch of costs kept for a derivative through the iterations.
 DENSE = 1 << 25
+KEPT = 1 << 22  # where an op that may keep its costs does
 
 Precision = Literal["highest", "high", "medium"]
 PRECISIONS = ("highest", "high", "medium")
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class PointsResult:
-    """Solution of entropic OT between clouds; like `SinkhornResult`, with points for costs.
-
-    ``value`` and ``cost`` are differentiable in x, y, a and b under every gradient mode; ``f``,
-    ``g`` and what is made of the plan under ``unrolled`` and ``implicit`` (constants under
-    ``envelope``).
-
-    Attributes:
-        value: Dual objective, ``(...)``.
-        cost: Transport cost ``<P, C>``, ``(...)``.
-        f: Row potentials, ``(..., N)``, in the units of the cost.
-        g: Column potentials, ``(..., M)``.
-        n_iter: Iterations done, int64 ``(...)``.
-        marginal_error: ``sum_i |sum_j P_ij - a_i exp(-f_i / rho_a)|``, ``(...)``.
-        x: Points of the rows, ``(..., N, D)``; under ``cosine`` as ``sqeuclidean`` takes them.
-        y: Points of the columns, ``(..., M, D)``.
-        a: Row weights, ``(..., N)``.
-        b: Column weights, ``(..., M)``.
-        eps: Regularisation strength, float64 ``(...)``.
-        metric: Ground cost between `x` and `y`.
-        tol: Marginal error that was asked for.
-        grad: Gradient mode.
-        precision: Of the products between points.
-        backend: Backend that solved it.
-        labels: None, or labels of the rows and of the columns, int64 ``(..., N)``, ``(..., M)``,
-            and the cost between labels, ``(..., K, L)``.
-    """
-
-    value: Tensor
-    cost: Tensor
-    f: Tensor
-    g: Tensor
-    n_iter: Tensor
-    marginal_error: Tensor
-    x: Tensor
-    y: Tensor
-    a: Tensor
-    b: Tensor
-    eps: Tensor
-    metric: str
-    tol: float
-    grad: str
-    precision: str
-    backend: str
-    labels: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def converged(self) -> Tensor:
-        """``marginal_error <= tol``, bool ``(...)``; False for a problem that holds a NaN."""
-        return self.marginal_error <= self.tol
-
-    @property
-    def plan(self) -> Tensor:
-        """Transport plan ``P_ij = a_i b_j exp((f_i + g_j - c(x_i, y_j)) / eps)``.
-
-        Made at each access: ``(..., N, M)`` numbers, and as many for the cost. `apply` and
-        `barycentric` need neither.
-        """
-        p, f, g = self._problem()
-        C = _costs(p, self.metric, self.backend)
-        return plan_from_potentials(C, f, g, p.a, p.b, self.eps)
-
-    def apply(self, z: Tensor, *, transpose: bool = False) -> Tensor:
-        """``P z``, or with `transpose` ``P' z``, the plan made tile by tile.
-
-        Args:
-            z: ``(..., M, K)``, or ``(..., N, K)`` with `transpose`; leading dimensions broadcast to
-                those of the solve. Differentiable.
-            transpose: From rows to columns.
-
-        Returns:
-            ``(..., N, K)`` or ``(..., M, K)``.
-
-        Raises:
-            ValueError: Shapes that don't fit, another device, NaN or inf.
-            TypeError: `z` is not floating point or has another dtype than the solve.
-        """
-        z = checks.as_float(z, "z")
-        checks.same_kind(z, "z", self.f, "the solve")
-        *batch, n = self.f.shape if transpose else self.g.shape
-        wanted = f"{(*batch, n)} + (K,), K >= 1, or broadcastable"
-        fits = z.dim() >= 2 and z.shape[-2] == n and z.shape[-1] > 0
-        try:
-            z = z.expand(*batch, *z.shape[-2:]) if fits else z
-        except RuntimeError:
-            fits = False
-        checks.require(fits, "z", f"shape {tuple(z.shape)}", wanted)
-        if checks.values_are_checked(z):
-            checks.finite(z, "z")
-        if self.grad != "envelope":
-            return matmul(self.plan.mT if transpose else self.plan, z)
-        p, f, g = self._problem()
-        if transpose:
-            p, f, g = p.swapped(), g, f
-        return transport(z, *p, f, g, self.metric, self.precision, self.backend)
-
-    def barycentric(self, z: Tensor) -> Tensor:
-        """Barycentric projection ``(1 / a_i) sum_j P_ij z_j``; a row of weight zero is sent to 0.
-
-        Args:
-            z: Values at the columns, ``(..., M, K)``, as in `apply`.
-
-        Returns:
-            ``(..., N, K)``.
-        """
-        return over(self.apply(z), self._problem()[0].a.unsqueeze(-1))
-
-    def _problem(self) -> tuple[Clouds, Tensor, Tensor]:
-        """The problem and its potentials; constants under ``envelope``."""
-        labels = self.labels or (None, None, None)
-        points = self.x, self.y, self.a, self.b, self.eps, None, None, *labels
-        tensors = *points, self.f, self.g
-        if self.grad == "envelope":
-            tensors = (None if t is None else t.detach() for t in tensors)
-        *problem, f, g = tensors
-        return Clouds(*problem), f, g
 
 
 def sinkhorn_points(
@@ -187,9 +69,16 @@ def sinkhorn_points(
 
     - ``envelope``: ``dvalue/dx_i = sum_j P_ij dc(x_i, y_j)/dx_i``, ``dvalue/da = f`` (up to a
       constant), y and b alike, ``dvalue/dlabel_cost`` the mass between labels, and `cost` with the
-      plan held fixed; streamed as well. No second derivatives.
-    - ``unrolled`` and ``implicit``: as in `otdd.ops.sinkhorn`, whose cost matrix they keep; for at
-      most 2^25 costs in all.
+      plan held fixed: one sum over the plan for each cloud. `value` has second derivatives, those
+      of the fixed point, but under ``l1`` none in x and y: two passes over the plan by blocks of
+      rows, and the linear system of ``implicit``.
+    - ``implicit``: the derivative of the fixed point, for value, cost, f, g, `PointsResult.apply`
+      and `barycentric`; exact at convergence. Conjugate gradients in float64, two products with the
+      plan a step, which is kept while it has at most 2^22 entries, and one sum for each cloud.
+    - ``unrolled``: that of the iterations done, as in `otdd.ops.sinkhorn`, whose cost matrix it
+      keeps: for at most 2^25 costs in all.
+
+    Nothing but ``unrolled`` and `PointsResult.plan` takes memory for N x M numbers.
 
     Args:
         x: Sources, ``(..., N, D)``; float16 and bfloat16 are computed, and results given, in
@@ -221,7 +110,7 @@ def sinkhorn_points(
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, D = 0, N or M = 0,
-            eps or rho <= 0, more than 2^25 costs without ``envelope``, one or two of the three
+            eps or rho <= 0, more than 2^25 costs under ``unrolled``, one or two of the three
             arguments for labels, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) NaN or inf,
             costs that overflow, negative weights, a problem with only zero weights, or labels that
             `label_cost` does not have.
@@ -232,11 +121,11 @@ def sinkhorn_points(
     checks.solver_options(max_iter, tol, grad=(grad, GRADS), **choices)
     if schedule is not None:
         check_shortcuts(schedule, None, grad)
-    x, y = _clouds(x, y)
+    x, y = clouds_of(x, y)
     shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the cost that is not made
     labels = _labels(labels_x, labels_y, label_cost, x, shape)
     if metric == "cosine":
-        x, y, metric = *_on_sphere(x, y), "sqeuclidean"
+        x, y, metric = *on_sphere(x, y), "sqeuclidean"
     if isinstance(init, PointsResult):
         init = init.f, init.g
     _, (_, g), a, b, eps = problem_tensors(shape, eps, init, a, b, "init", like="x")
@@ -244,38 +133,66 @@ def sinkhorn_points(
         None if rho is None else _per_problem(rho, name, shape, or_inf=True)
         for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
     )
-    problem = x, y, a, b, eps, rho_a, rho_b, *labels
-    if grad != "envelope":
-        accepted = "grad='envelope' above 2^25 costs in all"
-        checks.require(shape.numel() <= DENSE, "grad", f"{grad!r} for {shape.numel()}", accepted)
-        options = {"max_iter": max_iter, "tol": tol, "schedule": schedule, "grad": grad}
-        return _dense(Clouds(*problem), g, metric, precision, backend, options)
-    *_, N, M = shape.shape
-    refusals = pointers.refusals(x, cuda_refusal(x, N, M, schedule))
-    chosen = backends.choose("sinkhorn_points", refusals, backend)
-    options = int(max_iter), float(tol), float(schedule or 0), precision
-    f, g, value, cost, marginal_error, n_iter = solve(*problem, g, metric, *options, chosen)
-    a, b = filled(*problem)[2:4]
-    solved = value, cost, f, g, n_iter, marginal_error, x, y, a, b, eps
-    how = metric, float(tol), grad, precision, chosen
-    return PointsResult(*solved, *how, None if label_cost is None else labels)
+    p = Clouds(x, y, a, b, eps, rho_a, rho_b, *labels)
+    options = {"max_iter": max_iter, "tol": tol, "schedule": schedule, "grad": grad}
+    return solve_clouds(p, g, metric, precision, backend, options)
 
 
-def _dense(
-    p: Clouds, g: Tensor | None, metric: str, precision: str, backend: str | None, options: dict
+def solve_clouds(
+    p: Clouds,
+    g: Tensor | None,
+    metric: str,
+    precision: str,
+    backend: str | None,
+    options: dict,
+    C: Tensor | None = None,
+    done: Tensor | int = 0,
 ) -> PointsResult:
-    """The solve with its cost matrix, for derivatives of the iterations."""
-    C = _costs(p, metric, backend)
-    penalties = {"rho_a": p.rho_a, "rho_b": p.rho_b, "backend": backend}
-    r = sinkhorn(C, p.a, p.b, eps=p.eps, init=(None, g), **penalties, **options)
-    solved = r.value, r.cost, r.f, r.g, r.n_iter, r.marginal_error, p.x, p.y, r.a, r.b, p.eps
+    """A solve whose arguments are checked, with its cost matrix or without.
+
+    Args:
+        p: The problems; a, b, rho_a, rho_b and the labels may be None.
+        g: Column potentials to start from, or None.
+        metric: Ground cost between points; not ``cosine``.
+        precision: Of products between points.
+        backend: As in `sinkhorn_points`; beside C, the one that solves.
+        options: max_iter, tol, schedule and grad.
+        C: The costs where they are kept; for ``unrolled`` they are in any case.
+        done: Iterations that came before.
+    """
+    tol, grad = float(options["tol"]), options["grad"]
+    limits = int(options["max_iter"]), tol, float(options["schedule"] or 0)
+    if grad == "unrolled" and C is None:
+        costs = p.eps.numel() * p.x.shape[-2] * p.y.shape[-2]
+        accepted = "another mode above 2^25 costs in all"
+        checks.require(costs <= DENSE, "grad", f"{grad!r} for {costs}", accepted)
+        C, given = costs_of(p, metric, backend), {"init": (None, g), "backend": backend, **options}
+        r = sinkhorn(C, p.a, p.b, eps=p.eps, rho_a=p.rho_a, rho_b=p.rho_b, **given)
+        out, backend = (r.f, r.g, r.value, r.cost, r.marginal_error, r.n_iter), r.backend
+    elif C is not None:
+        out = solve_costs(C, *p[2:7], g, *limits, "", grad, False, backend)
+    else:
+        found = refusals(p.x, p.y, options["schedule"])
+        backend = backends.choose("sinkhorn_points", found, backend)
+        run = solve_implicit if grad == "implicit" else solve
+        out = run(*p, g, metric, *limits, precision, backend)
+    f, g, value, cost, marginal_error, n_iter = out[:6]
     labels = None if p.label_cost is None else (p.labels_x, p.labels_y, p.label_cost)
-    return PointsResult(*solved, metric, r.tol, r.grad, precision, r.backend, labels)
+    solved = value, cost, f, g, n_iter + done, marginal_error, p.x, p.y
+    how = metric, tol, grad, precision, backend
+    return PointsResult(*solved, *equal_weights(*p[:4]), p.eps, *how, labels)
 
 
-def _costs(p: Clouds, metric: str, backend: str | None) -> Tensor:
-    C = cost_matrix(p.x, p.y, metric, backend=backend)
-    return C if p.label_cost is None else C + label_costs(p, slice(None))
+def placed(op: str, x: Tensor, y: Tensor, backend: str | None) -> tuple[str, bool]:
+    """The backend of an op that may keep the costs between clouds, and whether it keeps them."""
+    few = x.shape[:-1].numel() * y.shape[-2] <= KEPT
+    chosen = backends.choose(op, refusals(x, y, None), backend)
+    return chosen, few and chosen != "triton"
+
+
+def refusals(x: Tensor, y: Tensor, schedule: float | None) -> dict[str, str | None]:
+    """For `backends.choose`: what each backend of `sinkhorn_points` has against a problem."""
+    return pointers.refusals(x, cuda_refusal(x, x.shape[-2], y.shape[-2], schedule))
 
 
 def _labels(
@@ -317,7 +234,7 @@ def _expanded(t: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: {accepted}") from None
 
 
-def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def clouds_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Points of one batch shape, float32 or float64."""
     x, y = checks.as_float(x, "x"), checks.as_float(y, "y")
     checks.same_kind(y, "y", x, "x")
@@ -325,6 +242,8 @@ def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         full = t.dim() >= 2 and 0 not in t.shape[-2:]
         checks.require(full, name, f"shape {tuple(t.shape)}", f"{accepted}, none of the two 0")
     checks.require(x.shape[-1] == y.shape[-1], "y", f"D = {y.shape[-1]}", f"D of x, {x.shape[-1]}")
+    if x.shape[:-2] == y.shape[:-2]:
+        return x.expand(x.shape), y.expand(y.shape)  # not one tensor twice: Dynamo refuses that
     try:
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except RuntimeError:
@@ -335,7 +254,7 @@ def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
 
 
-def _on_sphere(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def on_sphere(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Points whose squared distance is the cosine cost: ``|u - v|^2 = 1 - <x, y> / (|x| |y|)``.
 
     The unit vectors over the square root of 2, and a direction of its own for the zero vectors of

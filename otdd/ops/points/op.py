@@ -1,4 +1,4 @@
-"""The ops behind `otdd.ops.sinkhorn_points`, with their derivatives.
+"""The ops behind `otdd.ops.sinkhorn_points`, and the weighted sums that its gradients are.
 
 A problem's tensors are those of `reference.Clouds`, over one batch, in that order; a and b may be
 None for equal weights, rho_a and rho_b for marginals that are met, the labels for none.
@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from otdd.ops import checks, pointers
-from otdd.ops.dispatch import custom_op, differentiable, no_derivative
+from otdd.ops.dispatch import custom_op
 from otdd.ops.points import cpu, dense
 from otdd.ops.points.levels import through_levels
 from otdd.ops.points.reference import Clouds, points_reference, product_reference
-from otdd.ops.sinkhorn.gradients import _value_slopes
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 PROBLEM = 10  # tensors of a problem
 
 
@@ -65,6 +63,17 @@ def _fake_solve(x, y, *_):  # noqa: ANN001, ANN002, ANN202
     )
 
 
+def equal_weights(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weights a and b, equal ones of mass 1 where they are None."""
+    if a is None:
+        a = x.new_full((), 1 / x.shape[-2]).expand(x.shape[:-1])
+    if b is None:
+        b = y.new_full((), 1 / y.shape[-2]).expand(y.shape[:-1])
+    return a, b
+
+
 def filled(
     x: Tensor,
     y: Tensor,
@@ -76,10 +85,10 @@ def filled(
     *labels: Tensor | None,
 ) -> Clouds:
     """A problem with a tensor for each weight and penalty: equal ones, and inf."""
-    hard = eps.new_full((), torch.inf).expand(eps.shape)
-    equal = (t.new_full((), 1 / t.shape[-2]).expand(t.shape[:-1]) for t in (x, y))
-    a, b = (e if w is None else w for w, e in zip((a, b), equal, strict=True))
-    rho_a, rho_b = (hard if rho is None else rho for rho in (rho_a, rho_b))
+    a, b = equal_weights(x, y, a, b)
+    if rho_a is None or rho_b is None:
+        hard = eps.new_full((), torch.inf).expand(eps.shape)
+        rho_a, rho_b = (hard if rho is None else rho for rho in (rho_a, rho_b))
     return Clouds(x, y, a, b, eps, rho_a, rho_b, *labels)
 
 
@@ -201,116 +210,3 @@ def label_gradient(
     of_x = (p.labels_x.unsqueeze(-2) == torch.arange(K, device=p.x.device).unsqueeze(-1)).to(**kind)
     options = metric, "value", False, precision, backend
     return of_x @ product_op(*p, f, g, u, v, kappa, of_y, *options)
-
-
-def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    problem = inputs[:PROBLEM]
-    _, ctx.metric, _, _, _, ctx.precision, ctx.backend = inputs[PROBLEM:]
-    f, g, _, _, marginal_error, n_iter = output
-    ctx.save_for_backward(*problem, f, g)
-    ctx.mark_non_differentiable(f, g, marginal_error, n_iter)
-    ctx.set_materialize_grads(False)
-
-
-@checks.outside_autocast
-def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
-    none = (None,) * 7
-    if dvalue is None and dcost is None:
-        return *(None,) * PROBLEM, *none
-    run = _envelope if torch.is_grad_enabled() else _envelope_gradients
-    wanted = *ctx.needs_input_grad[:4], ctx.needs_input_grad[PROBLEM - 1]
-    options = ctx.metric, ctx.precision, ctx.backend
-    dx, dy, da, db, dW = run(*ctx.saved_tensors, dvalue, dcost, *wanted, *options)
-    return dx, dy, da, db, *(None,) * 5, dW, *none
-
-
-def _envelope_gradients(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    eps: Tensor,
-    rho_a: Tensor | None,
-    rho_b: Tensor | None,
-    labels_x: Tensor | None,
-    labels_y: Tensor | None,
-    label_cost: Tensor | None,
-    f: Tensor,
-    g: Tensor,
-    dvalue: Tensor | None,
-    dcost: Tensor | None,
-    need_x: bool,
-    need_y: bool,
-    need_a: bool,
-    need_b: bool,
-    need_label_cost: bool,
-    metric: str,
-    precision: str,
-    backend: str,
-) -> Gradients:
-    """The plan held fixed: ``dx_i = (dvalue + dcost) sum_j P_ij dc(x_i, y_j) / dx_i``, dy alike."""
-    soft = rho_a is not None or rho_b is not None
-    p = filled(x, y, a, b, eps, rho_a, rho_b, labels_x, labels_y, label_cost)
-    scale = dvalue if dcost is None else dcost if dvalue is None else dvalue + dcost
-    scale = scale[..., None, None]
-    plain = None, None, None, metric, precision, backend
-    dx = dy = da = db = dW = None
-    if need_x:
-        dx = scale * row_gradient(p, f, g, *plain)
-    if need_y:
-        dy = scale * row_gradient(p.swapped(), g, f, *plain)
-    if need_label_cost:
-        dW = scale * label_gradient(p, f, g, *plain)
-    if dvalue is not None and (need_a or need_b):
-        _, _, by_a, by_b = _value_slopes((None, *p[2:7]), f, g, True, soft)
-        da, db = dvalue.unsqueeze(-1) * by_a, dvalue.unsqueeze(-1) * by_b
-    return dx, dy, da if need_a else None, db if need_b else None, dW
-
-
-_envelope = differentiable(
-    _envelope_gradients,
-    *no_derivative(
-        "sinkhorn_points: no second derivatives; cost_matrix and sinkhorn have those of `value`"
-    ),
-)
-solve = differentiable(solve_op, _solve_setup, _solve_backward)
-
-
-def _transport(
-    z: Tensor,
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    rho_a: Tensor | None,
-    rho_b: Tensor | None,
-    labels_x: Tensor | None,
-    labels_y: Tensor | None,
-    label_cost: Tensor | None,
-    f: Tensor,
-    g: Tensor,
-    metric: str,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    """``P z``, ``(..., N, K)``."""
-    problem = x, y, a, b, eps, rho_a, rho_b, labels_x, labels_y, label_cost
-    options = metric, "value", False, precision, backend
-    return product_op(*problem, f, g, None, None, None, z, *options)
-
-
-def _transport_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    _, *tensors, ctx.metric, ctx.precision, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-@checks.outside_autocast
-def _transport_backward(ctx, grad):  # noqa: ANN001, ANN202
-    *problem, f, g = ctx.saved_tensors
-    options = ctx.metric, ctx.precision, ctx.backend
-    back = transport(grad, *Clouds(*problem).swapped(), g, f, *options)
-    return back, *(None,) * (PROBLEM + 5)
-
-
-transport = differentiable(_transport, _transport_setup, _transport_backward)

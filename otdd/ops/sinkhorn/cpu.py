@@ -7,7 +7,8 @@ from torch import Tensor
 
 from otdd.ops import checks, pointers
 from otdd.ops.pointers import matrices, per_point, per_problem
-from otdd.ops.sinkhorn.reference import Solution, implicit_tolerance
+from otdd.ops.sinkhorn.implicit import implicit_tolerance
+from otdd.ops.sinkhorn.reference import Solution
 
 
 def sinkhorn_cpu(

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from otdd.ops import pointers
 from otdd.ops.pointers import matrices, per_point, per_problem
-from otdd.ops.sinkhorn.reference import Solution, implicit_tolerance
+from otdd.ops.sinkhorn.implicit import implicit_tolerance
+from otdd.ops.sinkhorn.reference import Solution
 
 MOST_COLUMNS = {torch.float32: 8192, torch.float64: 6144}  # a block holds a few numbers of each
 

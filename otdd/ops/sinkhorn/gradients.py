@@ -40,7 +40,7 @@ def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, AN
     return *(t if needed else None for t, needed in wanted), *none
 
 
-def _value_slopes(
+def value_slopes(
     problem: tuple[Tensor, ...], f: Tensor, g: Tensor, fixed_point: bool, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Partial derivatives of the dual value: in f, g, and in a, b at given potentials.
@@ -91,7 +91,7 @@ def _envelope_gradients(
     if dvalue is not None and need_weights:
         problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
         soft = rho_a is not None or rho_b is not None
-        _, _, by_a, by_b = _value_slopes(problem, f, g, True, soft)
+        _, _, by_a, by_b = value_slopes(problem, f, g, True, soft)
         da, db = dvalue.unsqueeze(-1) * by_a, dvalue.unsqueeze(-1) * by_b
     return dC, da, db
 
@@ -112,31 +112,17 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
             "has no second derivative; `value` has one"
         )
     problem = filled(C, a, b, eps, rho_a, rho_b, ctx.sinkd)
-    _, a_all, b_all, _, rho_a_all, rho_b_all = problem
-    e, scale = eps.to(C.dtype).unsqueeze(-1), dvalue.unsqueeze(-1)
-    _, _, by_a, by_b = _value_slopes(problem, f, g, True, True)
-    df, dg, ddvalue = torch.zeros_like(f), torch.zeros_like(g), torch.zeros_like(dvalue)
-    dC = da = db = 0
+    e = eps.to(C.dtype).unsqueeze(-1)
+    df, dg, da, db, ddvalue = value_slopes_backward(problem, f, g, dvalue, w_a, w_b)
+    dC = 0
     if w_C is not None:
         P = plan_op(C, f, g, a, b, eps, None, ctx.sinkd, ctx.backend)
         flow = P * w_C
-        ddvalue = flow.sum((-1, -2))
+        ddvalue = ddvalue + flow.sum((-1, -2))
         flow = flow * dvalue[..., None, None]
         to_rows, to_columns = flow.sum(-1), flow.sum(-2)
-        df, dg, dC = to_rows / e, to_columns / e, -flow / e.unsqueeze(-1)
-        da, db = over(to_rows, a_all), over(to_columns, b_all)
-    soft = (torch.isfinite(rho_a_all) | torch.isfinite(rho_b_all)).unsqueeze(-1)
-    mass = torch.where(soft, e * scale, 0)  # each slope holds the other side's mass
-    if w_a is not None:
-        w = torch.where(a_all > 0, w_a, 0)
-        ddvalue = ddvalue + (w * by_a).sum(-1)
-        df = df + scale * weighted(w, kept(f, rho_a_all)) * _steeper(eps, rho_a_all, C.dtype)
-        db = db + mass * w.sum(-1, keepdim=True)
-    if w_b is not None:
-        w = torch.where(b_all > 0, w_b, 0)
-        ddvalue = ddvalue + (w * by_b).sum(-1)
-        dg = dg + scale * weighted(w, kept(g, rho_b_all)) * _steeper(eps, rho_b_all, C.dtype)
-        da = da + mass * w.sum(-1, keepdim=True)
+        df, dg, dC = df + to_rows / e, dg + to_columns / e, -flow / e.unsqueeze(-1)
+        da, db = da + over(to_rows, problem[1]), db + over(to_columns, problem[2])
     no_history = f.new_empty(*C.shape[:-2], 0, sum(C.shape[-2:]), dtype=torch.float64)
     n_iter = torch.zeros_like(dvalue, dtype=torch.int64)
     through = _once(
@@ -147,6 +133,35 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
         for t, direct, implicit in zip((C, a, b), (dC, da, db), through, strict=True)
     )
     return *grads, *(None,) * 5, ddvalue, *(None,) * 5
+
+
+def value_slopes_backward(
+    problem: tuple[Tensor, ...],
+    f: Tensor,
+    g: Tensor,
+    dvalue: Tensor,
+    w_a: Tensor | None,
+    w_b: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of ``dvalue (<w_a, by_a> + <w_b, by_b>)`` at the fixed point: f, g, a, b and dvalue."""
+    _, a, b, eps, rho_a, rho_b = problem
+    e, scale = eps.to(a.dtype).unsqueeze(-1), dvalue.unsqueeze(-1)
+    _, _, by_a, by_b = value_slopes(problem, f, g, True, True)
+    df, dg, da, db = (torch.zeros_like(t) for t in (f, g, a, b))
+    ddvalue = torch.zeros_like(dvalue)
+    soft = (torch.isfinite(rho_a) | torch.isfinite(rho_b)).unsqueeze(-1)
+    mass = torch.where(soft, e * scale, 0)  # each slope holds the other side's mass
+    if w_a is not None:
+        w = torch.where(a > 0, w_a, 0)
+        ddvalue = ddvalue + (w * by_a).sum(-1)
+        df = scale * weighted(w, kept(f, rho_a)) * _steeper(eps, rho_a, a.dtype)
+        db = mass * w.sum(-1, keepdim=True).expand_as(b)
+    if w_b is not None:
+        w = torch.where(b > 0, w_b, 0)
+        ddvalue = ddvalue + (w * by_b).sum(-1)
+        dg = scale * weighted(w, kept(g, rho_b)) * _steeper(eps, rho_b, a.dtype)
+        da = mass * w.sum(-1, keepdim=True).expand_as(a)
+    return df, dg, da, db, ddvalue
 
 
 def _through_gradients(
@@ -174,7 +189,7 @@ def _through_gradients(
     dg = torch.zeros_like(g) if dg is None else dg
     if dvalue is not None:
         soft = rho_a is not None or rho_b is not None
-        slopes = _value_slopes(problem, f, g, False, soft)
+        slopes = value_slopes(problem, f, g, False, soft)
         by_f, by_g, by_a, by_b = (slope * dvalue.unsqueeze(-1) for slope in slopes)
         df, dg = df + by_f, dg + by_g
     dC, da, db = backward_op(*problem, f, g, history, n_iter, df, dg, dcost, mode, sinkd, backend)

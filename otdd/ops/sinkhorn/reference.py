@@ -6,13 +6,13 @@ domain: its row or column takes no part, and its own potential is the soft c-tra
 side, finite.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from otdd.ops.sinkhorn.accelerate import LEVEL_ERROR, LEVEL_ITERATIONS, Anderson, cost_range, levels
+from otdd.ops.sinkhorn.implicit import adjoint, implicit_tolerance, over
 
 
 class Solution(NamedTuple):
@@ -233,11 +233,6 @@ def potentials_backward_reference(
     return _implicit(plan_from_potentials(C, f, g, a, b, eps), a, b, e, damp_a, damp_b, df, dg)
 
 
-def over(numerator: Tensor, weights: Tensor) -> Tensor:
-    """Division that gives 0 where the weight is 0 (a mask has no gradient)."""
-    return torch.where(weights > 0, numerator / torch.where(weights > 0, weights, 1), 0)
-
-
 def _unrolled(
     C: Tensor,
     a: Tensor,
@@ -276,11 +271,6 @@ def _unrolled(
     return dC, da, db
 
 
-def implicit_tolerance(dtype: torch.dtype) -> float:
-    """How far the fixed point's linear system is trusted: potentials of `dtype` carry no more."""
-    return 10 * torch.finfo(dtype).eps
-
-
 def _implicit(
     plan: Tensor,
     a: Tensor,
@@ -291,62 +281,17 @@ def _implicit(
     df: Tensor,
     dg: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjoint of the fixed point: ``(diag(c) - P' diag(1/r) P) h = dg - P' (df / r)``.
-
-    r and c are the plan's own row and column sums over the damping of their marginal. Between hard
-    marginals the matrix is positive semi-definite and its kernel is the constants, the freedom
-    (f + c, g - c); `h` is found by conjugate gradients on the symmetrically scaled system,
-    orthogonally to that kernel, in float64. Blocks that the plan hardly joins make it nearly
-    singular; see `implicit_tolerance`.
-    """
-    dtype, rtol = plan.dtype, implicit_tolerance(plan.dtype)
-    plan, df, dg = plan.double(), df.double(), dg.double()
-    r, c = plan.sum(-1) / damp_a, plan.sum(-2) / damp_b
-    half = c.sqrt()
-
-    def transposed(k: Tensor) -> Tensor:
-        return torch.einsum("...nm,...n->...m", plan, k)
-
-    def apply(h: Tensor) -> Tensor:
-        return torch.einsum("...nm,...m->...n", plan, h)
-
-    def matrix(z: Tensor) -> Tensor:
-        return z - over(transposed(over(apply(over(z, half)), r)), half)
-
-    hard = (damp_a == 1) & (damp_b == 1)
-    kernel = torch.where(hard, half / half.norm(dim=-1, keepdim=True), 0)
-    rhs = over(dg - transposed(over(df, r)), half)
-    rhs = rhs - (rhs * kernel).sum(-1, keepdim=True) * kernel
-    h = over(_conjugate_gradients(matrix, rhs, kernel, rtol), half)
-    k = over(df - apply(h), r)
+    """The fixed point's derivative, in float64; see `adjoint`."""
+    dtype, plan = plan.dtype, plan.double()
+    k, h, to_rows, to_columns = adjoint(
+        lambda h: torch.einsum("...nm,...m->...n", plan, h),
+        lambda k: torch.einsum("...nm,...n->...m", plan, k),
+        damp_a,
+        damp_b,
+        df.double(),
+        dg.double(),
+        implicit_tolerance(dtype),
+    )
     dC = plan * (h.unsqueeze(-2) + k.unsqueeze(-1))
-    da, db = -over(e * apply(h), a), -over(e * transposed(k), b)
+    da, db = -over(e * to_rows, a), -over(e * to_columns, b)
     return dC.to(dtype), da.to(dtype), db.to(dtype)
-
-
-def _conjugate_gradients(
-    matrix: Callable[[Tensor], Tensor], rhs: Tensor, kernel: Tensor, rtol: float
-) -> Tensor:
-    """Batched CG orthogonal to `kernel`; problems that are done stand still.
-
-    Done is a residual of `rtol`, or a direction whose curvature is below it: what lies there is
-    rounding, divided by nearly nothing.
-    """
-    x, residual = torch.zeros_like(rhs), rhs
-    direction, rho = rhs, rhs.square().sum(-1, keepdim=True)
-    goal = rho * rtol**2
-    going = torch.ones_like(rho, dtype=torch.bool)
-    for _ in range(10 * rhs.shape[-1]):
-        image = matrix(direction)
-        curvature = (direction * image).sum(-1, keepdim=True)
-        steep = curvature > rtol * direction.square().sum(-1, keepdim=True)
-        going = active = going & (rho > goal) & steep
-        if not bool(active.any()):
-            break
-        step = torch.where(active, rho / curvature, 0)
-        x = x + step * direction
-        residual = residual - step * image
-        residual = residual - (residual * kernel).sum(-1, keepdim=True) * kernel
-        rho, before = residual.square().sum(-1, keepdim=True), rho
-        direction = residual + torch.where(active, rho / before, 0) * direction
-    return x
