@@ -8,6 +8,7 @@ a function without arguments. Each is asked for iterations, costs and values of 
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from cases import Case, Data
@@ -16,9 +17,18 @@ from torch import Tensor
 MEMORY = 6e9  # bytes that one contender may take
 
 DISAGREES = "disagrees with the oracle"
+ROWS_MET = "envelope, rows met"  # each row of the plan is scaled to its weight
 
 Output = tuple[object, list]
 Run = Callable[[], Output]
+
+
+class Solution(NamedTuple):
+    """Potentials ``(B, N)`` and ``(B, M)``, and which of otdd's backends they are from."""
+
+    f: Tensor
+    g: Tensor
+    backend: str = ""
 
 
 class Unsupported(Exception):
@@ -36,11 +46,13 @@ class Contender:
             result and the gradients (none for ``forward``).
         read: Brings the result of `run` to float64 tensors and our conventions, untimed.
         safe: Whether it works in the log domain, so that no ratio of cost to eps makes it fail.
-        gradient: ``envelope`` or ``unrolled``: which derivative it takes.
+        gradient: Which derivative it takes: ``envelope``, ``unrolled``, or `ROWS_MET`.
         same_iterates: Whether its t-th iterate is that of the specification. Others are compared
             with the oracle where both have converged.
         compiles: Whether its first call for a shape, or number of iterations, compiles.
         primal: Whether its value is that of the plan, not the dual one; equal at convergence.
+        solution: ``(case, data, iterations)`` -> the potentials that it ends with; None: not told.
+        products: How many products of TF32 one of its own is worth: 3 for the digits of float32.
     """
 
     name: str
@@ -52,6 +64,8 @@ class Contender:
     same_iterates: bool = True
     compiles: bool = False
     primal: bool = False
+    solution: Callable[[Case, Data, int], Solution] | None = None
+    products: int = 3
 
     def missing(self) -> str | None:
         if importlib.util.find_spec(self.module) is None:

@@ -4,14 +4,36 @@ Everything follows the device of its inputs, so that all but the graphs is teste
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 
 import peers
 import torch
 from cases import Case, Data
-from contender import Contender, Output, Run, by_autograd, by_plan, leaves_of, read_torch, refuse
+from contender import (
+    Contender,
+    Output,
+    Run,
+    Unsupported,
+    by_autograd,
+    by_plan,
+    leaves_of,
+    read_torch,
+    refuse,
+)
 from libraries import LIBRARIES
 from torch import Tensor
+
+
+@contextmanager
+def refusals():
+    """What a backend that is asked for refuses, as a contender's reason."""
+    from otdd.backends import BackendError
+
+    try:
+        yield
+    except BackendError as error:
+        raise Unsupported(str(error)) from error
 
 
 def otdd_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
@@ -21,25 +43,37 @@ def otdd_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
     return cost_matrix(x, y, metric, backend=x.device.type if metric == "l1" else None)
 
 
-def otdd(grad: str) -> Callable[[Case, Data, str, int], Run]:
+def otdd(grad: str, backend: str | None = None) -> Callable[[Case, Data, str, int], Run]:
+    """The op by the kernels of the device, or by `backend`; costs on the way as in `otdd_cost`."""
+
     def value(C: Tensor, data: Data, iterations: int) -> Tensor:
         from otdd.ops import sinkhorn
 
         options = {"eps": data.eps, "max_iter": iterations, "grad": grad}
-        return sinkhorn(C, data.a, data.b, **options, backend=C.device.type).value
+        with refusals():
+            return sinkhorn(C, data.a, data.b, **options, backend=backend or C.device.type).value
 
     def loss(C: Tensor, data: Data, iterations: int) -> Tensor:
         from otdd.ops import sinkhorn
 
-        options = {"eps": data.eps, "max_iter": iterations, "grad": grad}
-        return sinkhorn(C, **options, marginals="sinkd", backend=C.device.type).cost
+        options = {"eps": data.eps, "max_iter": iterations, "grad": grad, "marginals": "sinkd"}
+        with refusals():
+            return sinkhorn(C, **options, backend=backend or C.device.type).cost
+
+    def cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
+        from otdd.ops import cost_matrix
+
+        with refusals():
+            return cost_matrix(x, y, metric, backend=backend)
 
     def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
         if grad == "unrolled":
             refuse(direction == "forward", "forward is that of otdd")
             refuse(case.kind == "metric", "is not for this kind of case")
-        solve = None if case.kind == "metric" else value
-        return by_autograd(solve, otdd_cost, loss)(case, data, direction, iterations)
+        if case.kind == "metric":
+            made = otdd_cost if backend is None else cost
+            return by_autograd(None, made)(case, data, direction, iterations)
+        return by_autograd(value, otdd_cost, loss)(case, data, direction, iterations)
 
     return build
 
@@ -53,18 +87,23 @@ def compiled_loss(C: Tensor, data: Data, iterations: int) -> Tensor:
     return C.shape[-2] * (plan * C).sum((-1, -2))
 
 
+def flash_loss(data: Data, iterations: int, allow_tf32: bool, **options) -> Callable:
+    """Its alternating solver at one eps, whose iterates are ours."""
+    from flash_sinkhorn import SamplesLoss
+
+    return SamplesLoss(
+        "sinkhorn", backend="alternating", use_epsilon_scaling=False, eps=data.eps,
+        n_iters=iterations, debias=False, normalize=False, allow_tf32=allow_tf32, **options,
+    )  # fmt: skip
+
+
 def flash(allow_tf32: bool) -> Callable[[Case, Data, str, int], Run]:
-    """Its alternating solver at one eps; a loop over problems, as its own is."""
+    """A loop over problems, as its own is."""
 
     def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
         clouds = case.kind == "points" and case.metric == "sqeuclidean"
         refuse(not clouds, "takes points under the squared distance alone: no given cost, no L1")
-        from flash_sinkhorn import SamplesLoss
-
-        loss = SamplesLoss(
-            "sinkhorn", backend="alternating", use_epsilon_scaling=False, eps=data.eps,
-            n_iters=iterations, debias=False, normalize=False, allow_tf32=allow_tf32,
-        )  # fmt: skip
+        loss = flash_loss(data, iterations, allow_tf32)
         leaf = leaves_of(case, data, direction)[0]
 
         def run() -> Output:
@@ -120,6 +159,14 @@ def torch_contender(name: str, build: Callable, gradient: str = "unrolled") -> C
 EAGER = [
     Contender("otdd", "otdd", otdd("envelope"), read_torch),
     Contender("otdd, unrolled", "otdd", otdd("unrolled"), read_torch, gradient="unrolled"),
+    Contender("otdd, triton", "otdd", otdd("envelope", "triton"), read_torch),
+    Contender(
+        "otdd, triton, unrolled",
+        "otdd",
+        otdd("unrolled", "triton"),
+        read_torch,
+        gradient="unrolled",
+    ),
     torch_contender("torch.cdist", by_autograd(None)),
     torch_contender(
         "torch loop", by_autograd(peers.torch_unrolled, loss=peers.torch_unrolled_loss, kept=2)

@@ -58,6 +58,8 @@ def busy_clock(function: Callable, each: float) -> float:
 def rates(chip: Chip) -> dict[str, dict[str, float]]:
     """For each type: bytes copied (read + written), multiply-adds, exps, bytes of shared memory.
 
+    Of float32 also the multiply-adds of a product in TF32.
+
     Multiply-adds are those of a matrix product without TF32; of float64 it may run on tensor cores.
     No tensor op is bound by exps: their rate is arithmetic, 16 in a clock of a multiprocessor (of
     CUDA's table of throughputs), and so is that of shared memory, 128 bytes, at the clock seen
@@ -77,6 +79,10 @@ def rates(chip: Chip) -> dict[str, dict[str, float]]:
         exp = EXPS * clocks if dtype == torch.float32 else fma / DEGREE[dtype]
         name = str(dtype).removeprefix("torch.")
         found[name] = {"copy": copy, "fma": fma, "exp": exp, "shared": SHARED * clocks}
+    p = torch.rand(8192, 8192, device="cuda")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    found["float32"]["tf32"] = 8192**3 / best(lambda: torch.mm(p, p))
+    torch.backends.cuda.matmul.allow_tf32 = False
     return found
 
 
@@ -84,13 +90,15 @@ def rates(chip: Chip) -> dict[str, dict[str, float]]:
 class Work:
     """The least that has to be done: bytes of memory and of shared memory, slots, exps.
 
-    A slot is a multiply-add or an addition: they share the lanes of a multiprocessor.
+    A slot is a multiply-add or an addition: they share the lanes of a multiprocessor. Products are
+    multiply-adds of TF32 on the matrix units.
     """
 
     bytes: float
     shared: float
     slots: float
     exps: float
+    products: float = 0
 
 
 def work(case: Case, direction: str, gradient: str, itemsize: int, on_chip: int) -> Work:
@@ -132,11 +140,54 @@ def work(case: Case, direction: str, gradient: str, itemsize: int, on_chip: int)
     return Work(moved, shared, slots, size * (1 + sides))
 
 
+def cloud_works(
+    case: Case, direction: str, products: int, itemsize: int, on_chip: int
+) -> dict[str, Work]:
+    """The least work of a solve between clouds that makes its costs anew, or that keeps them.
+
+    A cost is D multiply-adds on the matrix units for each of `products` of TF32; an iteration takes
+    one multiply-add an element for each of its two sums. Made anew, each iteration takes one cost
+    and one exp an element, for f and g together. Kept, costs are written once and read in every
+    iteration, from shared memory if a problem fits there, and one exp an element does for all (as
+    in `work`). The gradient is a pass more and a product with the points.
+    """
+    B, N, M, D, T = case.B, case.N, case.M, case.D, case.iterations
+    size, sides = B * N * M, 0 if direction == "forward" else 1
+    each, slots = products * size * D, 2 * size * (T + 1 + sides)
+    points = (B * N + B * M) * D * itemsize
+    moved = points * (1 + sides) + sides * B * N * D * itemsize
+    anew = moved + points * (T - 1) * (points > on_chip)
+    remade = Work(anew, 0, slots, size * (T + sides), each * (T + 2 * sides))
+    read, fits = size * itemsize * T, N * M * itemsize <= on_chip
+    shared = read if fits and N * M > REGISTERS else 0
+    far = 0 if fits else read + size * itemsize * (1 + sides)
+    kept = Work(moved + far, shared, slots, size * (1 + sides), each * (1 + sides))
+    return {"remade": remade, "kept": kept}
+
+
+def parts_ms(work: Work, rate: dict[str, float]) -> dict[str, float]:
+    """What each part would take alone."""
+    return {
+        "memory": 1e3 * work.bytes / rate["copy"],
+        "shared memory": 1e3 * work.shared / rate["shared"],
+        "multiply-adds": 1e3 * work.slots / rate["fma"],
+        "exps": 1e3 * work.exps / rate["exp"],
+        "products": 1e3 * work.products / rate.get("tf32", rate["fma"]),
+    }
+
+
 def floor_ms(work: Work, rate: dict[str, float]) -> float:
-    """Memory, shared memory, arithmetic and exps all overlap."""
-    return 1e3 * max(
-        work.bytes / rate["copy"],
-        work.shared / rate["shared"],
-        work.slots / rate["fma"],
-        work.exps / rate["exp"],
-    )
+    """Memory, shared memory, arithmetic, exps and products all overlap."""
+    return max(parts_ms(work, rate).values())
+
+
+def floors(works: dict[str, Work], rate: dict[str, float], milliseconds: float) -> dict:
+    """For a row: the least floor, what binds there, and how much of each floor is reached."""
+    found = {}
+    for name, work in works.items():
+        parts = parts_ms(work, rate)
+        binds = max(parts, key=parts.get)
+        found[name] = {"ms": parts[binds], "binds": binds, "reached": parts[binds] / milliseconds}
+    least = min(found.values(), key=lambda floor: floor["ms"])
+    row = {"floor_ms": least["ms"], "binds": least["binds"], "of_floor": least["reached"]}
+    return row | ({"floors": found} if len(found) > 1 else {})

@@ -16,6 +16,7 @@ import contender as contenders
 import gpu_cases
 import gpu_contenders
 import gpu_floors
+import gpu_points
 import gpu_scale
 import torch
 from contender import DISAGREES, Contender, Run, Unsupported
@@ -30,8 +31,9 @@ class Truth:
 
     def __init__(self, case: cases.Case, dtype: str, data: cases.Data) -> None:
         self.whole, self.dtype, self.data, self.made = case, dtype, data, {}
+        self.bounds = TOLERANCE[dtype]
 
-    def disagreement(self, contender: Contender, run: Run, direction: str) -> tuple[float, float]:
+    def errors(self, contender: Contender, run: Run, direction: str) -> dict[str, float]:
         """Distance of the value, in units of eps, and of the gradient, relative in L1.
 
         A contender with other iterates is compared on a part of the case, where both converged.
@@ -51,11 +53,23 @@ class Truth:
             ((got - want).abs().sum() / want.abs().sum()).item()
             for got, want in zip(gradients, wanted, strict=bool(gradients))
         ]
-        return ((value - exact).abs().max() / unit).item(), max(errors, default=0.0)
+        value_error = ((value - exact).abs().max() / unit).item()
+        return {"value_error": value_error, "gradient_error": max(errors, default=0.0)}
+
+
+def rules(case: cases.Case) -> tuple[list[Contender], type]:
+    """Who takes part, and the oracle."""
+    if case.stored:
+        return gpu_contenders.CONTENDERS, Truth
+    return gpu_points.CONTENDERS, gpu_points.Truth
 
 
 def prepare(
-    contender: Contender, case: cases.Case, truth: Truth, sets: list[cases.Data], direction: str
+    contender: Contender,
+    case: cases.Case,
+    truth: Truth | gpu_points.Truth,
+    sets: list[cases.Data],
+    direction: str,
 ) -> tuple[dict, Run | None]:
     """The contender's row so far, and what to time: calls on one set of inputs after another."""
     row = {"gradient": contender.gradient}
@@ -63,10 +77,9 @@ def prepare(
         return row | {"reason": reason}, None
     try:
         first = contender.build(case, sets[0], direction, case.iterations)
-        value_error, gradient_error = truth.disagreement(contender, first, direction)
-        row |= {"value_error": value_error, "gradient_error": gradient_error}
-        bounds = TOLERANCE[truth.dtype]
-        if not (value_error <= bounds[0] and gradient_error <= bounds[1]):
+        row |= truth.errors(contender, first, direction)
+        seen = row["value_error"], row["gradient_error"]
+        if not all(error <= bound for error, bound in zip(seen, truth.bounds, strict=True)):
             return row | {"reason": DISAGREES}, None
         others = [contender.build(case, data, direction, case.iterations) for data in sets[1:]]
     except Unsupported as error:
@@ -83,13 +96,15 @@ def measure(
     """One row of the result file; `fatal` in it if CUDA no longer works in this process."""
     torch.manual_seed(0)
     gpu_contenders.new_pool()
-    sets = gpu_cases.sets(gpu_cases.make(case, cases.DTYPES[dtype], GPU), chip.l2)
-    truth = Truth(case, dtype, sets[0])
+    most = gpu_cases.MOST_SETS if case.stored else gpu_cases.SETS_OF_CLOUDS
+    sets = gpu_cases.sets(gpu_cases.make(case, cases.DTYPES[dtype], GPU), chip.l2, most)
+    taking_part, oracle = rules(case)
+    truth = oracle(case, dtype, sets[0])
     row = {"case": case.name, "dtype": dtype, "direction": direction}
     row |= {"iterations": case.iterations, "device": chip.name, "sets": len(sets)}
     row |= {"set_bytes": gpu_cases.input_bytes(sets[0])}
     rows, runs, single = {}, {}, {}
-    for contender in gpu_contenders.CONTENDERS:
+    for contender in taking_part:
         start = time.perf_counter()
         rows[contender.name], run = prepare(contender, case, truth, sets, direction)
         if not works():
@@ -100,15 +115,18 @@ def measure(
             runs[contender.name] = run
             single[contender.name] = gpu_floors.seconds(run, len(sets) + 1)
     truth.made.clear()
+    itemsize, products = cases.DTYPES[dtype].itemsize, {c.name: c.products for c in taking_part}
     for name, times in interleaved(runs, single, BUDGET, gpu_floors.seconds).items():
         milliseconds = [1e3 * t for t in times]
         seen = rows[name]
         seen |= {"median_ms": statistics.median(milliseconds), "min_ms": min(milliseconds)}
         seen |= {"rounds": len(times), "times_ms": milliseconds}
-        itemsize = cases.DTYPES[dtype].itemsize
-        work = gpu_floors.work(case, direction, seen["gradient"], itemsize, chip.shared)
-        seen["floor_ms"] = gpu_floors.floor_ms(work, rate)
-        seen["of_floor"] = seen["floor_ms"] / seen["median_ms"]
+        sizes = itemsize, chip.shared
+        if case.stored:
+            least = {"kept": gpu_floors.work(case, direction, seen["gradient"], *sizes)}
+        else:
+            least = gpu_floors.cloud_works(case, direction, products[name], *sizes)
+        seen |= gpu_floors.floors(least, rate, seen["median_ms"])
     return row | summary(rows) | {"contenders": rows}
 
 
@@ -133,6 +151,7 @@ def summary(rows: dict[str, dict]) -> dict:
 
 
 def main() -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of it
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print must not mix with the answers
     chip = gpu_floors.chip()

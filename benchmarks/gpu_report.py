@@ -114,6 +114,29 @@ def line_of(row: dict) -> list[str]:
     return [*line, f"{milliseconds(seen[name])} {name}{lead}{why}"]
 
 
+CLOUDS = ["clouds", "contender", "time", "over otdd", "plan error", "gradient error", "of floor"]
+
+
+def of_clouds(row: dict) -> bool:
+    return any("plan_error" in seen for seen in row.get("contenders", {}).values())
+
+
+def lines_of_clouds(row: dict) -> list[list[str]]:
+    """A line for each contender: speed says little without the error that it has."""
+    lines = []
+    for name, seen in row["contenders"].items():
+        who = f"{name} ({seen['backend']})" if "backend" in seen else name
+        line = [f"{row['case']} {row['direction']}, {row['iterations']} iterations", who]
+        if "median_ms" not in seen:
+            lines.append([*line, seen.get("reason", "-")])
+            continue
+        line += [milliseconds(seen), f"{seen['ratio']:.2f}x" if "ratio" in seen else "-"]
+        errors = (seen.get(of) for of in ("plan_error", "gradient_error"))
+        line += ["-" if error is None else f"{error:.1e}" for error in errors]
+        lines.append([*line, f"{100 * seen['of_floor']:.0f} % ({seen['binds']})"])
+    return lines
+
+
 HEAD = ["case", "otdd", "in a graph", "unrolled", "graph of floor", "fastest peer, over otdd"]
 
 
@@ -124,13 +147,16 @@ def table(results: dict) -> str:
     for name, part in results["parts"].items():
         ended = "passed" if part["status"] == 0 else f"ended with {part['status']}"
         lines.append(f"{name}: {ended} in {part['seconds']} s, {part['commit']}")
+    clouds = [row for row in results["rows"] if of_clouds(row)]
     rows = [
         [row["case"], "-", row["fatal"]] if "fatal" in row and "contenders" not in row
         else line_of(row)
-        for row in results["rows"]
+        for row in results["rows"] if row not in clouds
     ]  # fmt: skip
-    for row in [HEAD, *rows] if rows else []:
-        lines.append("| " + " | ".join(row) + " |")
+    tables = [HEAD, *rows] if rows else []
+    if clouds:
+        tables += [CLOUDS, *(line for row in clouds for line in lines_of_clouds(row))]
+    lines += ["| " + " | ".join(row) + " |" for row in tables]
     return "\n".join(lines)
 
 

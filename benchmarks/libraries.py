@@ -141,6 +141,8 @@ def ott_run(case: Case, data: Data, direction: str, iterations: int) -> Run:
     import jax
 
     refuse(case.kind in ("metric", "logits"), "returns the Sinkhorn value alone")
+    elsewhere = data.a.is_cuda and jax.default_backend() != "gpu"
+    refuse(elsewhere, f"JAX has no GPU here, only {jax.default_backend()}")
     differences = case.B * case.N * case.M * case.D * data.a.element_size()
     too_large = case.metric == "l1" and direction != "forward" and differences > MEMORY
     refuse(too_large, "the gradient of its L1 cost makes (B, N, M, D) differences")
@@ -148,7 +150,7 @@ def ott_run(case: Case, data: Data, direction: str, iterations: int) -> Run:
     given = case.kind == "given"
     arrays = (data.C, data.y, data.C) if given else (data.x, data.y, data.C)
     tensors = (*arrays, data.a, data.b)
-    x, y, C, a, b = (None if t is None else jax.numpy.asarray(t.numpy()) for t in tensors)
+    x, y, C, a, b = (None if t is None else jax.numpy.asarray(t.cpu().numpy()) for t in tensors)
 
     def value_of(x, y, C, a, b):
         return jax.vmap(lambda *p: ott_value(case, data.eps, iterations, *p))(x, y, C, a, b)

@@ -1,0 +1,217 @@
+"""Clouds on the GPU without their cost matrix: contenders, and how exact each of them is.
+
+The rows answer three questions: otdd against its peers at equal plan error, which of its backends
+is the fastest, and how much of the floor it reaches. Nothing here needs a GPU but the graphs.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import cases
+import gpu_cases
+import gpu_contenders
+import peers
+import torch
+from cases import Case, Data
+from contender import (
+    ROWS_MET,
+    Contender,
+    Output,
+    Run,
+    Solution,
+    by_plan,
+    leaves_of,
+    read_torch,
+    refuse,
+    torch_cost,
+)
+from gpu_contenders import graphed
+from libraries import LIBRARIES
+from measure import CONVERGED
+from references import clouds_oracle, plan_error, torch_loop
+from torch import Tensor
+
+BOUNDS = (0.1, 0.1)  # of the errors of value and gradient; TF32 is to be told, not refused
+WITH_COSTS = 4096  # points up to which contenders that keep the costs take part
+
+# otdd ---------------------------------------------------------------------------------------------
+
+
+def solve(
+    data: Data, x: Tensor, iterations: int, backend: str | None, precision: str = "highest"
+) -> object:
+    from otdd.ops import sinkhorn_points
+
+    options = {"eps": data.eps, "max_iter": iterations, "precision": precision, "backend": backend}
+    with gpu_contenders.refusals():
+        return sinkhorn_points(x, data.y, data.a, data.b, **options)
+
+
+def otdd(name: str, backend: str | None = None, precision: str = "highest") -> Contender:
+    def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
+        if backend is not None:
+            chosen = solve(data, data.x, 1, None).backend
+            refuse(chosen == backend, "is what otdd chooses")
+        leaf = leaves_of(case, data, direction)[0]
+
+        def run() -> Output:
+            value = solve(data, leaf, iterations, backend, precision).value
+            gradients = [] if direction == "forward" else torch.autograd.grad(value.sum(), leaf)
+            return value, list(gradients)
+
+        return run
+
+    def solution(case: Case, data: Data, iterations: int) -> Solution:
+        r = solve(data, data.x, iterations, backend, precision)
+        return Solution(r.f, r.g, r.backend)
+
+    products = 3 if precision == "highest" else 1
+    return Contender(name, "otdd", build, read_torch, solution=solution, products=products)
+
+
+# Peers --------------------------------------------------------------------------------------------
+
+
+def with_costs(contender: Contender) -> Contender:
+    """For as many points as their costs are kept of."""
+
+    def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
+        refuse(max(case.N, case.M) > WITH_COSTS, f"keeps the costs: up to {WITH_COSTS} points")
+        return contender.build(case, data, direction, iterations)
+
+    return replace(contender, build=build)
+
+
+def of_torch(name: str, solved: Callable, loop: Callable) -> Contender:
+    def solution(case: Case, data: Data, iterations: int) -> Solution:
+        return Solution(*loop(torch_cost(data.x, data.y, case.metric), data, iterations))
+
+    build = by_plan(solved)
+    return with_costs(Contender(name, "torch", build, read_torch, solution=solution))
+
+
+def plain_loop(C: Tensor, data: Data, iterations: int) -> tuple[Tensor, Tensor]:
+    return torch_loop(C, data.a, data.b, data.eps, iterations)
+
+
+def flash(name: str, allow_tf32: bool) -> Contender:
+    """Its iterates are ours; its gradient scales each row of the plan to the row's weight."""
+
+    def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
+        tune_in_parallel()
+        return gpu_contenders.flash(allow_tf32)(case, data, direction, iterations)
+
+    def solution(case: Case, data: Data, iterations: int) -> Solution:
+        loss = gpu_contenders.flash_loss(data, iterations, allow_tf32, potentials=True)
+        pairs = [loss(*p) for p in zip(data.a, data.x, data.b, data.y, strict=True)]
+        return Solution(*(torch.stack(side) for side in zip(*pairs, strict=True)))
+
+    how = {"gradient": ROWS_MET, "solution": solution, "products": 1 if allow_tf32 else 3}
+    return Contender(name, "flash_sinkhorn", build, read_torch, **how)
+
+
+@functools.cache
+def tune_in_parallel() -> None:
+    """flash-sinkhorn's search for the fastest tiles, in less time but over as many tiles."""
+    from flash_sinkhorn.kernels import sinkhorn_flashstyle_sqeuclid as kernels
+
+    compiled_first(kernels._flashsinkhorn_lse_fused_kernel_autotune)
+
+
+def compiled_first(tuner: object) -> None:
+    """A Triton autotuner compiles all its configurations on all cores, then times each briefly."""
+    import triton
+    from triton.testing import do_bench
+
+    run, seen, apart = tuner.run, set(), ("grid", "CACHE_KEY_N", "CACHE_KEY_M")
+
+    def run_compiled(*args, **kwargs):
+        launch = {k: v for k, v in kwargs.items() if k != "warmup"}
+        variant = tuple(sorted((k, v) for k, v in launch.items() if k not in apart))
+        if variant not in seen:
+            seen.add(variant)
+            try:
+                pool = ThreadPoolExecutor(os.cpu_count())
+                with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+                    tuner.warmup(*args, **launch)
+            except Exception as error:  # then each is compiled when it is timed
+                print(f"gpu_points: not compiled in parallel: {type(error).__name__}: {error}")
+        return run(*args, **kwargs)
+
+    tuner.run, tuner._do_bench = run_compiled, functools.partial(do_bench, warmup=5, rep=25)
+
+
+LIBRARY = {contender.name: contender for contender in LIBRARIES}
+OTDD = [
+    otdd("otdd"),
+    otdd("otdd, cuda", "cuda"),
+    otdd("otdd, triton", "triton"),
+    otdd("otdd, high", None, "high"),
+    otdd("otdd, triton, high", "triton", "high"),
+]
+FLASH = [flash("flash-sinkhorn", False), flash("flash-sinkhorn, TF32", True)]
+COMPILED = of_torch("torch.compile", peers.compiled_envelope, peers.compiled_loop)
+
+
+def in_a_graph(contender: Contender) -> Contender:
+    """Its potentials are those of the calls without one, and not made twice."""
+    return replace(graphed(contender), solution=None)
+
+
+CONTENDERS = [
+    *OTDD,
+    *FLASH,
+    LIBRARY["geomloss KeOps"],
+    with_costs(LIBRARY["OTT-JAX"]),
+    of_torch("torch loop", peers.torch_envelope, plain_loop),
+    COMPILED,
+    *map(in_a_graph, [*OTDD, *FLASH, COMPILED]),
+]
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+class Truth:
+    """The oracle of one row of clouds; a contender with other iterates gets one of its own."""
+
+    bounds = BOUNDS
+
+    def __init__(self, case: Case, dtype: str, data: Data) -> None:
+        self.whole, self.dtype, self.data, self.made = case, dtype, data, {}
+
+    def exact(self, case: Case, data: Data, iterations: int) -> dict[str, Tensor]:
+        if (case, iterations) not in self.made:
+            problem = data.x, data.y, data.a, data.b
+            solved = clouds_oracle(*problem, eps=data.eps, max_iter=iterations)
+            self.made[case, iterations] = solved
+        return self.made[case, iterations]
+
+    def errors(self, contender: Contender, run: Run, direction: str) -> dict:
+        """Distances from the oracle: of the value, in units of eps, and of the gradient, in L1.
+
+        The gradient's is relative. Where potentials are told, also that of the plan that they stand
+        for with exact costs: in L1, of a mass of 1.
+        """
+        case, data, iterations = self.whole, self.data, self.whole.iterations
+        if not contender.same_iterates:
+            case, iterations = cases.part(case, 2**14, 2**20), CONVERGED
+            data = gpu_cases.make(case, cases.DTYPES[self.dtype], data.a.device)
+            run = contender.build(case, data, direction, iterations)
+        value, gradients = contender.read(case, data, run())
+        exact = self.exact(case, data, iterations)
+        device = exact["value"].device
+        off = (value.to(device) - exact["value"]).abs().max()
+        found = {"value_error": (off / data.eps).item(), "gradient_error": 0.0}
+        wanted = exact["dx_met" if contender.gradient == ROWS_MET else "dx"]
+        for dx in gradients:
+            error = (dx.to(device) - wanted).abs().sum() / wanted.abs().sum()
+            found["gradient_error"] = error.item()
+        if contender.solution is not None:
+            f, g, backend = contender.solution(case, data, iterations)
+            problem = data.x, data.y, data.a, data.b, data.eps
+            found["plan_error"] = plan_error(*problem, (f, g), (exact["f"], exact["g"]))
+            found |= {"backend": backend} if backend else {}
+        return found
