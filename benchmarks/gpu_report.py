@@ -15,7 +15,10 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "triton", "numpy", "POT", "geomloss", "flash-sinkhorn", "timm", "diffusers")
+PACKAGES = (
+    "torch", "triton", "numpy", "POT", "geomloss", "pykeops", "flash-sinkhorn", "jax", "ott-jax",
+    "timm", "diffusers",
+)  # fmt: skip
 FACTS = (
     "name", "driver_version", "compute_cap", "memory.total", "clocks.sm", "clocks.mem",
     "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu",
