@@ -24,10 +24,9 @@ Run = Callable[[], Output]
 
 
 class Solution(NamedTuple):
-    """Potentials ``(B, N)`` and ``(B, M)``, and which of otdd's backends they are from."""
+    """Rows `references.some_rows` of a contender's own plan, and which of otdd's backends it is."""
 
-    f: Tensor
-    g: Tensor
+    plan: Tensor
     backend: str = ""
 
 
@@ -51,7 +50,7 @@ class Contender:
             with the oracle where both have converged.
         compiles: Whether its first call for a shape, or number of iterations, compiles.
         primal: Whether its value is that of the plan, not the dual one; equal at convergence.
-        solution: ``(case, data, iterations)`` -> the potentials that it ends with; None: not told.
+        solution: ``(case, data, iterations)`` -> rows of the plan it ends with; None: not told.
         products: How many products of TF32 one of its own is worth: 3 for the digits of float32.
     """
 

@@ -31,7 +31,14 @@ from contender import (
 from gpu_contenders import graphed
 from libraries import LIBRARIES
 from measure import CONVERGED
-from references import clouds_oracle, plan_error, torch_loop
+from references import (
+    clouds_oracle,
+    plan_error,
+    plan_oracle,
+    plan_rows,
+    some_rows,
+    torch_loop,
+)
 from torch import Tensor
 
 BOUNDS = (0.1, 0.1)  # of the errors of value and gradient; TF32 is to be told, not refused
@@ -65,8 +72,9 @@ def otdd(name: str, backend: str | None = None, precision: str = "highest") -> C
         return run
 
     def solution(case: Case, data: Data, iterations: int) -> Solution:
-        r = solve(data, data.x, iterations, backend, precision)
-        return Solution(r.f, r.g, r.backend)
+        r, rows = solve(data, data.x, iterations, backend, precision), some_rows(data.x)
+        chosen = torch.nn.functional.one_hot(rows, case.N).mT.to(data.x.dtype)  # (N, rows)
+        return Solution(r.apply(chosen, transpose=True).mT, r.backend)
 
     products = 3 if precision == "highest" else 1
     return Contender(name, "otdd", build, read_torch, solution=solution, products=products)
@@ -87,7 +95,10 @@ def with_costs(contender: Contender) -> Contender:
 
 def of_torch(name: str, solved: Callable, loop: Callable) -> Contender:
     def solution(case: Case, data: Data, iterations: int) -> Solution:
-        return Solution(*loop(torch_cost(data.x, data.y, case.metric), data, iterations))
+        C, rows = torch_cost(data.x, data.y, case.metric), some_rows(data.x)
+        f, g = loop(C, data, iterations)
+        few = (t.double() for t in (C[:, rows], f[:, rows], g, data.a[:, rows], data.b))
+        return Solution(plan_oracle(*few, data.eps))
 
     build = by_plan(solved)
     return with_costs(Contender(name, "torch", build, read_torch, solution=solution))
@@ -98,7 +109,11 @@ def plain_loop(C: Tensor, data: Data, iterations: int) -> tuple[Tensor, Tensor]:
 
 
 def flash(name: str, allow_tf32: bool) -> Contender:
-    """Its iterates are ours; its gradient scales each row of the plan to the row's weight."""
+    """Its iterates are ours; its gradient scales each row of the plan to the row's weight.
+
+    Its plan is that of its potentials and of the points that it rounds to TF32, if it does: the
+    products of those are exact, but for their sums.
+    """
 
     def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
         tune_in_parallel()
@@ -107,7 +122,14 @@ def flash(name: str, allow_tf32: bool) -> Contender:
     def solution(case: Case, data: Data, iterations: int) -> Solution:
         loss = gpu_contenders.flash_loss(data, iterations, allow_tf32, potentials=True)
         pairs = [loss(*p) for p in zip(data.a, data.x, data.b, data.y, strict=True)]
-        return Solution(*(torch.stack(side) for side in zip(*pairs, strict=True)))
+        f, g = (torch.stack(side) for side in zip(*pairs, strict=True))
+        x, y = data.x, data.y
+        if allow_tf32:
+            from flash_sinkhorn.samples_loss import _center_coords, _round_to_tf32
+
+            centred = _center_coords(x, y, data.a, data.b, batched=True)
+            x, y = (_round_to_tf32(t) for t in centred)
+        return Solution(plan_rows(x, y, data.a, data.b, f, g, data.eps, some_rows(x)))
 
     how = {"gradient": ROWS_MET, "solution": solution, "products": 1 if allow_tf32 else 3}
     return Contender(name, "flash_sinkhorn", build, read_torch, **how)
@@ -157,7 +179,7 @@ COMPILED = of_torch("torch.compile", peers.compiled_envelope, peers.compiled_loo
 
 
 def in_a_graph(contender: Contender) -> Contender:
-    """Its potentials are those of the calls without one, and not made twice."""
+    """Its plan is that of the calls without one, and not made twice."""
     return replace(graphed(contender), solution=None)
 
 
@@ -192,8 +214,7 @@ class Truth:
     def errors(self, contender: Contender, run: Run, direction: str) -> dict:
         """Distances from the oracle: of the value, in units of eps, and of the gradient, in L1.
 
-        The gradient's is relative. Where potentials are told, also that of the plan that they stand
-        for with exact costs: in L1, of a mass of 1.
+        The gradient's is relative. Where the plan is told, also that of it: in L1, of a mass of 1.
         """
         case, data, iterations = self.whole, self.data, self.whole.iterations
         if not contender.same_iterates:
@@ -210,8 +231,8 @@ class Truth:
             error = (dx.to(device) - wanted).abs().sum() / wanted.abs().sum()
             found["gradient_error"] = error.item()
         if contender.solution is not None:
-            f, g, backend = contender.solution(case, data, iterations)
-            problem = data.x, data.y, data.a, data.b, data.eps
-            found["plan_error"] = plan_error(*problem, (f, g), (exact["f"], exact["g"]))
+            seen, backend = contender.solution(case, data, iterations)
+            problem = data.x, data.y, data.a, data.b, exact["f"], exact["g"], data.eps
+            found["plan_error"] = plan_error(seen, plan_rows(*problem, some_rows(data.x)))
             found |= {"backend": backend} if backend else {}
         return found

@@ -4,7 +4,7 @@ import points_on_device as checks
 import pytest
 import torch
 from points_backends import points_backend
-from references import clouds, clouds_oracle, cost_oracle, plan_rows, sinkhorn_oracle
+from references import clouds, clouds_oracle, cost_oracle, plan_rows, sinkhorn_oracle, some_rows
 
 WAYS = ("reference", "cpu", "cuda", "triton", "triton stored", "triton panels")
 DTYPES = (torch.float32, torch.float64)
@@ -30,7 +30,8 @@ def test_the_streamed_oracle_is_the_oracle(D, entries):
     met = torch.where(mass > 0, a.unsqueeze(-1) * P / mass, 0)
     dx = torch.autograd.grad((met * C).sum(), x)[0]
     torch.testing.assert_close(got["dx_met"], dx, rtol=1e-9, atol=1e-12)
-    rows = torch.tensor([1, 2, 19])
+    rows = some_rows(x, 3)
+    assert rows.tolist() == [0, 6, 12, 18]
     some = plan_rows(x.detach(), y, a, b, want["f"], want["g"], eps, rows)
     torch.testing.assert_close(some, P[:, rows], rtol=1e-9, atol=1e-14)
 
