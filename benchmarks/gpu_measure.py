@@ -127,6 +127,8 @@ def measure(
         else:
             least = gpu_floors.cloud_works(case, direction, products[name], *sizes)
         seen |= gpu_floors.floors(least, rate, seen["median_ms"])
+    if not case.stored:
+        row["lead"] = gpu_points.lead(rows)
     return row | summary(rows) | {"contenders": rows}
 
 

@@ -117,7 +117,7 @@ def line_of(row: dict) -> list[str]:
     return [*line, f"{milliseconds(seen[name])} {name}{lead}{why}"]
 
 
-CLOUDS = ["clouds", "contender", "time", "over otdd", "plan error", "gradient error", "of floor"]
+CLOUDS = ["clouds", "contender", "time", "ahead", "plan error", "gradient error", "of floor"]
 
 
 def of_clouds(row: dict) -> bool:
@@ -125,7 +125,7 @@ def of_clouds(row: dict) -> bool:
 
 
 def lines_of_clouds(row: dict) -> list[list[str]]:
-    """A line for each contender: speed says little without the error that it has."""
+    """A line for each contender; ours with their lead over the fastest peer of equal error."""
     lines = []
     for name, seen in row["contenders"].items():
         who = f"{name} ({seen['backend']})" if "backend" in seen else name
@@ -133,7 +133,9 @@ def lines_of_clouds(row: dict) -> list[list[str]]:
         if "median_ms" not in seen:
             lines.append([*line, seen.get("reason", "-")])
             continue
-        line += [milliseconds(seen), f"{seen['ratio']:.2f}x" if "ratio" in seen else "-"]
+        ahead = row.get("lead", {}).get(name)
+        line.append(milliseconds(seen))
+        line.append(f"{ahead['ratio']:.2f}x of {ahead['peer']}" if ahead else "-")
         errors = (seen.get(of) for of in ("plan_error", "gradient_error"))
         line += ["-" if error is None else f"{error:.1e}" for error in errors]
         lines.append([*line, f"{100 * seen['of_floor']:.0f} % ({seen['binds']})"])

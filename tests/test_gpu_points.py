@@ -225,27 +225,47 @@ def test_a_row_is_measured(monkeypatch):
         assert seen[name]["of_floor"] == seen[name]["floor_ms"] / seen[name]["median_ms"]
         assert set(seen[name]["floors"]) == {"remade", "kept"}
         assert 0 < seen[name]["plan_error"] < 1e-5
+    assert row["lead"]["otdd"]["peer"] == "torch loop"
     lines = gpu_report.lines_of_clouds(json.loads(json.dumps(row)))
     assert lines[0][1] == "otdd (cpu)"
     assert len(lines) == 5
     assert gpu_report.of_clouds(row)
 
 
+def test_speed_is_compared_at_equal_error():
+    rows = {
+        "otdd": {"median_ms": 2.0, "plan_error": 1e-6},
+        "otdd, graph": {"median_ms": 1.0, "value_error": 1e-6, "gradient_error": 0.0},
+        "otdd, high": {"median_ms": 1.0, "plan_error": 4e-4},
+        "otdd, cuda": {"reason": "is what otdd chooses"},
+        "flash-sinkhorn": {"median_ms": 9.0, "plan_error": 3e-6},
+        "flash-sinkhorn, TF32": {"median_ms": 4.0, "plan_error": 7e-4},
+        "geomloss KeOps": {"median_ms": 8.0, "value_error": 1e-6, "gradient_error": 2e-4},
+        "torch loop": {"reason": "keeps the costs"},
+    }
+    assert gpu_points.lead(rows) == {
+        "otdd": {"peer": "flash-sinkhorn", "ratio": 4.5},
+        "otdd, graph": {"peer": "flash-sinkhorn", "ratio": 9.0},
+        "otdd, high": {"peer": "flash-sinkhorn, TF32", "ratio": 4.0},
+    }
+
+
 def test_clouds_have_a_table_of_their_own(tmp_path):
     path = tmp_path / "made_up.json"
     row = {"case": "clouds-2048-d3", "dtype": "float32", "direction": "forward", "iterations": 50}
     ours = {"median_ms": 0.5, "plan_error": 2e-6, "gradient_error": 0.0, "backend": "cuda"}
-    ours |= {"ratio": 1.0, "of_floor": 0.25, "binds": "exps"}
+    ours |= {"of_floor": 0.25, "binds": "exps"}
+    lead = {"otdd": {"peer": "torch loop", "ratio": 12.0}}
     contenders = {"otdd": ours, "flash-sinkhorn": {"reason": "flash_sinkhorn is not installed"}}
-    gpu_report.put_row(path, row | {"contenders": contenders, "fastest_peer": None})
+    gpu_report.put_row(path, row | {"contenders": contenders, "lead": lead})
     gpu_report.put_row(path, {"case": "a step", "median_ms": 2000.0, "what": "stand-in"})
     lines = gpu_report.table(gpu_report.read(path)).splitlines()
     assert lines[-5:] == [
         "| " + " | ".join(gpu_report.HEAD) + " |",
         "| a step | 2.00 s | stand-in |",
         "| " + " | ".join(gpu_report.CLOUDS) + " |",
-        "| clouds-2048-d3 forward, 50 iterations | otdd (cuda) | 500.0 us | 1.00x | 2.0e-06 "
-        "| 0.0e+00 | 25 % (exps) |",
+        "| clouds-2048-d3 forward, 50 iterations | otdd (cuda) | 500.0 us "
+        "| 12.00x of torch loop | 2.0e-06 | 0.0e+00 | 25 % (exps) |",
         "| clouds-2048-d3 forward, 50 iterations | flash-sinkhorn "
         "| flash_sinkhorn is not installed |",
     ]
