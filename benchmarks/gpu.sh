@@ -4,7 +4,7 @@
 #   folder               where gpu.json and the logs go; default benchmarks/results
 #   --part PART          build, test, sanitize, bench or all (default); a part renews its share of gpu.json
 #   --wheels DIR         wheels of peers (POT, geomloss, flash-sinkhorn), for this run alone
-#   -k EXPRESSION        of pytest, for test and bench
+#   -k EXPRESSION        of pytest, for test and bench; some clouds are measured only if it names their case
 #   --dry-run            prints what would run; needs no GPU
 #
 # Needs an NVIDIA driver, nvcc, a C++ compiler and a Python (PYTHON, default python3) with torch, triton,

@@ -384,7 +384,7 @@ def test_sanitized_problems_have_the_layout_of_their_name(tmp_path):
 
 
 def test_sanitized_problems_tell_a_refusal():
-    line = gpu_small.check("block, envelope", "float32", "cpu", "triton")
+    line = gpu_small.check("block, envelope", "float32", "cpu", "cuda")
     assert line.startswith("refused: block, envelope, float32: ")
 
 

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from otdd import backends
 from otdd.losses import DatasetDistance, OTLogitLoss
-from otdd.ops import barycentric, cost_matrix, sinkhorn
+from otdd.ops import barycentric, cost_matrix, sinkhorn, sinkhorn_points
+from otdd.ops.points import tiles
+from otdd.ops.points.reference import Clouds
 
 
 class Calls(TorchDispatchMode):
@@ -81,6 +83,51 @@ def test_dataset_distance(calls, monkeypatch, labels):
     assert DatasetDistance(**options)(x, lx, y, ly).shape == (2,)
     assert len(reads) == (labels == "sinkhorn")
     assert "otdd::sinkhorn_points" in calls.names
+
+
+class NoKernel:
+    """Launched, does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+def test_points(calls):
+    x, y = fake(3, 20, 7), fake(3, 30, 7)
+    result = sinkhorn_points(x, y, fake(3, 20), eps=0.1, max_iter=5, tol=1e-4)
+    assert result.backend == "cuda"
+    result.barycentric(y)
+    assert {"otdd::sinkhorn_points", "otdd::sinkhorn_points_product"} <= calls.names
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("keep", ["nothing", "all", "panels"])
+@pytest.mark.parametrize("tol", [0.0, 1e-4])
+def test_points_by_triton(monkeypatch, tol, keep, precision):
+    """All that the host does around the kernels, but how it watches for the end.
+
+    On `meta`, whose values cannot be looked at either: fake ones on `cuda` can't be sliced here.
+    """
+    triton = pytest.importorskip("otdd.ops.points.triton")
+    for name in ("softmin", "merge", "decide", "tile"):
+        monkeypatch.setattr(triton.kernels, f"{name}_kernel", NoKernel())
+    monkeypatch.setattr(triton, "_processors", lambda device: 132)
+    monkeypatch.setattr(triton._Watch, "over", lambda self, iteration: False)
+    monkeypatch.setattr(tiles, "STORED", 0 if keep == "panels" else 1 << 20)
+    monkeypatch.setattr(tiles, "PANEL", 1 << 9)
+    D = 20 if keep == "nothing" else 100
+    x, y, a, b, g = (
+        torch.empty(3, *shape, device="meta") for shape in ((20, D), (30, D), (20,), (30,), (30,))
+    )
+    eps = torch.empty(3, dtype=torch.float64, device="meta")
+    p = Clouds(x, y, a, b, eps, eps, eps, None, None, None)
+    with Calls() as calls:
+        r = triton.points_triton(p, g, "sqeuclidean", 5, tol, precision)
+        rest = r.f, r.g, a, g, eps, y
+        dx = triton.product_triton(p, *rest, "sqeuclidean", "difference", False, precision)
+    assert (r.f.shape, dx.shape) == (a.shape, x.shape)
+    assert not calls.moves, calls.moves
+    assert calls.names
 
 
 def test_a_look_at_a_value_is_seen(calls):
