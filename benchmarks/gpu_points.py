@@ -42,6 +42,7 @@ from references import (
 from torch import Tensor
 
 BOUNDS = (0.1, 0.1)  # of the errors of value and gradient; TF32 is to be told, not refused
+LONGEST = 1e12  # operations of one pass that is still tried with 44 kinds of tiles
 WITH_COSTS = 4096  # points up to which contenders that keep the costs take part
 
 # otdd ---------------------------------------------------------------------------------------------
@@ -116,6 +117,8 @@ def flash(name: str, allow_tf32: bool) -> Contender:
     """
 
     def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
+        slow = not allow_tf32 and 2.0 * case.N * case.M * case.D > LONGEST
+        refuse(slow, "its search for tiles without TF32 takes longer here than a row may")
         tune_in_parallel()
         return gpu_contenders.flash(allow_tf32)(case, data, direction, iterations)
 

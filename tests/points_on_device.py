@@ -21,7 +21,11 @@ from torch import Tensor
 from otdd.ops import sinkhorn_points
 
 Size = tuple[int, int, int, int]  # B, N, M, D
-DIGITS = {torch.float32: 5e-5, torch.float64: 1e-10}
+
+
+def digits_of(dtype: torch.dtype, D: int) -> float:
+    """Relative error of plans: of sums of D products, in float32 where matrix units may cut."""
+    return 1e-10 if dtype == torch.float64 else 4e-6 + 1e-7 * D
 
 
 def problem(size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,7 +60,7 @@ def agrees(backend: str, size: Size, dtype: torch.dtype, device: str, zeros: boo
     if zeros:
         a[:, ::3], b[:, 1::4] = 0, 0
         a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
-    eps, digits = strength(x, y), DIGITS[dtype]
+    eps, digits = strength(x, y), digits_of(dtype, size[-1])
     r, (dx, dy, da, db) = solved([x, y, a, b], eps=eps, max_iter=10, backend=backend)
     exact = clouds_oracle(x, y, a, b, eps=eps, max_iter=10)
     f, g = exact["f"], exact["g"]
@@ -66,11 +70,11 @@ def agrees(backend: str, size: Size, dtype: torch.dtype, device: str, zeros: boo
     )
     assert plan_error(seen, exact_rows) <= digits
     close(r.value, exact["value"], digits)
-    close(dx, exact["dx"], 10 * digits)
+    close(dx, exact["dx"], 4 * digits)
     x, y, a, b = wide((x, y, a, b))
     C = squared_distances(x, y)
     P = plan_oracle(C, f, g, a, b, eps)
-    close(dy, 2 * (y * P.sum(-2).unsqueeze(-1) - P.mT @ x), 10 * digits)
+    close(dy, 2 * (y * P.sum(-2).unsqueeze(-1) - P.mT @ x), 4 * digits)
     close(r.cost, (P * C).sum((-1, -2)), digits)
     for slope, potential, weight in ((da, f, a), (db, g, b)):
         own = (weight > 0).double()  # up to a constant: masked ones are not asked for
@@ -199,6 +203,6 @@ def large(backend: str | None, size: Size, device: str) -> None:
     dx = torch.autograd.grad(r.value.sum(), x)[0]
     used = torch.cuda.max_memory_allocated() - before if device != "cpu" else 0
     exact = clouds_oracle(x.detach(), y, a, b, eps=eps, max_iter=3)
-    close(r.value, exact["value"], 5e-5)
-    close(dx, exact["dx"], 5e-4)
+    close(r.value, exact["value"], 5e-6)
+    close(dx, exact["dx"], 2e-5)
     assert used < 1e9, used
