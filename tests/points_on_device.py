@@ -160,14 +160,19 @@ def nan_stays(backend: str, size: Size, device: str, monkeypatch) -> None:
     assert torch.equal(r.n_iter[others], want.n_iter[others])
 
 
-def tolerance_holds(backend: str, size: Size, device: str, without_sync: Callable) -> None:
-    """Problems stop by themselves, the host never waiting for any; the gradient as well."""
+def tolerance_holds(
+    backend: str, size: Size, device: str, without_sync: Callable, share: float, tol: float
+) -> None:
+    """Problems stop by themselves, the host never waiting for any; the gradient as well.
+
+    `share` of the usual eps: with less of it they take more iterations.
+    """
     x, y, a, b = problem(size, torch.float32, device)
-    options = {"eps": 2 * strength(x, y), "max_iter": 500, "tol": 1e-2, "backend": backend}
+    options = {"eps": share * strength(x, y), "max_iter": 2000, "tol": tol, "backend": backend}
     solved([x, y, a, b], **options)
     r, _ = without_sync(lambda: solved([x, y, a, b], **options))
     assert r.converged.all()
-    assert (r.n_iter < 500).all()
+    assert (r.n_iter < 2000).all()
 
 
 def captured(backend: str, size: Size, device: str, capture: Callable, tol: float = 0.0) -> None:
