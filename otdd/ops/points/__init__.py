@@ -61,9 +61,11 @@ def sinkhorn_points(
     distances between labelled data sets (Alvarez-Melis & Fusi, NeurIPS 2020, eq. 4).
 
     The iterates of ``sinkhorn(cost_matrix(x, y, metric), a, b, ...)``, in memory for ``(N + M) D``
-    numbers: costs are made tile by tile in each iteration, from differences of coordinates, so that
-    clouds far from the origin keep their digits. A cost matrix that is small is kept all the same
-    where that is faster. (With labels, ``K M + L N`` numbers more on the CPU.)
+    numbers: costs are made tile by tile in each iteration, from differences of coordinates, or on
+    ``triton`` from products of centred points, so that clouds far from the origin keep their
+    digits. Costs that are few are kept all the same where that is faster: up to 2^23 on the CPU and
+    of a problem by ``cuda``, up to 1 GiB of many features by ``triton``. (With labels,
+    ``K M + L N`` numbers more on the CPU.)
 
     Gradients:
 
@@ -78,7 +80,7 @@ def sinkhorn_points(
     - ``unrolled``: that of the iterations done, as in `otdd.ops.sinkhorn`, whose cost matrix it
       keeps: for at most 2^25 costs in all.
 
-    Nothing but ``unrolled`` and `PointsResult.plan` takes memory for N x M numbers.
+    Beyond these, nothing but ``unrolled`` and `PointsResult.plan` takes memory for N x M numbers.
 
     Args:
         x: Sources, ``(..., N, D)``; float16 and bfloat16 are computed, and results given, in
@@ -105,8 +107,10 @@ def sinkhorn_points(
         precision: How accurate the products between points have to be at least, in the words of
             `torch.set_float32_matmul_precision`: ``highest``, the dtype's own; ``high``, that of
             TF32 (10 bits); ``medium``, that of bfloat16 (7 bits). What is allowed is not always
-            done: all backends but ``triton`` compute every product at its best.
-        backend: ``reference``, ``cpu``, or None for the first that can.
+            done: all backends but ``triton`` compute every product at its best. What it costs in
+            accuracy is in benchmarks/NOTES.md.
+        backend: ``reference``, ``cpu``, ``cuda`` (up to 2^23 costs a problem, no `schedule`),
+            ``triton``, or None for the first that can.
 
     Raises:
         ValueError: A bad option, shapes that don't fit, different devices, D = 0, N or M = 0,
