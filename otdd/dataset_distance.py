@@ -60,6 +60,9 @@ class DatasetDistance(nn.Module):
         tol: L1 marginal error at which a problem stops by itself; 0 never.
         backend: As in `otdd.ops.sinkhorn_points`.
 
+    Differentiable in x and y; twice but under ``gaussian`` and, in the metric, ``l1``. Gradients
+    are those at convergence, as of `otdd.ops.sinkhorn_points` under ``envelope``.
+
     A GPU is waited for at the start alone: for the labels that there are, without `num_classes`,
     and for the sizes of the classes; not with a given W. (The decompositions of ``gaussian`` are
     those of torch.linalg, which wait for it as well.)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from otdd.ops.points import PointsResult, sinkhorn_points
 from otdd.ops.sinkhorn.reference import weighted
@@ -227,11 +226,24 @@ class _SingularValues(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         unit = torch.finfo(S.dtype).eps * max(matrix.shape[-2:])
-        ctx.save_for_backward((U * (unit * S[..., :1] < S).unsqueeze(-2)) @ Vh)
+        turn = (U * (unit * S[..., :1] < S).unsqueeze(-2)) @ Vh
+        ctx.save_for_backward(matrix, turn)
         return S.sum(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (turn,) = ctx.saved_tensors
+        return _NoSecond.apply(grad, *ctx.saved_tensors)
+
+
+class _NoSecond(torch.autograd.Function):
+    """That derivative; it depends on the matrix, and says that it cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, matrix: Tensor, turn: Tensor) -> Tensor:
         return grad[..., None, None] * turn
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(
+            "DatasetDistance: labels='gaussian' has no second derivatives; 'sinkhorn' has them"
+        )
