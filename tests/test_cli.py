@@ -99,10 +99,6 @@ def test_help_of_run_imports_no_torch():
         (["encode", "--data", "textures", "--out", "x"], "no generator is shipped"),
         (["fit-surrogate", "--data", "digits", "--out", "x", "--arch", "net"], "unknown .* 'net'"),
         (
-            ["run", *TINY, "--out", "x", "--preset", "igd", "--sets", "otg"],
-            "sample.influence.surrogate: missing; influence guidance is on",
-        ),
-        (
             [
                 *("run", *TINY, "--out", "x", "--sets", "otg", "--preset", "paper"),
                 *("--sample.influence.surrogate", "none"),

@@ -81,7 +81,8 @@ class InfluenceConfig:
     strength: float = 0.0
     """k, the step in units of rho_t; 0 is off."""
     surrogate: str | None = None
-    """Folder of the networks that `otdd fit-surrogate` trained."""
+    """Folder of the networks that `otdd fit-surrogate` trained; by default the run trains them,
+    with the defaults of that command and its own seed, into `surrogate/` of its output."""
     target: Literal["through", "x0"] = "through"
     """The gradient goes through the denoiser to z_t, or is applied to x0_hat."""
     reference_size: int = 200

@@ -83,11 +83,14 @@ def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:
     influence = config.sample.influence
     if "otg" not in config.sets or influence.strength == 0:
         return {}
-    from otdd.distill.surrogate import surrogate_digest
-    from otdd.distill.update import load_wanted
+    from otdd.distill.students import check_network
+    from otdd.distill.surrogate import SurrogateConfig, load_surrogates, surrogate_digest
 
-    load_wanted(config.sample, data)
-    return {"surrogate_sha256": surrogate_digest(influence.surrogate or "")}
+    if influence.surrogate is None:
+        check_network(SurrogateConfig.arch, data)
+        return {"surrogate_sha256": "trained by the run"}
+    load_surrogates(influence.surrogate, data)
+    return {"surrogate_sha256": surrogate_digest(influence.surrogate)}
 
 
 def _check_timm(name: str) -> None:

@@ -20,7 +20,7 @@ from otdd.distill.generator import Generator
 from otdd.distill.latents import Latents
 from otdd.distill.store import Store
 from otdd.distill.terms import Guidance, Memory, rng
-from otdd.distill.update import Update, Updates
+from otdd.distill.update import Update, Updates, surrogate_for
 from otdd.distill.workers import Workers
 
 Progress = Callable[[str, int, int], None]
@@ -69,7 +69,10 @@ def sample(
     names = [f"sets/{set_name}/groups/{n:05d}.safetensors" for n in range(len(groups))]
     missing = workers.share([n for n, name in enumerate(names) if not store.has(name)])
     mine = workers.part(missing)
-    updates = Updates(data, generator, config, latents) if guided else None
+    updates = None
+    if guided:
+        surrogate = surrogate_for(store, data, config, workers, progress)
+        updates = Updates(data, generator, config, latents, surrogate)
     seen = [n for n in range(len(groups)) if n in mine or n not in missing]
     ticker = _Ticker(progress, set_name, len(seen), config, guided)
     for position, number in enumerate(seen):

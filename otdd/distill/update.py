@@ -7,12 +7,12 @@ A term of strength 0 is not made, so it costs nothing and needs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from otdd.distill.config import ConfigError, RunConfig, SampleConfig
+from otdd.distill.config import RunConfig, SampleConfig
 from otdd.distill.data import ImageData
 from otdd.distill.diversity import DiversityGuidance
 from otdd.distill.generator import Generator
@@ -20,8 +20,12 @@ from otdd.distill.guidance import OTGuidance, pick_reference
 from otdd.distill.influence import InfluenceGuidance
 from otdd.distill.latents import Latents
 from otdd.distill.modes import ModeGuidance
-from otdd.distill.surrogate import load_surrogates
+from otdd.distill.store import Store
+from otdd.distill.surrogate import SurrogateConfig, fit_surrogate, load_surrogates
 from otdd.distill.terms import Guidance
+from otdd.distill.workers import Workers
+
+SURROGATE = "surrogate"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Updates:
         generator: its codec encodes them.
         config: `sample`, `ipc` and `seed` are used.
         latents: of the training images, if they are encoded already; as checked.
+        surrogate: folder of the networks of influence guidance, if that is on.
 
     Raises:
         ConfigError: influence guidance is on and has no surrogate that fits the data.
@@ -51,9 +56,10 @@ class Updates:
         generator: Generator,
         config: RunConfig,
         latents: Latents | None = None,
+        surrogate: str | None = None,
     ) -> None:
         self.data, self.generator, self.config, self.latents = data, generator, config, latents
-        self.surrogates = load_wanted(config.sample, data)
+        self.surrogates = load_surrogates(surrogate, data) if surrogate is not None else []
 
     def of(self, group: range) -> Update:
         """Terms with the references of some classes; only images that they need are encoded."""
@@ -115,18 +121,24 @@ def wants_judge(settings: SampleConfig) -> bool:
     return settings.order == "joint" and settings.starts > 1
 
 
-def load_wanted(settings: SampleConfig, data: ImageData) -> list[nn.Module]:
-    """The surrogates that the settings ask for; none if influence guidance is off.
+def surrogate_for(
+    store: Store,
+    data: ImageData,
+    config: RunConfig,
+    workers: Workers,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> str | None:
+    """Folder of the networks that influence guidance needs, trained now if none is given.
 
-    Raises:
-        ConfigError: they are missing or do not fit the data.
+    None if that guidance is off. The first of several processes trains, the others wait.
     """
-    if settings.influence.strength == 0:
-        return []
-    if settings.influence.surrogate is None:
-        raise ConfigError(
-            "sample.influence.surrogate: missing; influence guidance is on "
-            f"(sample.influence.strength {settings.influence.strength:g}) and needs the folder of "
-            "`otdd fit-surrogate`, or a strength of 0"
-        )
-    return load_surrogates(settings.influence.surrogate, data)
+    influence = config.sample.influence
+    if influence.strength == 0 or influence.surrogate is not None:
+        return influence.surrogate if influence.strength > 0 else None
+    folder = store.path / SURROGATE
+    if workers.first:
+        own = SurrogateConfig(seed=config.seed)
+        show = progress or (lambda *_: None)
+        fit_surrogate(data, own, folder, progress=lambda _, *count: show(SURROGATE, *count))
+    workers.wait()
+    return str(folder)

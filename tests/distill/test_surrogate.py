@@ -1,6 +1,7 @@
 """Surrogates: checkpoints over a training that resumes exactly, and what is refused."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -8,16 +9,17 @@ import torch
 from distill.test_generator import toy
 
 from otdd import cli
-from otdd.distill.config import ConfigError, InfluenceConfig, SampleConfig
+from otdd.distill import update
+from otdd.distill.config import ConfigError, InfluenceConfig, RunConfig, SampleConfig
 from otdd.distill.data import load_data
-from otdd.distill.store import StoreError
+from otdd.distill.store import Store, StoreError
 from otdd.distill.surrogate import (
     SurrogateConfig,
     fit_surrogate,
     load_surrogates,
     surrogate_digest,
 )
-from otdd.distill.update import load_wanted
+from otdd.distill.workers import Workers
 
 TINY = SurrogateConfig(arch="convnet", checkpoints=2, epochs=4, batch=8)
 
@@ -79,8 +81,25 @@ def test_command(tmp_path, capsys):
     assert len(load_surrogates(tmp_path, load_data("digits"))) == 1
 
 
-def test_guidance_that_is_off_needs_none():
-    assert load_wanted(SampleConfig(), toy()) == []
-    on = SampleConfig(influence=InfluenceConfig(strength=1.0))
-    with pytest.raises(ConfigError, match=r"influence.surrogate: missing; .* strength of 0"):
-        load_wanted(on, toy())
+def test_a_run_trains_the_surrogate_that_it_needs(tmp_path, monkeypatch):
+    tiny = functools.partial(dataclasses.replace, TINY)
+    monkeypatch.setattr(update, "SurrogateConfig", tiny)
+
+    def folder(seen=None, **influence):
+        sampling = SampleConfig(influence=InfluenceConfig(**influence))
+        config = RunConfig(data="toy", ipc=1, out="x", seed=3, sample=sampling)
+        show = None if seen is None else lambda *told: seen.append(told)
+        return update.surrogate_for(Store(tmp_path), toy(), config, Workers(), show)
+
+    assert folder() is None
+    assert folder(strength=1.0, surrogate="given") == "given"
+    assert not list(tmp_path.iterdir())
+    seen = []
+    made = folder(seen, strength=1.0)
+    assert seen[-1] == ("surrogate", TINY.epochs, TINY.epochs)
+    assert len(load_surrogates(made, toy())) == TINY.checkpoints
+    about = json.loads((tmp_path / "surrogate" / "otdd.json").read_text())
+    assert about["identity"]["surrogate"]["seed"] == 3
+    again = []
+    assert folder(again, strength=1.0) == made
+    assert not again  # it was finished
