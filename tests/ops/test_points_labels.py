@@ -10,6 +10,9 @@ from references import clouds, cost_oracle, sinkhorn_oracle
 
 from otdd.ops import METRICS, checks, sinkhorn_points
 from otdd.ops.points import cpu
+from otdd.ops.points.levels import through_levels
+from otdd.ops.points.reference import Clouds, points_reference
+from otdd.ops.sinkhorn.accelerate import levels
 
 
 @pytest.fixture(params=WAYS)
@@ -236,3 +239,16 @@ def test_precision_is_one_of_three():
         sinkhorn_points(x, y, eps=1.0, precision="tf32")
     low = sinkhorn_points(x, y, eps=1.0, precision="medium", backend="reference")
     assert torch.equal(low.f, sinkhorn_points(x, y, eps=1.0, backend="reference").f)
+
+
+def test_a_schedule_ends_where_costs_are_infinite():
+    """On a GPU values are not looked at."""
+    x, y, a, b = clouds(2, 4, 5, 3, torch.float32)
+    x[0, 1] = math.inf
+    eps, hard = torch.full((2,), 0.1).double(), torch.full((2,), math.inf).double()
+    p = Clouds(x, y, a, b, eps, hard, hard, None, None, None)
+    r = through_levels(points_reference, p, torch.zeros(2, 5), "sqeuclidean", 5, 0.0, 0.3)
+    assert r.n_iter[0] == 5
+    assert r.n_iter[1] > 5
+    C = torch.tensor([[[0.0, math.inf], [1.0, 2.0]]])
+    assert next(levels(C, a[:1, :2], b[:1, :2], eps[:1], 0.3), None) is None

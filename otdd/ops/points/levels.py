@@ -37,6 +37,7 @@ def through_levels(
     if schedule:
         n_iter = torch.zeros_like(p.eps, dtype=torch.int64)
         level, goal = highest_cost(p, metric), LEVEL_ERROR * p.a.sum(-1).double()
+        level = level.masked_fill(level.isinf(), torch.nan)  # it would never fall
         while bool((above := level > p.eps).any()):
             some = p._replace(eps=level).where(above)
             r = solver(some, g[above], metric, LEVEL_ITERATIONS, goal[above], *options)

@@ -29,6 +29,7 @@ def levels(
     3.2).
     """
     level = cost_range(C, a, b)
+    level = level.masked_fill(level.isinf(), torch.nan)  # it would never fall
     while bool((level > eps).any()):
         yield torch.maximum(level, eps), level > eps
         level = level * ratio
