@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from otdd.ops.points.reference import Clouds
+from otdd.ops.points.tuning import chosen
 
 STORED = 1 << 30  # bytes of the costs that are kept for a whole solve
 PANEL = 1 << 25  # bytes of the costs that are kept from the row pass to the column pass
@@ -114,10 +115,14 @@ class Tiles:
     def shape(self) -> dict[str, int]:
         """Sizes of a tile, powers of two, and the warps that share it; see NOTES for spills."""
         double = self.x.dtype == torch.float64
-        n, m = (min(32 if double else 64, max(16, _power_of_two(k))) for k in (self.N, self.M))
-        sizes = {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": FEATURES}
-        wide = self.cost in ("stored", "across") or (double and self.labels is not None)
-        return sizes | {"num_warps": 8 if wide else 4, "num_stages": 2}
+        stored = self.cost in ("stored", "across")
+        side, wide = 32 if double else 64, stored or (double and self.labels is not None)
+        sizes = {"BLOCK_N": side, "BLOCK_M": side, "num_warps": 8 if wide else 4, "num_stages": 2}
+        kind = "stored" if stored else f"{self.cost} {self.precision}".strip()
+        sizes |= chosen(self.x.device, self.x.dtype, kind)
+        for size, points in (("BLOCK_N", self.N), ("BLOCK_M", self.M)):
+            sizes[size] = min(sizes[size], max(16, _power_of_two(points)))
+        return sizes | {"BLOCK_D": FEATURES}
 
     def sources(self) -> dict[str, object]:
         """Arguments of the kernels that say where costs come from."""
