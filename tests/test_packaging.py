@@ -298,7 +298,8 @@ def test_imports_are_lazy(arguments, absent):
 def test_otdd_has_its_parts_and_no_others():
     import otdd
 
-    assert {"ops", "losses", "distill", "__version__"} <= set(dir(otdd))
+    assert {"ops", "losses", "distill", "load", "__version__"} <= set(dir(otdd))
+    assert otdd.load.__module__ == "otdd.distill.artefact"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         otdd.nothing  # noqa: B018
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from otdd import __version__
 from otdd.distill.config import ConfigError, RunConfig
 from otdd.distill.prepare import SAMPLED, prepare
+from otdd.distill.setfiles import CONFIG, DATA, describe
 from otdd.distill.settings import to_dict
 from otdd.distill.store import Store
 from otdd.distill.workers import Workers, local_device
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-CONFIG = "config.json"
 METRICS = "metrics.json"
 GRID = "grid.png"
 PACKAGES = ("torch", "numpy", "diffusers", "timm", "safetensors", "scikit-learn", "pillow")
@@ -77,7 +77,7 @@ class Run:
         made = prepare(config, only_sample=only_sample)
         if made.generator is not None:
             made.generator.to(device)
-        store = _open_store(config, made.known, workers)
+        store = _open_store(config, made.known, made.data, workers)
         run = cls(config, store, made.data, made.generator, made.latents, workers, progress)
         if store.has(METRICS):
             run.timings = dict(store.read_json(METRICS)["timings"])
@@ -264,13 +264,17 @@ class _Timer:
         self.run.timings[self.name] = self.run.timings.get(self.name, 0.0) + spent
 
 
-def _open_store(config: RunConfig, known: dict[str, Any], workers: Workers) -> Store:
+def _open_store(
+    config: RunConfig, known: dict[str, Any], data: ImageData, workers: Workers
+) -> Store:
     if workers.first:
         store = Store.open(config.out, known, lock=True)
         resolved = to_dict(config)
         if Path(config.data).is_dir():
             resolved["data"] = str(Path(config.data).resolve())
         store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
+        if not store.has(DATA):  # of the same data: the store has compared its hash
+            store.write_json(DATA, describe(data))
     workers.wait()
     if not workers.first:
         store = Store(config.out)

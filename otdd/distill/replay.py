@@ -1,0 +1,160 @@
+"""Replay: the augmented batches that the teachers labelled, each with its soft labels.
+
+A batch is read from the shards when it is asked for, so memory does not grow with their number,
+and any process can make any batch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from otdd.distill.augment import Batch
+from otdd.distill.match import Step, reproducible
+from otdd.distill.setfiles import SetFiles
+from otdd.distill.store import StoreError
+
+_PARTS = ("index", "theta", "partner", "box")
+
+
+class Labelled(NamedTuple):
+    """One batch as a student sees it.
+
+    Attributes:
+        images: float32 (B, C, H, W) in [0, 1], augmented.
+        logits: float32 (B, K), mean logits of the teachers on these very images.
+        targets: float32 (B, K), hard labels mixed by the area that CutMix pasted.
+        labels: int64 (B,), classes of the images before CutMix.
+    """
+
+    images: Tensor
+    logits: Tensor
+    targets: Tensor
+    labels: Tensor
+
+
+class LabelShards:
+    """The soft labels of a set, step by step.
+
+    Attributes:
+        epochs: how many the labels have.
+        steps_per_epoch: batches of one epoch.
+        teachers: names and hashes of the teachers.
+
+    Raises:
+        StoreError: there are none, or not all of them.
+    """
+
+    def __init__(self, files: SetFiles) -> None:
+        self._store, self._names, self._open = files.store, files.labels, {}
+        where = f"{files.store.path}: set {files.name}"
+        if not files.labels:
+            hint = "it was exported without" if files.exported else "run `otdd relabel` first"
+            raise StoreError(
+                f"{where} has no soft labels; {hint} (relabel.store_labels off keeps none)"
+            )
+        self.epochs, counts, self.teachers = 0, [], []
+        for name in files.labels:
+            meta = self._store.read_meta(name) or {}
+            first, last = meta.get("epochs", (None, None))
+            if first != self.epochs or meta.get("classes") != files.data["classes"]:
+                raise StoreError(f"{files.store.path / name} does not belong to this set")
+            shape = self._file(name).get_slice("logits").get_shape()
+            if shape[0] % (last - first) or shape[2] != len(meta["classes"]):
+                raise StoreError(f"{files.store.path / name} is damaged: logits of shape {shape}")
+            counts.append(shape[0])
+            self.epochs, self.teachers = last, meta["teachers"]
+        if self.epochs != files.epochs:
+            raise StoreError(
+                f"{where} has soft labels of {self.epochs} epochs out of {files.epochs}; "
+                "run `otdd relabel` to make the rest"
+            )
+        self._ends = list(accumulate(counts))
+        self.steps_per_epoch = self._ends[-1] // self.epochs
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a worker opens the files itself
+
+    def step(self, number: int) -> Step:
+        """Augmentation and logits of a step, counted from the first of the first epoch."""
+        shard = bisect_right(self._ends, number)
+        name, row = self._names[shard], number - ([0, *self._ends])[shard]
+        file = self._file(name)
+        batch = Batch(*(file.get_slice(part)[row] for part in _PARTS))
+        return Step(batch, file.get_slice("logits")[row].float())
+
+    def mean(self, count: int) -> Tensor:
+        """Mean logits of each of `count` images over its views, (count, K).
+
+        Views that CutMix pasted into count only where an image has no others.
+        """
+        parts = [torch.zeros(2, count, 1), torch.zeros(2, count, len(self._classes()))]
+        seen, total = (part.double() for part in parts)
+        for name in self._names:
+            tensors = self._store.read_tensors(name)
+            for box, index, logits in zip(
+                tensors["box"].tolist(), tensors["index"], tensors["logits"].double(), strict=True
+            ):
+                mixed = int(box[1] > box[0] and box[3] > box[2])
+                seen[mixed].index_add_(0, index, torch.ones(len(index), 1).double())
+                total[mixed].index_add_(0, index, logits)
+        pick = (seen[0] == 0).long()
+        if bool((seen.sum(0) == 0).any()):
+            raise StoreError(f"{self._store.path}: some images have no soft label")
+        chosen = torch.where(pick.bool(), total[1] / seen[1], total[0] / seen[0])
+        return chosen.float()
+
+    def _classes(self) -> list[str]:
+        return list(self._store.read_meta(self._names[0])["classes"])
+
+    def _file(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._open:
+            path = self._store.path / name
+            try:
+                self._open = {name: safe_open(path, framework="pt")}  # one at a time
+            except (OSError, SafetensorError) as error:
+                raise StoreError(f"{path} cannot be read ({error}); it is damaged") from None
+        return self._open[name]
+
+
+class Replay(Dataset[Labelled]):
+    """Steps of a set as a data set: item i is the whole batch of step i."""
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: int, shards: LabelShards) -> None:
+        self.images, self.labels, self.classes, self.shards = images, labels, classes, shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> Labelled:
+        """The batch of a step."""
+        batch, logits = (step := self.shards.step(number)).batch, step.teacher
+        assert logits is not None
+        if not 0 <= int(batch.index.min()) <= int(batch.index.max()) < len(self.images):
+            raise StoreError(f"step {number} of the soft labels is of images that the set has not")
+        _, channels, height, width = self.images.shape
+        with reproducible((channels, height, width)):
+            images = batch.apply(self.images)
+            targets = batch.targets(self.labels, self.classes, (height, width))
+        return Labelled(images, logits, targets, self.labels[batch.index])
+
+    def __getitems__(self, numbers: Sequence[int]) -> Labelled:
+        """The batch of one step: what a loader asks a data set that makes whole batches."""
+        (number,) = numbers
+        return self[number]
+
+
+def whole(batch: Labelled) -> Labelled:
+    """Collates nothing: the batch is whole already."""
+    return batch

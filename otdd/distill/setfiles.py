@@ -1,0 +1,161 @@
+"""Where the files of a finished set are: in the folder of a run, or in an exported one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from otdd.distill.store import MANIFEST, Store, StoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from otdd.distill.data import ImageData
+
+DATA = "data.json"
+CONFIG = "config.json"
+EXPORTED = "otdd-set-1"  # the `format` of an exported folder
+DEFAULT = "otg"
+LAYOUTS = {"images": "images/", "root": ""}  # where the class folders of an export are
+_LABELS = re.compile(r"labels(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def describe(data: ImageData) -> dict[str, Any]:
+    """What a set takes over from the data it was distilled from, as plain values."""
+    return {
+        "name": data.name,
+        "classes": list(data.classes),
+        "image_shape": list(data.image_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "sha256": data.fingerprint,
+    }
+
+
+@dataclass(frozen=True)
+class SetFiles:
+    """One set of a folder.
+
+    Attributes:
+        store: the folder.
+        name: of the set.
+        data: as made by `describe`.
+        labels: files of soft labels, in the order of their epochs.
+        epochs: that the soft labels have when they are complete.
+        manifest: content of `otdd.json`.
+        exported: whether `otdd export` made the folder.
+    """
+
+    store: Store
+    name: str
+    data: dict[str, Any]
+    labels: tuple[str, ...]
+    epochs: int
+    manifest: dict[str, Any]
+    exported: bool
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str], name: str | None = None) -> SetFiles:
+        """Find a set.
+
+        Args:
+            path: folder of a run, or made by `otdd export`.
+            name: of the set; by default `otg`, or the one of an exported folder.
+
+        Raises:
+            StoreError: no such folder, none of otdd's, or the set is not in it.
+        """
+        store = Store(path)
+        if not store.path.exists():
+            raise StoreError(f"{store.path}: no such folder")
+        if not store.path.is_dir() or not store.has(MANIFEST):
+            raise StoreError(f"{store.path} is no otdd folder: there is no {MANIFEST} in it")
+        manifest = store.read_json(MANIFEST)
+        if not isinstance(manifest, dict):
+            raise StoreError(f"{store.path / MANIFEST} was not written by otdd")
+        if manifest.get("format") == EXPORTED:
+            return _of_export(store, manifest, name)
+        if "identity" not in manifest:
+            raise StoreError(
+                f"{store.path / MANIFEST} was not written by this version of otdd, or is that of "
+                "an export to a format which otdd.load does not read"
+            )
+        return _of_run(store, manifest, name or DEFAULT)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Images uint8 (N, C, H, W) and labels int64 (N,), class-major."""
+        if self.exported:
+            return _read_pngs(self.store, self.manifest)
+        tensors = self.store.read_images(self.name)
+        images, labels = tensors["images"], tensors["labels"]
+        expected = [len(labels), *self.data["image_shape"]]
+        if list(images.shape) != expected or not bool((labels.diff() >= 0).all()):
+            raise StoreError(
+                f"{self.store.path}: set {self.name} has images of shape {list(images.shape)}, "
+                f"expected {expected} in the order of the classes"
+            )
+        return images, labels
+
+
+def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
+    folder = store.path / "sets"
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    there = [n for n in there if store.has_images(n)]
+    if name not in there:
+        known = ", ".join(there) or "none yet; run `otdd sample` first"
+        raise StoreError(f"{store.path} has no set {name!r}; there: {known}")
+    if not store.has(DATA):
+        raise StoreError(
+            f"{store.path / DATA} is missing: a version of otdd before this one made the folder; "
+            f"`otdd evaluate --out {store.path}` adds it"
+        )
+    labels = []
+    while store.has(file := f"sets/{name}/labels/{len(labels):05d}.safetensors"):
+        labels.append(file)
+    epochs = store.read_json(CONFIG)["train"]["epochs"]
+    data = store.read_json(DATA)
+    return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False)
+
+
+def _of_export(store: Store, manifest: dict[str, Any], name: str | None) -> SetFiles:
+    try:
+        there, data = manifest["set"], manifest["data"]
+        labels, epochs = manifest["labels"], manifest["epochs"]
+        well = manifest["layout"] in LAYOUTS and len(manifest["counts"]) == len(data["classes"])
+        well = well and all(_LABELS.fullmatch(file) for file in labels)
+    except (KeyError, TypeError):
+        well = False
+    if not well:
+        raise StoreError(f"{store.path / MANIFEST} is damaged; export the set again")
+    if name not in (None, there):
+        raise StoreError(f"{store.path} has no set {name!r}; there: {there}")
+    return SetFiles(store, there, data, tuple(labels), epochs, manifest, exported=True)
+
+
+def _read_pngs(store: Store, manifest: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    channels, height, width = manifest["data"]["image_shape"]
+    mode = "L" if channels == 1 else "RGB"
+    images, labels = [], []
+    for label, count in enumerate(manifest["counts"]):
+        for index in range(count):
+            path = store.path / LAYOUTS[manifest["layout"]] / f"{label:05d}/{index:05d}.png"
+            try:
+                with Image.open(path, formats=("PNG",)) as file:
+                    if file.size != (width, height) or file.mode != mode:
+                        raise StoreError(
+                            f"{path} is {file.width}x{file.height}, {file.mode}; the set has "
+                            f"images of {width}x{height}, {mode}"
+                        )
+                    pixels = np.array(file)
+            except OSError as error:
+                raise StoreError(f"{path} cannot be read ({error}); export the set again") from None
+            images.append(torch.from_numpy(pixels.reshape(height, width, channels)))
+            labels.append(label)
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
