@@ -28,6 +28,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   fit        train a small generator for a data set
   fit-surrogate  train the networks of influence guidance for a data set
   encode     the latents of a data set, once
+  export     a distilled set in the format of others: otdd export DIR --to hf --out OUT
   env        versions, backends, and why some are missing
 
 first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
@@ -41,7 +42,7 @@ ABOUT = {
     "evaluate": "Gather the table, the transport costs and the picture of a folder.",
 }
 
-TOOLS = ("fit", "fit-surrogate", "encode")  # functions of otdd.tools
+TOOLS = ("fit", "fit-surrogate", "encode", "export")  # functions of otdd.tools
 
 
 @dataclass(frozen=True)

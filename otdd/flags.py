@@ -65,7 +65,7 @@ def _one_line(box: str, prog: str) -> str:
             lines.append(text)
     text = " ".join(lines)
     if text.startswith("Missing from"):
-        names = ", ".join(re.findall(r"(--[\w.]+) [A-Z]", text))
+        names = ", ".join(re.findall(r"(--[\w.]+) [A-Z{]", text))
         return f"missing: {names} (otdd {prog.split()[-1]} --help explains)"
     nested = re.fullmatch(r"Error parsing (\S+): (\w+): (.*)", text)
     if nested and not nested[1].startswith("--"):

@@ -1,4 +1,4 @@
-"""Commands beside the stages: what is made once for a data set, before it is distilled.
+"""Commands beside the stages: before a data set is distilled, and with what came of it.
 
 What a command needs is imported when it runs; all settings are checked before any work.
 """
@@ -27,6 +27,26 @@ class DataFlags:
     """Side of the images in pixels; by default that of the data."""
     quiet: bool = False
     """No progress bars."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags:
+    """Flags of `otdd export`."""
+
+    dir: str
+    """Folder of a run, or an earlier export; as the first argument it needs no --dir."""
+    to: Literal["hf", "imagefolder", "npz", "webdataset", "ddranking"]
+    """Format: a Hugging Face data set, an ImageFolder, NumPy arrays, tar files of WebDataset, or
+    tensors for DD-Ranking."""
+    out: str
+    """The new folder; an empty one is accepted."""
+    set: str | None = None
+    """Name of the set; by default otg, or the one of an exported folder."""
+    license: str | None = None
+    """Licence that the card names, as the Hugging Face Hub spells it (cc-by-4.0, mit, ...); by
+    default that of an exported folder, or unknown."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -104,6 +124,33 @@ def encode(flags: list[str]) -> int:
     shape = "x".join(map(str, made.latent_shape))
     sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")
     return 0
+
+
+def export(flags: list[str]) -> int:
+    """`otdd export`."""
+    about = "Write a distilled set in the format of others, into a new folder."
+    given = parse(ExportFlags, _named(flags, "--dir"), "otdd export", about, {})
+    from otdd.distill.export import export
+
+    made = export(given.dir, given.to, given.out, set=given.set, license=given.license)
+    files = [f for f in Path(given.out).rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in files) / 2**20
+    soft = f"soft labels of {made.epochs} epochs" if made.has_soft_labels else "no soft labels"
+    sys.stdout.write(
+        f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
+        f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
+    )
+    return 0
+
+
+def _named(flags: list[str], *names: str) -> list[str]:
+    """Flags with names put before the arguments that come first without any."""
+    named: list[str] = []
+    for name, flag in zip(names, flags, strict=False):
+        if flag.startswith("-"):
+            break
+        named += [name, flag]
+    return named + flags[len(named) // 2 :]
 
 
 def _only(cls: type, given: Any) -> Any:

@@ -40,6 +40,7 @@ def test_help_is_quick_and_imports_no_torch():
         "fit",
         "fit-surrogate",
         "encode",
+        "export",
         "env",
     ):
         assert f"\n  {command} " in done.stdout
@@ -92,6 +93,9 @@ def test_help_of_run_imports_no_torch():
             "--device: 'cuda' is not accepted for process 0 .* torch sees 0 GPUs",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
+        (["export"], "missing: --dir, --to, --out"),
+        (["export", "none", "--to", "hf", "--out", "x"], "none: no such folder"),
+        (["export", "none", "--to", "csv", "--out", "x"], "'csv'.*--to.*'hf'"),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
         (["encode", "--data", "digits", "--out", "x", "--shard", "0"], "--shard: 0 is not accept"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from otdd.distill.store import MANIFEST, Store, StoreError
+from otdd.distill.store import FORMAT, MANIFEST, Store, StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,10 +78,10 @@ class SetFiles:
             raise StoreError(f"{store.path / MANIFEST} was not written by otdd")
         if manifest.get("format") == EXPORTED:
             return _of_export(store, manifest, name)
-        if "identity" not in manifest:
+        if manifest.get("format") != FORMAT:
             raise StoreError(
-                f"{store.path / MANIFEST} was not written by this version of otdd, or is that of "
-                "an export to a format which otdd.load does not read"
+                f"{store.path / MANIFEST} was not written by this version of otdd, or belongs to "
+                "an export in a format that otdd.load does not read"
             )
         return _of_run(store, manifest, name or DEFAULT)
 

@@ -204,8 +204,6 @@ class Store:
         self.close()
 
     def _write_pngs(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
-        from PIL import Image
-
         target = self.path / name
         seen: dict[int, int] = {}
         with self._writing(name):
@@ -213,13 +211,9 @@ class Store:
             try:
                 for image, label in zip(images, labels.tolist(), strict=True):
                     index = seen[label] = seen.get(label, -1) + 1
-                    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
-                    picture = Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
-                    buffer = io.BytesIO()
-                    picture.save(buffer, format="PNG")
                     folder = temp / f"{label:05d}"
                     folder.mkdir(parents=True, exist_ok=True)
-                    _write_flushed(folder / f"{index:05d}.png", buffer.getvalue())
+                    _write_flushed(folder / f"{index:05d}.png", png(image))
                 # The tensors, written next, are what marks the set as finished: pictures that
                 # are already here come from a process that had no time for them.
                 shutil.rmtree(target, ignore_errors=True)
@@ -295,6 +289,16 @@ class Store:
             return
         for path in list(self.path.rglob(TEMP + "*")):
             self.remove(str(path.relative_to(self.path)))
+
+
+def png(image: torch.Tensor) -> bytes:
+    """One image, uint8 (C, H, W) with 1 or 3 channels, as a PNG file."""
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _temp_name() -> str:

@@ -3,9 +3,11 @@
 import torch
 
 from otdd.distill import relabel
-from otdd.distill.data import load_data
+from otdd.distill.data import ImageData, LabeledImages, load_data
 from otdd.distill.pipeline import Run
-from otdd.distill.settings import resolve
+from otdd.distill.setfiles import describe
+from otdd.distill.settings import resolve, to_dict
+from otdd.distill.store import Store
 
 DATA = load_data("digits")
 
@@ -52,3 +54,17 @@ def seen_in_training(store, config, name):
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def written_set(out, classes, *, ipc=2, channels=3, name="otg"):
+    """The folder of a run that ended after sampling, of random images; returns them."""
+    count = len(classes) * ipc
+    images = torch.randint(0, 256, (count, channels, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(len(classes)).repeat_interleave(ipc)
+    part = LabeledImages(images, labels)
+    with Store.open(out, {"data": "toy", "relabel.teachers": ["convnet=/home/me/t.pt"]}) as store:
+        store.write_images(name, images, labels)
+        store.write_json("data.json", describe(ImageData("toy", list(classes), part, part)))
+        config = to_dict(settings("x", data="/home/me/toy", generator="/home/me/g.safetensors"))
+        store.write_json("config.json", config)
+    return images
