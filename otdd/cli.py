@@ -29,6 +29,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   fit-surrogate  train the networks of influence guidance for a data set
   encode     the latents of a data set, once
   export     a distilled set in the format of others: otdd export DIR --to hf --out OUT
+  push       an exported set to the Hugging Face Hub: otdd push DIR OWNER/NAME
   env        versions, backends, and why some are missing
 
 first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
@@ -42,7 +43,7 @@ ABOUT = {
     "evaluate": "Gather the table, the transport costs and the picture of a folder.",
 }
 
-TOOLS = ("fit", "fit-surrogate", "encode", "export")  # functions of otdd.tools
+TOOLS = ("fit", "fit-surrogate", "encode", "export", "push")  # functions of otdd.tools
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,23 @@ class ExportFlags:
     """Show the stack trace of an error."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushFlags:
+    """Flags of `otdd push`."""
+
+    dir: str
+    """Folder made by `otdd export --to hf`; as the first argument it needs no --dir."""
+    repo_id: str
+    """Data set repository, OWNER/NAME, made where there is none; as the second argument it needs no
+    --repo_id."""
+    private: bool = False
+    """A new repository is private."""
+    dry_run: bool = False
+    """Only print what would be sent; needs neither network nor token."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
 def fit(flags: list[str]) -> int:
     """`otdd fit`."""
     from otdd.distill.data import load_data
@@ -140,6 +157,22 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
     )
+    return 0
+
+
+def push(flags: list[str]) -> int:
+    """`otdd push`."""
+    about = "Send an exported set to the Hugging Face Hub (token: `hf auth login` or HF_TOKEN)."
+    given = parse(PushFlags, _named(flags, "--dir", "--repo_id"), "otdd push", about, {})
+    from otdd.distill.push import push
+
+    sent = push(given.dir, given.repo_id, private=given.private, dry_run=given.dry_run)
+    if given.dry_run:
+        for name, size in sent.files.items():
+            sys.stdout.write(f"{size:>12,}  {name}\n")
+    total = f"{len(sent.files)} files, {sum(sent.files.values()) / 2**20:.1f} MiB"
+    where = f"{total}, to the data set {sent.repo_id}"
+    sys.stdout.write(f"would send {where}\n" if given.dry_run else f"sent {where}: {sent.url}\n")
     return 0
 
 

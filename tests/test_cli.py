@@ -41,6 +41,7 @@ def test_help_is_quick_and_imports_no_torch():
         "fit-surrogate",
         "encode",
         "export",
+        "push",
         "env",
     ):
         assert f"\n  {command} " in done.stdout
@@ -96,6 +97,8 @@ def test_help_of_run_imports_no_torch():
         (["export"], "missing: --dir, --to, --out"),
         (["export", "none", "--to", "hf", "--out", "x"], "none: no such folder"),
         (["export", "none", "--to", "csv", "--out", "x"], "'csv'.*--to.*'hf'"),
+        (["push", "none"], "missing: --repo_id"),
+        (["push", "none", "me/set"], "none: no such folder"),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
         (["encode", "--data", "digits", "--out", "x", "--shard", "0"], "--shard: 0 is not accept"),
