@@ -58,6 +58,7 @@ def test_normalise_is_that_of_the_students(folder):
     assert torch.equal(loaded.normalise(loaded.images), loaded.normalise(x))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_replay_is_what_training_sees_to_the_bit(folder, workers):
     loader = otdd.load(folder, set="random").replay(workers=workers)
