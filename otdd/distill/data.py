@@ -140,7 +140,7 @@ def load_data(
             raise DataError(f"resolution={resolution} does not fit the built-in data {spec!r}")
         data = _digits() if spec == "digits" else _textures()
     else:
-        data = _folder(Path(spec), resolution, val_fraction, seed)
+        data = _folder(Path(spec), resolution, val_fraction, seed, ipc)
     if ipc is not None:
         check_ipc(data, ipc)
     return data
@@ -212,12 +212,20 @@ def _stack(per_class: Sequence[Tensor]) -> LabeledImages:
     )
 
 
-def _folder(root: Path, resolution: int | None, val_fraction: float, seed: int) -> ImageData:
+def _folder(
+    root: Path, resolution: int | None, val_fraction: float, seed: int, ipc: int | None
+) -> ImageData:
     files = FolderFiles.of(check_folder(root))
     images, unreadable = _read(files.train, files.test or {}, resolution)
-    if files.problems or unreadable:
-        raise DataError(f"data folder {root} cannot be used:", files.problems + unreadable)
     parts = files.split(val_fraction, seed)
+    if files.problems or unreadable:
+        left = {name: sum(p in images for p in paths) for name, paths in parts[0].items()}
+        short = [
+            f"class {name!r}: {n} readable training images, fewer than ipc={ipc}"
+            for name, n in left.items()
+            if ipc is not None and n < ipc
+        ]
+        raise DataError(f"data folder {root} cannot be used:", files.problems + unreadable + short)
     train, test = (
         _stack([torch.stack([images[path] for path in part[name]]) for name in files.classes])
         for part in parts

@@ -90,6 +90,26 @@ def test_every_offending_file_and_class_is_named(tmp_path):
     for part in ("text.png", "cut.png", "gone.png", "empty", "'other' is in val/ only"):
         assert part in message
     assert len(caught.value.problems) >= 5
+    assert "fewer than ipc" not in message
+    with pytest.raises(DataError) as caught:
+        load_data(tmp_path, ipc=5)
+    message = str(caught.value)
+    assert "class 'a': 4 readable training images, fewer than ipc=5" in message
+    assert "cut.png" in message
+
+
+def test_decompression_bombs_are_named_like_unreadable_files(tmp_path):
+    import struct
+    import zlib
+
+    folder(tmp_path)
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + head
+    whole = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
+    whole += struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IEND"
+    (tmp_path / "train" / "a" / "bomb.png").write_bytes(whole)
+    with pytest.raises(DataError, match=r"bomb\.png: unreadable image \(DecompressionBomb"):
+        load_data(tmp_path, resolution=8)
 
 
 @pytest.mark.parametrize(
