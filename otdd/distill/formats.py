@@ -32,7 +32,7 @@ def npz(target: Store, loaded: DistilledSet, manifest: dict[str, Any]) -> None:
     images uint8 (N, C, H, W), labels int64 (N,), classes (K,) of text, mean and std float64 (C,)
     of the real images in [0, 1], and soft_labels float32 (N, K), mean logits, where there are any.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         "images": loaded.images.numpy(),
         "labels": loaded.labels.numpy(),
         "classes": np.array(loaded.classes, dtype=np.str_),

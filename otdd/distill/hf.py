@@ -67,7 +67,8 @@ def _write_parquet(target: Store, loaded: DistilledSet) -> None:
 
 
 def _shards(loaded: DistilledSet) -> Iterator[list[tuple[int, int, bytes]]]:
-    rows, size = [], 0
+    rows: list[tuple[int, int, bytes]] = []
+    size = 0
     for row in pictures(loaded):
         if rows and (len(rows) >= SHARD_ROWS or size >= SHARD_BYTES):
             yield rows

@@ -52,14 +52,16 @@ class LabelShards:
     """
 
     def __init__(self, files: SetFiles) -> None:
-        self._store, self._names, self._open = files.store, files.labels, {}
+        self._store, self._names = files.store, files.labels
+        self._open: dict[str, Any] = {}
         where = f"{files.store.path}: set {files.name}"
         if not files.labels:
             hint = "it was exported without" if files.exported else "run `otdd relabel` first"
             raise StoreError(
                 f"{where} has no soft labels; {hint} (relabel.store_labels off keeps none)"
             )
-        self.epochs, counts, self.teachers = 0, [], []
+        self.epochs, counts = 0, list[int]()
+        self.teachers: list[list[str]] = []
         for name in files.labels:
             meta = self._store.read_meta(name) or {}
             first, last = meta.get("epochs", (None, None))
@@ -155,6 +157,6 @@ class Replay(Dataset[Labelled]):
         return self[number]
 
 
-def whole(batch: Labelled) -> Labelled:
+def whole(batch: Any) -> Any:
     """Collates nothing: the batch is whole already."""
     return batch

@@ -112,7 +112,7 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
             f"{store.path / DATA} is missing: a version of otdd before this one made the folder; "
             f"`otdd evaluate --out {store.path}` adds it"
         )
-    labels = []
+    labels: list[str] = []
     while store.has(file := f"sets/{name}/labels/{len(labels):05d}.safetensors"):
         labels.append(file)
     epochs = store.read_json(CONFIG)["train"]["epochs"]
