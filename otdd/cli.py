@@ -52,6 +52,8 @@ class RunFlags(RunConfig):
 
     config: str | None = None
     """YAML file of settings, under the flags."""
+    dry_run: bool = False
+    """Check everything, print what would be done, and write nothing."""
     quiet: bool = False
     """No progress bars."""
     debug: bool = False
@@ -116,6 +118,8 @@ def _run(command: str, flags: list[str]) -> int:
     config = RunConfig(**plain)
     # Threads that spin while they wait make a busy machine ten times slower; before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if given.dry_run:
+        return _preview(command, config)
     from otdd.terminal import Bars, print_metrics
 
     first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
@@ -126,6 +130,15 @@ def _run(command: str, flags: list[str]) -> int:
         metrics = run_stages(config, stages, bars)
     if first and command in ("run", "train", "evaluate"):
         print_metrics(metrics, config.out)
+    return 0
+
+
+def _preview(command: str, config: RunConfig) -> int:
+    from otdd.distill.pipeline import STAGES
+    from otdd.distill.preview import preview
+
+    lines = preview(config, STAGES if command == "run" else (command,))
+    sys.stdout.write("\n".join([*lines, "nothing was written (--dry_run)"]) + "\n")
     return 0
 
 

@@ -1,0 +1,124 @@
+"""What a run would do: everything is checked as before a run, then counted; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import Tensor
+
+from otdd.distill.config import RunConfig
+from otdd.distill.prepare import SAMPLED, Prepared, prepare
+from otdd.distill.relabel import Plan, shard_name, teacher_names
+from otdd.distill.store import Store
+
+MIB = 2**20
+
+
+def preview(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
+    """Lines that say what the stages of a run would make, and what that takes of the disk.
+
+    Args:
+        config: settings of the run.
+        stages: some of `otdd.distill.pipeline.STAGES`.
+
+    Raises:
+        ConfigError, DataError, GeneratorError, StoreError: what the run would refuse.
+    """
+    made = prepare(config, only_sample=stages == ("sample",))
+    store, data = Store(config.out), made.data
+    shape = "x".join(map(str, data.image_shape))
+    sizes = f"{len(data.train)} training and {len(data.test)} test images of {shape}"
+    held = [part.images for part in (data.train, data.test)]
+    real = sum(images.nbytes for images in held if isinstance(images, Tensor))  # not streamed ones
+    rows = [
+        ("data", f"{data.name}: {data.num_classes} classes, {sizes}"),
+        ("out", f"{config.out}: " + ("goes on" if store.path.exists() else "new folder")),
+    ]
+    if "sample" in stages:
+        rows += [("sample", line) for line in _sampling(config, made, store)]
+    if "relabel" in stages:
+        rows.append(("relabel", _labelling(config, made, store)))
+    if "train" in stages:
+        rows.append(("train", _training(config, made)))
+    rows.append(("memory", f"{real / MIB:.1f} MiB of real images, and networks"))
+    rows.append(("disk", f"about {disk_bytes(config, made, stages) / MIB:.1f} MiB in all"))
+    return [f"{name:<9}{text}" for name, text in rows]
+
+
+def denoising_steps(config: RunConfig, made: Prepared, name: str) -> int:
+    """Denoising steps of a sampled set, as the progress counts them."""
+    groups = -(-made.data.num_classes // config.sample.batch_classes)
+    sequential = config.sample.order == "sequential"
+    passes = (config.ipc if sequential else config.sample.starts) if name == "otg" else 1
+    return groups * passes * config.sample.steps
+
+
+def label_bytes(config: RunConfig, made: Prepared) -> int:
+    """Size of the soft labels of one set: float16 logits, and the augmentation they belong to."""
+    plan = _plan(config, made)
+    row = 2 * made.data.num_classes + 4 * 6 + 2 * 8
+    return plan.total * (plan.batch * row + 4 * 8)
+
+
+def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> int:
+    """What the stages would write, in bytes, pictures as large as their pixels."""
+    from otdd.distill.students import make_network
+
+    count, total = config.ipc * made.data.num_classes, 0
+    if "sample" in stages:
+        latent = 4 * prod(made.generator.latent_shape) if made.generator is not None else 0
+        for name in config.sets:
+            total += count * (2 * prod(made.data.image_shape) + latent * (name in SAMPLED))
+    if "relabel" in stages and _soft(config) and config.relabel.store_labels:
+        total += len(config.sets) * label_bytes(config, made)
+    if "relabel" in stages and _soft(config):
+        here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
+        for arch in here:
+            network = make_network(arch, made.data, config.seed)
+            total += sum(t.nbytes for t in network.state_dict().values())
+    return total
+
+
+def _sampling(config: RunConfig, made: Prepared, store: Store) -> Iterator[str]:
+    count = config.ipc * made.data.num_classes
+    for name in config.sets:
+        if store.has_images(name):
+            yield f"{name}: finished"
+        elif name in SAMPLED:
+            yield f"{name}: {count} images, {denoising_steps(config, made, name)} denoising steps"
+        else:
+            yield f"{name}: {count} images, from the real ones"
+
+
+def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
+    if not _soft(config):
+        return "nothing: no loss asks for soft labels"
+    if not config.relabel.store_labels:
+        return "nothing is stored: teachers label while students train"
+    plan, names = _plan(config, made), teacher_names(config)
+    shards = -(-plan.epochs // plan.epochs_per_shard(made.data.num_classes))
+    parts = [store.has(shard_name(name, i)) for name in config.sets for i in range(shards)]
+    done = f", {sum(parts)} of {len(parts)} shards finished" if any(parts) else ""
+    return (
+        f"{len(config.sets)} sets by {len(names)} teachers ({', '.join(names)}), {plan.epochs} "
+        f"epochs of {plan.steps_per_epoch} batches of {plan.batch}: "
+        f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
+    )
+
+
+def _training(config: RunConfig, made: Prepared) -> str:
+    train = config.train
+    students = len(config.sets) * len(train.archs) * len(train.losses) * config.seeds
+    return (
+        f"{students} students ({len(config.sets)} sets, {', '.join(train.archs)}; "
+        f"{', '.join(train.losses)}; {config.seeds} seeds) of {_plan(config, made).total} steps"
+    )
+
+
+def _soft(config: RunConfig) -> bool:
+    return any(loss != "ce" for loss in config.train.losses)
+
+
+def _plan(config: RunConfig, made: Prepared) -> Plan:
+    return Plan.of(config, made.data, config.ipc * made.data.num_classes)

@@ -1,0 +1,91 @@
+"""--dry-run: the plan agrees with what a run then writes, and nothing is written before."""
+
+import json
+
+import pytest
+from distill.finished_run import finished_run, settings
+from PIL import Image
+
+from otdd import cli
+from otdd.distill.pipeline import STAGES
+from otdd.distill.prepare import prepare
+from otdd.distill.preview import denoising_steps, disk_bytes, label_bytes, preview
+from otdd.distill.relabel import SHARD_BYTES
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return end.value.code or 0, out, err
+
+
+def test_plan_agrees_with_the_run(tmp_path):
+    out = tmp_path / "run"
+    config = settings(out)
+    made = prepare(config)
+    before = "\n".join(preview(config, STAGES))
+    assert f"out      {out}: new folder" in before
+    assert "sample   random: 20 images, from the real ones" in before
+    assert "2 sets by 1 teachers (convnet), 3 epochs of 3 batches of 8" in before
+    assert "train    4 students" in before
+    assert "of 9 steps" in before
+    assert not out.exists()
+    finished_run(out, SHARD_BYTES)
+    labels = (out / "sets/random/labels/00000.safetensors").stat().st_size
+    assert 0 < labels - label_bytes(config, made) < 1024  # the header
+    kept = [p for name in ("sets", "teachers") for p in (out / name).rglob("*") if p.is_file()]
+    written = sum(p.stat().st_size for p in kept)
+    assert 0.9 < disk_bytes(config, made, STAGES) / written < 1.1
+    after = "\n".join(preview(config, STAGES))
+    assert "sample   random: finished" in after
+    assert "2 of 2 shards finished" in after
+
+
+def test_denoising_steps_are_those_of_the_progress(tmp_path):
+    sample = {"steps": 2, "starts": 3, "batch_classes": 4}
+    relabel = {"teacher_epochs": 1}
+    config = settings(tmp_path / "run", sets=["otg", "unguided"], sample=sample, relabel=relabel)
+    made = prepare(config)
+    from otdd.distill.pipeline import Run
+
+    seen = {}
+    run = Run.open(config, lambda text, done, total: seen.setdefault(text, total))
+    with run.store:
+        run.sample()
+    for name in config.sets:
+        assert seen[f"sample {name}"] == denoising_steps(config, made, name)
+
+
+def test_command_names_every_bad_file_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for n in range(4):
+            Image.new("L", (8, 8), n).save(tmp_path / "data" / name / f"{n}.png")
+    flags = ["run", "--data", "data", "--ipc", 1, "--out", "o", "--sets", "random", "--dry-run"]
+    code, out, _ = call(capsys, *flags)
+    assert code == 0
+    assert "data     data: 2 classes, 6 training and 2 test images of 1x8x8" in out
+    assert out.endswith("nothing was written (--dry_run)\n")
+    whole = (tmp_path / "data/a/0.png").read_bytes()
+    (tmp_path / "data/a/0.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "data/b/3.png").write_text("no image")
+    code, _, err = call(capsys, *flags)
+    assert code == 2
+    assert "a/0.png" in err
+    assert "b/3.png" in err
+    assert "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_finished_folder_is_previewed_by_its_own_settings(tmp_path, capsys):
+    out = tmp_path / "run"
+    finished_run(out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    code, said, _ = call(capsys, "train", "--out", out, "--seeds", "7", "--dry-run")
+    assert code == 0
+    assert "train    28 students" in said
+    assert "sample" not in said
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert json.loads((out / "config.json").read_text())["seeds"] == 1
