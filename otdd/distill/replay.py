@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -63,15 +64,11 @@ class LabelShards:
         self.epochs, counts = 0, list[int]()
         self.teachers: list[list[str]] = []
         for name in files.labels:
-            meta = self._store.read_meta(name) or {}
-            first, last = meta.get("epochs", (None, None))
-            if first != self.epochs or meta.get("classes") != files.data["classes"]:
+            first, last, classes, steps = self._head(name)
+            if first != self.epochs or classes != files.data["classes"]:
                 raise StoreError(f"{files.store.path / name} does not belong to this set")
-            shape = self._file(name).get_slice("logits").get_shape()
-            if shape[0] % (last - first) or shape[2] != len(meta["classes"]):
-                raise StoreError(f"{files.store.path / name} is damaged: logits of shape {shape}")
-            counts.append(shape[0])
-            self.epochs, self.teachers = last, meta["teachers"]
+            counts.append(steps)
+            self.epochs = last
         if self.epochs != files.epochs:
             raise StoreError(
                 f"{where} has soft labels of {self.epochs} epochs out of {files.epochs}; "
@@ -94,6 +91,13 @@ class LabelShards:
         batch = Batch(*(file.get_slice(part)[row] for part in _PARTS))
         return Step(batch, file.get_slice("logits")[row].float())
 
+    def check(self, index: Tensor, count: int) -> None:
+        """Raise a `StoreError` if a step is of images that are not among `count`."""
+        if not 0 <= int(index.min()) <= int(index.max()) < count:
+            raise StoreError(
+                f"{self._store.path}: a step of the soft labels is of images that the set has not"
+            )
+
     def mean(self, count: int) -> Tensor:
         """Mean logits of each of `count` images over its views, (count, K).
 
@@ -106,6 +110,7 @@ class LabelShards:
             for box, index, logits in zip(
                 tensors["box"].tolist(), tensors["index"], tensors["logits"].double(), strict=True
             ):
+                self.check(index, count)
                 mixed = int(box[1] > box[0] and box[3] > box[2])
                 seen[mixed].index_add_(0, index, torch.ones(len(index), 1).double())
                 total[mixed].index_add_(0, index, logits)
@@ -115,12 +120,32 @@ class LabelShards:
         chosen = torch.where(pick.bool(), total[1] / seen[1], total[0] / seen[0])
         return chosen.float()
 
+    def _head(self, name: str) -> tuple[int, int, list[str], int]:
+        """First epoch, the one after the last, classes, and number of steps of a shard."""
+        file, meta = self._file(name), self._store.read_meta(name)
+        try:
+            shapes = {part: file.get_slice(part).get_shape() for part in (*_PARTS, "logits")}
+            (first, last), classes = meta["epochs"], meta["classes"]
+            self.teachers = meta["teachers"]
+            steps, batch, _ = shapes["logits"]
+            expected = {
+                "index": [steps, batch],
+                "theta": [steps, batch, 2, 3],
+                "partner": [steps, batch],
+                "box": [steps, 4],
+                "logits": [steps, batch, len(classes)],
+            }
+            well = shapes == expected and steps > 0 and last > first and steps % (last - first) == 0
+        except (KeyError, TypeError, ValueError, SafetensorError):
+            well = False
+        if not well:
+            raise StoreError(f"{self._store.path / name} is damaged: no soft labels of otdd")
+        return first, last, classes, steps
+
     def _classes(self) -> list[str]:
         return list(self._store.read_meta(self._names[0])["classes"])
 
     def _file(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         if name not in self._open:
             path = self._store.path / name
             try:
@@ -143,8 +168,7 @@ class Replay(Dataset[Labelled]):
         """The batch of a step."""
         batch, logits = (step := self.shards.step(number)).batch, step.teacher
         assert logits is not None
-        if not 0 <= int(batch.index.min()) <= int(batch.index.max()) < len(self.images):
-            raise StoreError(f"step {number} of the soft labels is of images that the set has not")
+        self.shards.check(batch.index, len(self.images))
         _, channels, height, width = self.images.shape
         with reproducible((channels, height, width)):
             images = batch.apply(self.images)

@@ -121,18 +121,36 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
 
 
 def _of_export(store: Store, manifest: dict[str, Any], name: str | None) -> SetFiles:
-    try:
-        there, data = manifest["set"], manifest["data"]
-        labels, epochs = manifest["labels"], manifest["epochs"]
-        well = manifest["layout"] in LAYOUTS and len(manifest["counts"]) == len(data["classes"])
-        well = well and all(_LABELS.fullmatch(file) for file in labels)
-    except (KeyError, TypeError):
-        well = False
-    if not well:
+    if not _well_formed(manifest):
         raise StoreError(f"{store.path / MANIFEST} is damaged; export the set again")
+    there, data, labels = manifest["set"], manifest["data"], manifest["labels"]
     if name not in (None, there):
         raise StoreError(f"{store.path} has no set {name!r}; there: {there}")
+    epochs = manifest["epochs"]
     return SetFiles(store, there, data, tuple(labels), epochs, manifest, exported=True)
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether an `otdd.json`, perhaps of a stranger, is one that `otdd export` writes."""
+    try:
+        data, counts = manifest["data"], manifest["counts"]
+        numbers = [*counts, manifest["epochs"], *data["image_shape"]]
+        texts = [manifest["set"], data["name"], *data["classes"], *manifest["labels"]]
+        channels = data["image_shape"][0]
+        return (
+            manifest["layout"] in LAYOUTS
+            and all(type(n) is int and n >= 0 for n in numbers)
+            and all(type(text) is str for text in texts)
+            and all(_LABELS.fullmatch(file) for file in manifest["labels"])
+            and len(counts) == len(data["classes"])
+            and sum(counts) > 0
+            and len(data["image_shape"]) == 3
+            and channels in (1, 3)
+            and all(type(v) is float for v in [*data["mean"], *data["std"]])
+            and len(data["mean"]) == len(data["std"]) == channels
+        )
+    except (KeyError, TypeError, IndexError):
+        return False
 
 
 def _read_pngs(store: Store, manifest: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

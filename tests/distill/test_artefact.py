@@ -165,6 +165,30 @@ def test_missing_incomplete_and_foreign_labels(folder, tmp_path):
         loaded.replay()
 
 
+@pytest.mark.parametrize("meta", [None, [], {}, {"epochs": 3}, {"epochs": [0, 0], "classes": []}])
+@pytest.mark.parametrize("whole", [True, False])
+def test_tensors_of_others_are_no_soft_labels(folder, tmp_path, meta, whole):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    name = "sets/random/labels/00000.safetensors"
+    tensors = Store(copy).read_tensors(name) if whole else {"logits": torch.zeros(3)}
+    Store(copy).write_tensors(name, tensors, meta)
+    with pytest.raises(StoreError, match=r"00000\.safetensors is damaged: no soft labels of otdd"):
+        otdd.load(copy, set="random").replay()
+
+
+def test_labels_of_images_that_are_not_there(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    name = "sets/random/labels/00000.safetensors"
+    tensors, meta = Store(copy).read_tensors(name), Store(copy).read_meta(name)
+    tensors["index"][0, 0] = 20
+    Store(copy).write_tensors(name, tensors, meta)
+    loaded = otdd.load(copy, set="random")
+    with pytest.raises(StoreError, match="is of images that the set has not"):
+        next(iter(loaded.replay()))
+    with pytest.raises(StoreError, match="is of images that the set has not"):
+        loaded.soft_labels  # noqa: B018
+
+
 def test_data_file_says_what_the_set_takes_over(folder):
     about = json.loads((folder / "data.json").read_text())
     assert about["classes"] == DATA.classes

@@ -247,6 +247,30 @@ def test_damaged_or_changed_pictures_are_named(tmp_path):
         otdd.load(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layout", "../.."),
+        ("layout", ["images"]),
+        ("counts", [10**9]),
+        ("counts", [2.0, 2]),
+        ("counts", None),
+        ("epochs", "many"),
+        ("labels", [1]),
+        ("set", None),
+        ("data", {}),
+        ("data", []),
+    ],
+)
+def test_manifest_of_a_stranger_is_refused(tmp_path, key, value):
+    written_set(tmp_path / "run", ["a", "b"])
+    export(tmp_path / "run", "imagefolder", tmp_path / "out")
+    file = tmp_path / "out/otdd.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(StoreError, match=r"otdd\.json is damaged; export the set again"):
+        otdd.load(tmp_path / "out")
+
+
 def test_command(tmp_path, capsys):
     written_set(tmp_path / "run", ["a", "b"])
     out = tmp_path / "out"
