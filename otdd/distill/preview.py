@@ -11,6 +11,8 @@ from otdd.distill.config import RunConfig
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
 from otdd.distill.relabel import Plan, shard_name, teacher_names
 from otdd.distill.store import Store
+from otdd.distill.students import make_network
+from otdd.distill.surrogate import SurrogateConfig
 
 MIB = 2**20
 
@@ -63,25 +65,39 @@ def label_bytes(config: RunConfig, made: Prepared) -> int:
 
 def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> int:
     """What the stages would write, in bytes, pictures as large as their pixels."""
-    from otdd.distill.students import make_network
-
     count, total = config.ipc * made.data.num_classes, 0
     if "sample" in stages:
         latent = 4 * prod(made.generator.latent_shape) if made.generator is not None else 0
         for name in config.sets:
             total += count * (2 * prod(made.data.image_shape) + latent * (name in SAMPLED))
+        if _own_surrogate(config):
+            total += SurrogateConfig.checkpoints * _network_bytes(
+                SurrogateConfig.arch, config, made
+            )
     if "relabel" in stages and _soft(config) and config.relabel.store_labels:
         total += len(config.sets) * label_bytes(config, made)
     if "relabel" in stages and _soft(config):
         here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
-        for arch in here:
-            network = make_network(arch, made.data, config.seed)
-            total += sum(t.nbytes for t in network.state_dict().values())
+        total += sum(_network_bytes(arch, config, made) for arch in here)
     return total
+
+
+def _network_bytes(arch: str, config: RunConfig, made: Prepared) -> int:
+    network = make_network(arch, made.data, config.seed)
+    return sum(t.nbytes for t in network.state_dict().values())
+
+
+def _own_surrogate(config: RunConfig) -> bool:
+    """Whether influence guidance makes the run train its own networks."""
+    influence = config.sample.influence
+    return "otg" in config.sets and influence.strength > 0 and influence.surrogate is None
 
 
 def _sampling(config: RunConfig, made: Prepared, store: Store) -> Iterator[str]:
     count = config.ipc * made.data.num_classes
+    if _own_surrogate(config) and not store.has_images("otg"):
+        own = SurrogateConfig
+        yield f"surrogate: a {own.arch} trained for {own.epochs} epochs, once"
     for name in config.sets:
         if store.has_images(name):
             yield f"{name}: finished"

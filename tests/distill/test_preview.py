@@ -57,6 +57,17 @@ def test_denoising_steps_are_those_of_the_progress(tmp_path):
         assert seen[f"sample {name}"] == denoising_steps(config, made, name)
 
 
+def test_a_surrogate_that_the_run_trains_is_told(tmp_path):
+    sample = {"influence": {"strength": 0.1}}
+    config = settings(tmp_path / "run", sets=["otg"], sample=sample)
+    lines = preview(config, ("sample",))
+    assert any("surrogate: a convnet-6 trained for 40 epochs" in line for line in lines)
+    plain = settings(tmp_path / "run", sets=["otg"])
+    assert not any("surrogate:" in line for line in preview(plain, ("sample",)))
+    made = prepare(config)
+    assert disk_bytes(config, made, ("sample",)) > disk_bytes(plain, made, ("sample",))
+
+
 def test_command_names_every_bad_file_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
