@@ -150,6 +150,9 @@ class TrainConfig:
     """Weight of the squared error of the logits in `otm`."""
     beta_2: float = 0.08
     """Weight of the transport term in `otm`."""
+    beta_2_share: float | None = None
+    """In place of `beta_2`: the share of the gradient norm of the other terms, with respect to the
+    logits, that the transport term is scaled to in every batch."""
 
     def __post_init__(self) -> None:
         require_some(self.losses, "losses", f"some of {', '.join(LOSSES)}")
@@ -161,8 +164,14 @@ class TrainConfig:
         require(self.stretch >= 1, "stretch", self.stretch, "a number >= 1")
         require(0 <= self.ema < 1, "ema", self.ema, "a number in [0, 1)")
         require(self.tau > 0, "tau", self.tau, "a number > 0")
-        for key in ("kappa_1", "kappa_2", "beta_2"):
+        weights = ("kappa_1", "kappa_2", "beta_2")
+        for key in weights:
             require(getattr(self, key) >= 0, key, getattr(self, key), "a number >= 0")
+        share = self.beta_2_share
+        require(share is None or share > 0, "beta_2_share", share, "a number > 0")
+        some = weights if share is None else weights[:2]
+        used = any(getattr(self, key) > 0 for key in some)
+        require(used, ", ".join(some), (0.0,) * len(some), "one of them > 0")
 
 
 @dataclass(frozen=True)
