@@ -96,6 +96,11 @@ class RelabelConfig:
     10 epochs."""
     store_labels: bool = True
     """Keep the logits of every epoch in the store; otherwise teachers run during training."""
+    label_format: Literal["fp16", "topk", "q8"] = "fp16"
+    """Logits as they are, the `top_k` largest of each image and one value for the others, or
+    eight bits each."""
+    top_k: int = 4
+    """Logits kept of each image in the format `topk`."""
     flip: Literal["auto", "on", "off"] = "auto"
     """Horizontal flips; `auto` leaves them out for data sets of digits."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -113,6 +118,7 @@ class RelabelConfig:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
         epochs = self.teacher_epochs
         require(epochs is None or epochs >= 1, "teacher_epochs", epochs, "an integer >= 1")
+        require(self.top_k >= 1, "top_k", self.top_k, "an integer >= 1")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
         for key in ("shift", "rotate", "zoom"):
