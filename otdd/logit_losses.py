@@ -119,7 +119,8 @@ class OTDistillationLoss(nn.Module):
     With `gather`, the transport is over the batches of all processes of the default process group,
     all of one size. Each process keeps the gradient of its own rows, times the number of
     processes, so that the mean over processes that DistributedDataParallel takes is the gradient
-    of one process on the whole batch. A share is then that of the whole batch's norms.
+    of one process on the whole batch. A share is then that of the whole batch's norms. The sizes
+    are compared in every call, for which a GPU is waited for.
 
     Args:
         kappa_1: Weight >= 0 of the cross-entropy.
