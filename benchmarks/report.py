@@ -60,12 +60,12 @@ def table(results: dict, dtype: str = "float32") -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def into_readme(readme: Path, text: str) -> None:
+def into_readme(readme: Path, text: str, markers: tuple[str, str] = MARKERS) -> None:
     """Replaces what stands between the two markers."""
-    between = re.compile(f"({MARKERS[0]}\n).*?({MARKERS[1]})", re.DOTALL)
+    between = re.compile(f"({markers[0]}\n).*?({markers[1]})", re.DOTALL)
     content, count = between.subn(lambda m: f"{m[1]}{text}\n{m[2]}", readme.read_text())
     if count != 1:
-        raise SystemExit(f"{readme}: has no single pair of {MARKERS[0]} and {MARKERS[1]}")
+        raise SystemExit(f"{readme}: has no single pair of {markers[0]} and {markers[1]}")
     readme.write_text(content)
 
 

@@ -4,9 +4,11 @@ import math
 
 import cases
 import floors
+import label_formats
 import measure
 import pytest
 import report
+import student_step
 import torch
 from contender import DISAGREES
 from peers import CONTENDERS
@@ -98,3 +100,14 @@ def test_parts_are_cut_to_what_an_oracle_can_do():
         piece = cases.part(case)
         assert piece.B * piece.N * piece.M * max(piece.D, 1) <= 2**27
         assert min(piece.B, piece.N, piece.M) >= 1
+
+
+def test_step_of_a_student_is_measured():
+    row = student_step.measure(batch=2, size=32, classes=10, rounds=2)
+    assert len(row["median_ms"]) == 6
+    assert row["median_ms"]["loss with"] < row["median_ms"]["step without"]
+
+
+def test_differences_of_formats_are_taken_student_by_student():
+    row = label_formats.compared([90.0, 80.0], [91.0, 82.0])
+    assert (row["mean"], row["difference"], row["standard_error"]) == (85.0, -1.5, 0.5)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from otdd.distill.guidance import OTGuidance
     from otdd.distill.influence import InfluenceGuidance
     from otdd.distill.modes import ModeGuidance
+    from otdd.distill.task import OTDistillationTask
     from otdd.distill.terms import Guidance
 
 _LAZY = {
@@ -42,6 +43,7 @@ _LAZY = {
     "InfluenceGuidance": "influence",
     "ModeGuidance": "modes",
     "OTDiTPipeline": "dit",
+    "OTDistillationTask": "task",
     "OTGuidance": "guidance",
     "denoise": "denoising",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "ModeConfig",
     "ModeGuidance",
     "OTDiTPipeline",
+    "OTDistillationTask",
     "OTGuidance",
     "RelabelConfig",
     "RunConfig",

@@ -150,5 +150,6 @@ def stack(batches: list[Batch]) -> dict[str, Tensor]:
 
 def unstack(tensors: Mapping[str, Tensor]) -> list[Batch]:
     """The batches of `stack`."""
-    columns = (tensors["index"], tensors["theta"], tensors["partner"], tensors["box"])
+    index, partner = tensors["index"].long(), tensors["partner"].long()
+    columns = (index, tensors["theta"], partner, tensors["box"])
     return [Batch(*row) for row in zip(*columns, strict=True)]

@@ -96,6 +96,11 @@ class RelabelConfig:
     10 epochs."""
     store_labels: bool = True
     """Keep the logits of every epoch in the store; otherwise teachers run during training."""
+    label_format: Literal["fp16", "topk", "q8"] = "fp16"
+    """Logits as they are, the `top_k` largest of each image and one value for the others, or
+    eight bits each."""
+    top_k: int = 4
+    """Logits kept of each image in the format `topk`."""
     flip: Literal["auto", "on", "off"] = "auto"
     """Horizontal flips; `auto` leaves them out for data sets of digits."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -113,6 +118,7 @@ class RelabelConfig:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
         epochs = self.teacher_epochs
         require(epochs is None or epochs >= 1, "teacher_epochs", epochs, "an integer >= 1")
+        require(self.top_k >= 1, "top_k", self.top_k, "an integer >= 1")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
         for key in ("shift", "rotate", "zoom"):
@@ -150,6 +156,9 @@ class TrainConfig:
     """Weight of the squared error of the logits in `otm`."""
     beta_2: float = 0.08
     """Weight of the transport term in `otm`."""
+    beta_2_share: float | None = None
+    """In place of `beta_2`: the share of the gradient norm of the other terms, with respect to the
+    logits, that the transport term is scaled to in every batch."""
 
     def __post_init__(self) -> None:
         require_some(self.losses, "losses", f"some of {', '.join(LOSSES)}")
@@ -161,8 +170,14 @@ class TrainConfig:
         require(self.stretch >= 1, "stretch", self.stretch, "a number >= 1")
         require(0 <= self.ema < 1, "ema", self.ema, "a number in [0, 1)")
         require(self.tau > 0, "tau", self.tau, "a number > 0")
-        for key in ("kappa_1", "kappa_2", "beta_2"):
+        weights = ("kappa_1", "kappa_2", "beta_2")
+        for key in weights:
             require(getattr(self, key) >= 0, key, getattr(self, key), "a number >= 0")
+        share = self.beta_2_share
+        require(share is None or share > 0, "beta_2_share", share, "a number > 0")
+        some = weights if share is None else weights[:2]
+        used = any(getattr(self, key) > 0 for key in some)
+        require(used, ", ".join(some), (0.0,) * len(some), "one of them > 0")
 
 
 @dataclass(frozen=True)

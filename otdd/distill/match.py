@@ -52,23 +52,18 @@ def make_loss(kind: str, config: TrainConfig) -> Loss:
     """
     if kind == "ce":
         return lambda logits, mixed, base, teacher: F.cross_entropy(logits, mixed)
-    if kind == "kl":
-        return lambda logits, mixed, base, teacher: _kl(logits, _given(teacher), config.tau)
-    if kind != "otm":
+    if kind not in ("kl", "otm"):
         raise ValueError(f"unknown loss {kind!r}; known: ce, kl, otm")
-    transport = None
-    if config.beta_2 > 0:
-        from otdd.losses import OTLogitLoss
+    from otdd.losses import OTDistillationLoss, OTLogitLoss
 
-        transport = OTLogitLoss(tau=config.tau)
-
-    def otm(logits: Tensor, mixed: Tensor, base: Tensor, teacher: Tensor | None) -> Tensor:
-        target = _given(teacher)
-        loss = config.kappa_1 * F.cross_entropy(logits, base)
-        loss = loss + config.kappa_2 * F.mse_loss(logits, target)
-        return loss if transport is None else loss + config.beta_2 * transport(logits, target)
-
-    return otm
+    ot = OTLogitLoss(tau=config.tau)
+    if kind == "kl":
+        soft = OTDistillationLoss(0.0, 1.0, 0.0, soft="kl", ot=ot)
+    else:
+        share = config.beta_2_share
+        beta_2 = config.beta_2 if share is None else None
+        soft = OTDistillationLoss(config.kappa_1, config.kappa_2, beta_2, beta_2_share=share, ot=ot)
+    return lambda logits, mixed, base, teacher: soft(logits, _given(teacher), base)
 
 
 def train_student(
@@ -179,12 +174,6 @@ def _optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW(
         student.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
     )
-
-
-def _kl(logits: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    target = F.log_softmax(teacher / tau, dim=1)
-    mine = F.log_softmax(logits / tau, dim=1)
-    return tau**2 * F.kl_div(mine, target, reduction="batchmean", log_target=True)
 
 
 def _given(teacher: Tensor | None) -> Tensor:

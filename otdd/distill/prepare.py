@@ -63,9 +63,11 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
 
 
 def _check_networks(config: RunConfig, data: ImageData) -> None:
+    from otdd.distill.labels import LabelFormat
     from otdd.distill.relabel import teacher_names
     from otdd.distill.students import check_network
 
+    LabelFormat.of(config.relabel, len(data.classes))
     for arch in config.train.archs:
         check_network(arch, data)
     for teacher in teacher_names(config):

@@ -1,7 +1,8 @@
 """Stage 2: teachers, and the soft labels they give to a set under replayable augmentation.
 
-The label of an augmented image is the mean of the teachers' logits, kept in float16 beside the
-augmentation, in shards of whole epochs. Nothing of the images is stored again.
+The label of an augmented image is the mean of the teachers' logits, kept in one of the formats of
+`otdd.distill.labels` beside the augmentation, in shards of whole epochs. Nothing of the images is
+stored again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from otdd.distill import students
 from otdd.distill.augment import Augmentation, Batch, augmentation, stack, unstack
 from otdd.distill.config import RunConfig, TrainConfig
 from otdd.distill.data import ImageData
+from otdd.distill.labels import FLOAT16, LabelFormat, check_format, compact
 from otdd.distill.match import Step, accuracy, make_loss, reproducible, train_student
 from otdd.distill.store import Store
 
@@ -96,17 +98,22 @@ def relabel(
     images = store.read_images(set_name)["images"]
     plan = Plan.of(config, data, len(images))
     per_shard = plan.epochs_per_shard(len(data.classes))
+    labels = plan.labels
     meta = {"teachers": [[t.name, t.digest] for t in teachers], "classes": list(data.classes)}
+    meta |= labels.meta()
     if progress is not None:
         progress(f"relabel {set_name}", 0, plan.epochs)
     for first in range(0, plan.epochs, per_shard):
         last = min(first + per_shard, plan.epochs)
         name = shard_name(set_name, first // per_shard)
-        if not store.has(name):
+        if store.has(name):
+            check_format(LabelFormat.read(store.read_meta(name)), labels, set_name)
+        else:
             with reproducible(data.image_shape):
                 batches = [b for epoch in range(first, last) for b in plan.epoch(epoch)]
                 logits = [soft_labels(teachers, batch.apply(images)) for batch in batches]
-            made = {**stack(batches), "logits": torch.stack(logits)}
+            drawn = stack(batches) if labels.kind == "fp16" else compact(stack(batches))
+            made = {**drawn, **labels.encode(torch.stack(logits))}
             store.write_tensors(name, made, {**meta, "epochs": [first, last]})
         if progress is not None:
             progress(f"relabel {set_name}", last, plan.epochs)
@@ -126,8 +133,11 @@ def stored_steps(store: Store, data: ImageData, config: RunConfig, set_name: str
     plan = Plan.of(config, data, config.ipc * len(data.classes))
     per_shard = plan.epochs_per_shard(len(data.classes))
     for first in range(0, plan.epochs, per_shard):
-        tensors = store.read_tensors(shard_name(set_name, first // per_shard))
-        for batch, logits in zip(unstack(tensors), tensors["logits"].float(), strict=True):
+        name = shard_name(set_name, first // per_shard)
+        tensors = store.read_tensors(name)
+        check_format(LabelFormat.read(store.read_meta(name)), plan.labels, set_name)
+        decoded = plan.labels.decode(tensors, len(data.classes))
+        for batch, logits in zip(unstack(tensors), decoded, strict=True):
             yield Step(batch, logits)
 
 
@@ -136,9 +146,11 @@ def live_steps(
 ) -> Iterator[Step]:
     """The same steps as `stored_steps`, labelled as they are needed."""
     plan = Plan.of(config, data, len(images))
+    labels = plan.labels
     for epoch in range(plan.epochs):
         for batch in plan.epoch(epoch):
-            yield Step(batch, soft_labels(teachers, batch.apply(images)).float())
+            made = labels.encode(soft_labels(teachers, batch.apply(images)))
+            yield Step(batch, labels.decode(made, len(data.classes)))
 
 
 def hard_steps(count: int, data: ImageData, config: RunConfig, seed: int) -> Iterator[Step]:
@@ -151,7 +163,7 @@ def hard_steps(count: int, data: ImageData, config: RunConfig, seed: int) -> Ite
 
 @dataclass(frozen=True)
 class Plan:
-    """The augmented batches that students of a set see."""
+    """The augmented batches that students of a set see, and the format of their soft labels."""
 
     augment: Augmentation
     count: int
@@ -159,6 +171,7 @@ class Plan:
     size: tuple[int, int]
     epochs: int
     seed: int
+    labels: LabelFormat = FLOAT16
 
     @classmethod
     def of(cls, config: RunConfig, data: ImageData, count: int, seed: int | None = None) -> Plan:
@@ -167,7 +180,8 @@ class Plan:
         drawn = augmentation(config.relabel, data.name, size)
         batch = min(config.train.batch, count)
         seed = config.seed if seed is None else seed
-        return cls(drawn, count, batch, size, config.train.epochs, seed)
+        labels = LabelFormat.of(config.relabel, len(data.classes))
+        return cls(drawn, count, batch, size, config.train.epochs, seed, labels)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -180,7 +194,7 @@ class Plan:
         return self.epochs * self.steps_per_epoch
 
     def epochs_per_shard(self, classes: int) -> int:
-        """Epochs whose labels fit into one shard."""
+        """Epochs whose labels fit into one shard as float16, whatever the format."""
         row = 2 * classes + 4 * 6 + 2 * 8
         return max(1, SHARD_BYTES // (row * self.batch * self.steps_per_epoch))
 

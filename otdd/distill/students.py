@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ def check_network(name: str, data: ImageData) -> None:
 
 def pretrained(name: str, data: ImageData) -> Normalized:
     """A pretrained timm model with its own normalisation and the classes of the data."""
-    timm = _import_timm()
+    timm = import_timm()
     try:
         body = timm.create_model(name, pretrained=True, in_chans=data.image_shape[0])
     except Exception as error:
@@ -194,7 +195,7 @@ def _norm(width: int, size: tuple[int, int]) -> nn.Module:
 
 
 def _timm(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
-    timm = _import_timm()
+    timm = import_timm()
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name}*")[:3])
         hint = f" (like {close})" if close else ""
@@ -207,7 +208,8 @@ def _timm(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.M
         return timm.create_model(name, **options)
 
 
-def _import_timm():  # noqa: ANN202 - an optional module
+def import_timm() -> ModuleType:
+    """timm, imported when first needed, with torchvision repaired."""
     from otdd import _torchvision
 
     _torchvision.repair()

@@ -21,6 +21,11 @@ def test_defaults_and_round_trip():
     ("values", "message"),
     [
         ({"ipc": 0}, "ipc: 0 is not accepted; expected an integer >= 1"),
+        ({"train": {"beta_2_share": 0}}, "train.beta_2_share: 0.0 is not accepted"),
+        (
+            {"train": {"kappa_1": 0, "kappa_2": 0, "beta_2": 0}},
+            r"train.kappa_1, kappa_2, beta_2: \(0.0, 0.0, 0.0\) is not .* one of them > 0",
+        ),
         ({"ipc": True}, "ipc: True is not accepted"),
         ({"ipc": "many"}, "ipc: 'many' is not accepted; expected an integer"),
         ({"sampel": {}}, "sampel: unknown setting; known: data, ipc"),

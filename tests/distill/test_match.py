@@ -8,6 +8,7 @@ from otdd.distill.config import TrainConfig
 from otdd.distill.data import ImageData, LabeledImages
 from otdd.distill.match import Step, accuracy, make_loss, reproducible, train_student
 from otdd.distill.students import make_network
+from otdd.losses import OTDistillationLoss
 
 
 def bars(count=40):
@@ -76,6 +77,11 @@ def test_losses_are_their_formulas():
     transported = TrainConfig(beta_2=1.0)
     with_plan = make_loss("otm", transported)(student, mixed, base, teacher)
     assert with_plan > 0.025 * cross + squared
+    shared = TrainConfig(beta_2_share=0.5)
+    with_share = make_loss("otm", shared)(student, mixed, base, teacher)
+    torch.testing.assert_close(
+        with_share, OTDistillationLoss(beta_2_share=0.5)(student, teacher, base)
+    )
 
 
 def test_soft_losses_need_soft_labels():

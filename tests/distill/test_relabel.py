@@ -104,6 +104,66 @@ def test_shards_resume_to_the_same_bytes(store, teachers, monkeypatch):
     assert len(list(stage.stored_steps(store, DATA, CONFIG, "kmeans"))) == 9
 
 
+FORMATS = {"topk": {"label_format": "topk", "top_k": 3}, "q8": {"label_format": "q8"}}
+
+
+def labelled(store, teachers, name, **settings):
+    """A copy of the set, labelled in a format, and the configuration of it."""
+    relabel = dataclasses.replace(CONFIG.relabel, **settings)
+    config = dataclasses.replace(CONFIG, relabel=relabel)
+    images = store.read_images("random")
+    store.write_images(name, images["images"], images["labels"])
+    stage.relabel(store, DATA, teachers, config, name)
+    return config
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_compact_labels_replay_bit_for_bit(store, teachers, kind):
+    config = labelled(store, teachers, kind, **FORMATS[kind])
+    images = store.read_images(kind)["images"]
+    stored = list(stage.stored_steps(store, DATA, config, kind))
+    live = list(stage.live_steps(images, DATA, teachers, config))
+    assert len(stored) == len(live) == 9
+    for one, other in zip(stored, live, strict=True):
+        assert torch.equal(one.batch.apply(images), other.batch.apply(images))
+        assert torch.equal(one.teacher, other.teacher)
+        assert one.batch.targets(torch.arange(10), 10, (8, 8)).shape == (4, 10)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_error_of_compact_labels(store, teachers, kind):
+    """Against float16, on the labels of a teacher of digits."""
+    whole = list(stage.stored_steps(store, DATA, labelled(store, teachers, "f"), "f"))
+    config = labelled(store, teachers, f"{kind}-error", **FORMATS[kind])
+    small = list(stage.stored_steps(store, DATA, config, f"{kind}-error"))
+    want = torch.cat([step.teacher for step in whole])
+    got = torch.cat([step.teacher for step in small])
+    apart = (got.softmax(1) - want.softmax(1)).abs().sum(1) / 2
+    assert torch.equal(got.argmax(1), want.argmax(1))
+    if kind == "q8":
+        levels = (want.amax(1) - want.amin(1)) / 255
+        assert ((got - want).abs().amax(1) <= 0.5001 * levels).all()
+        assert apart.max() < 0.01
+    else:
+        top = want.topk(3).indices
+        assert torch.equal(got.gather(1, top), want.gather(1, top))
+        kept = [t.softmax(1).gather(1, top) for t in (got, want)]
+        torch.testing.assert_close(*kept, rtol=2e-3, atol=2e-4)
+        assert apart.mean() < 0.1  # soft, after one epoch
+
+
+def test_labels_of_another_format_are_refused(store, teachers):
+    made = labelled(store, teachers, "other", **FORMATS["topk"])
+    says = "relabel.label_format: 'fp16' is not accepted; expected 'topk' with relabel.top_k 3, as"
+    for use in (
+        lambda: stage.relabel(store, DATA, teachers, CONFIG, "other"),
+        lambda: next(stage.stored_steps(store, DATA, CONFIG, "other")),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            use()
+    assert stage.relabelled(store, DATA, made, "other")
+
+
 def test_hard_steps_differ_by_seed():
     one, other = (list(stage.hard_steps(10, DATA, CONFIG, seed)) for seed in (0, 1))
     assert all(step.teacher is None for step in one)

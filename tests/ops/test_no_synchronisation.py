@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from otdd import backends
-from otdd.losses import DatasetDistance, OTLogitLoss
+from otdd.losses import DatasetDistance, OTDistillationLoss, OTLogitLoss
 from otdd.ops import barycentric, cost_matrix, sinkhorn, sinkhorn_points
 from otdd.ops.points import tiles
 from otdd.ops.points.reference import Clouds
@@ -69,6 +69,12 @@ def test_unbalanced(calls):
 
 def test_logit_loss(calls):
     OTLogitLoss()(fake(16, 10), fake(16, 10))
+
+
+@pytest.mark.parametrize("soft", ["mse", "kl"])
+def test_distillation_loss(calls, soft):
+    labels = fake(16, dtype=torch.int64)
+    OTDistillationLoss(soft=soft)(fake(16, 10), fake(16, 10), labels, parts=True)
 
 
 @pytest.mark.parametrize("labels", ["sinkhorn", "given"])

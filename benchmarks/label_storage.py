@@ -1,0 +1,50 @@
+"""The README's table of what soft labels weigh: 1000 classes, 300 epochs, batches of 100.
+
+python benchmarks/label_storage.py                      # the table, printed
+python benchmarks/label_storage.py --readme README.md   # and put between its markers
+"""
+
+import argparse
+from pathlib import Path
+
+from report import into_readme
+
+from otdd.distill.labels import LabelFormat, storage
+
+MARKERS = "<!-- labels -->", "<!-- /labels -->"
+FKD = {10: 6e9, 50: 30e9}  # bytes for ImageNet-1K at 300 epochs, as reported of FKD's folders
+FORMATS = {
+    "`fp16`": LabelFormat(),
+    "`q8`": LabelFormat("q8"),
+    "`topk`, 32 of 1000": LabelFormat("topk", 32),
+    "`topk`, 10": LabelFormat("topk", 10),
+    "`topk`, 4 (default)": LabelFormat("topk", 4),
+}
+
+
+def table() -> str:
+    """One line per format: size and share of FKD's at each number of images per class."""
+    head = ["`--relabel.label_format`", "bytes a label"]
+    head += [text for ipc in FKD for text in (f"IPC {ipc}", "of FKD's")]
+    lines = [head, ["---"] * len(head)]
+    lines.append(["FKD", "2000"] + [c for size in FKD.values() for c in (gigabytes(size), "100 %")])
+    for name, labels in FORMATS.items():
+        line = [name, str(labels.row_bytes(1000))]
+        for ipc, theirs in FKD.items():
+            size = storage(labels, ipc)
+            line += [gigabytes(size), f"{100 * size / theirs:.3g} %"]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--readme", type=Path)
+    arguments = parser.parse_args()
+    print(table())
+    if arguments.readme:
+        into_readme(arguments.readme, table(), MARKERS)
