@@ -154,7 +154,8 @@ def _usage(loaded: DistilledSet) -> Iterator[str]:
     yield "`images/` has the same images by class; `classes.json` names its folders in order."
     if loaded.has_soft_labels:
         yield "`soft_label` is the mean of the logits of the teachers; softmax gives probabilities."
-        yield "`labels*.safetensors` has the logits (float16) and the augmentation of every view."
+        yield "`labels*.safetensors` has the logits and the augmentation of every view, the logits"
+        yield "in the format that the file names (float16 if it names none)."
 
 
 def _figures(name: str, metrics: dict[str, Any]) -> Iterator[str]:

@@ -82,8 +82,14 @@ class LabelFormat:
 
     def row_bytes(self, classes: int) -> int:
         """Bytes of the label of one augmented image."""
-        one = self.encode(torch.zeros(1, classes, dtype=torch.float16))
-        return sum(t.numel() * t.element_size() for t in one.values())
+        return sum(t.numel() * t.element_size() for t in self._one(classes).values())
+
+    def shapes(self, classes: int) -> dict[str, list[int]]:
+        """Names and shapes of what a file holds of one augmented image."""
+        return {name: list(t.shape) for name, t in self._one(classes).items()}
+
+    def _one(self, classes: int) -> dict[str, Tensor]:
+        return self.encode(torch.zeros(classes, dtype=torch.float16))
 
     def _top(self, logits: Tensor) -> dict[str, Tensor]:
         top, classes = logits.float().topk(self.top_k, dim=-1)

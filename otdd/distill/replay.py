@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from otdd.distill.augment import Batch
+from otdd.distill.augment import unstack
+from otdd.distill.labels import LabelFormat
 from otdd.distill.match import Step, reproducible
 from otdd.distill.setfiles import SetFiles
 from otdd.distill.store import StoreError
-
-_PARTS = ("index", "theta", "partner", "box")
 
 
 class Labelled(NamedTuple):
@@ -88,8 +87,15 @@ class LabelShards:
         shard = bisect_right(self._ends, number)
         name, row = self._names[shard], number - ([0, *self._ends])[shard]
         file = self._file(name)
-        batch = Batch(*(file.get_slice(part)[row] for part in _PARTS))
-        return Step(batch, file.get_slice("logits")[row].float())
+        names = file.keys()
+        tensors = {part: file.get_slice(part)[row : row + 1] for part in names}
+        (batch,), (logits,) = unstack(tensors), self._decoded(name, tensors)
+        return Step(batch, logits)
+
+    def _decoded(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """Logits float32 (steps, B, K) of what a shard holds of some steps."""
+        meta = self._store.read_meta(name)
+        return LabelFormat.read(meta).decode(tensors, len(meta["classes"]))
 
     def check(self, index: Tensor, count: int) -> None:
         """Raise a `StoreError` if a step is of images that are not among `count`."""
@@ -107,9 +113,9 @@ class LabelShards:
         seen, total = (part.double() for part in parts)
         for name in self._names:
             tensors = self._store.read_tensors(name)
-            for box, index, logits in zip(
-                tensors["box"].tolist(), tensors["index"], tensors["logits"].double(), strict=True
-            ):
+            decoded = self._decoded(name, tensors).double()
+            for batch, logits in zip(unstack(tensors), decoded, strict=True):
+                box, index = batch.box.tolist(), batch.index
                 self.check(index, count)
                 mixed = int(box[1] > box[0] and box[3] > box[2])
                 seen[mixed].index_add_(0, index, torch.ones(len(index), 1).double())
@@ -124,16 +130,18 @@ class LabelShards:
         """First epoch, the one after the last, classes, and number of steps of a shard."""
         file, meta = self._file(name), self._store.read_meta(name)
         try:
-            shapes = {part: file.get_slice(part).get_shape() for part in (*_PARTS, "logits")}
+            names = file.keys()
+            shapes = {part: file.get_slice(part).get_shape() for part in names}
             (first, last), classes = meta["epochs"], meta["classes"]
             self.teachers = meta["teachers"]
-            steps, batch, _ = shapes["logits"]
+            steps, batch = shapes["index"]
+            kept = LabelFormat.read(meta).shapes(len(classes))
             expected = {
                 "index": [steps, batch],
                 "theta": [steps, batch, 2, 3],
                 "partner": [steps, batch],
                 "box": [steps, 4],
-                "logits": [steps, batch, len(classes)],
+                **{part: [steps, batch, *shape] for part, shape in kept.items()},
             }
             well = shapes == expected and steps > 0 and last > first and steps % (last - first) == 0
         except (KeyError, TypeError, ValueError, SafetensorError):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import otdd
 from otdd.distill import relabel
 from otdd.distill.config import ConfigError
+from otdd.distill.export import export
 from otdd.distill.match import make_loss, reproducible, train_student
 from otdd.distill.store import Store, StoreError
 from otdd.distill.students import make_network
@@ -67,6 +68,19 @@ def test_replay_is_what_training_sees_to_the_bit(folder, workers):
     for seen, batch in zip(expected, loader, strict=True):
         assert same(seen, batch)
         assert batch.logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kept", [{"label_format": "q8"}, {"label_format": "topk", "top_k": 3}])
+def test_replay_of_compact_labels(tmp_path, kept):
+    config = finished_run(tmp_path / "run", relabel={"teacher_epochs": 1, **kept})
+    loaded = otdd.load(tmp_path / "run", set="random")
+    expected = list(seen_in_training(Store(tmp_path / "run"), config, "random"))
+    for seen, batch in zip(expected, loaded.replay(), strict=True):
+        assert same(seen, batch)
+    assert loaded.soft_labels.shape == (20, 10)
+    export(tmp_path / "run", "imagefolder", tmp_path / "out", set="random")
+    again = otdd.load(tmp_path / "out")
+    assert torch.equal(again.soft_labels, loaded.soft_labels)
 
 
 def test_a_student_trained_on_the_replay_has_the_weights_of_ours(folder):
