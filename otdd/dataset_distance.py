@@ -126,8 +126,9 @@ class DatasetDistance(nn.Module):
             ly, L = _numbered(ly, "labels_y", self.num_classes[1])
             tables = self._tables(x, lx, K, y, ly, L)
         else:
-            same_kind(self.table, "labels", x, "x")
-            tables = (self.table,) * 3
+            table = as_float(self.table, "labels")
+            same_kind(table, "labels", x, "x")
+            tables = (table,) * 3
         factor = self.lambda_y / self.lambda_x
         between, within_x, within_y = (None if W is None else factor * W for W in tables)
         if not self.debias:
@@ -179,9 +180,11 @@ def _numbers(num_classes: int | tuple[int, int] | None) -> tuple[int | None, int
 
 
 def _check_table(W: Tensor, debias: bool) -> None:
-    square = W.dim() == 2 and (not debias or W.shape[0] == W.shape[1])
+    square = W.dim() == 2 and W.numel() > 0 and (not debias or W.shape[0] == W.shape[1])
     accepted = "(K, K), or (K, L) without debias"
     require(square, "labels", f"shape {tuple(W.shape)}", accepted)
+    if values_are_checked(W):
+        finite(W, "labels")
     if debias and values_are_checked(W):
         far = (W - W.mT).abs().max().item()
         require(far <= 1e-5 * W.abs().max().item(), "labels", "costs that differ", "symmetric ones")
@@ -194,7 +197,7 @@ def _labels(labels: Tensor, name: str, points: Tensor) -> Tensor:
         raise TypeError(f"{name}: got {seen}; accepted: a tensor of int64")
     same = labels.device == points.device
     require(same, name, f"device {labels.device}", f"that of the points, {points.device}")
-    return _expanded(labels, name, points.shape[:-1])
+    return _expanded(labels, name, tuple(points.shape[:-1]))
 
 
 def _numbered(labels: Tensor, name: str, K: int | None) -> tuple[Tensor, int]:

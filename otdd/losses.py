@@ -16,9 +16,9 @@ __all__ = ["DatasetDistance", "OTDistillationLoss", "OTLogitLoss", "SinkhornLoss
 class SinkhornLoss(nn.Module):
     """Entropic OT between point clouds, or the Sinkhorn divergence.
 
-    With `debias`, `otdd.ops.sinkhorn_divergence`, which is zero at x = y and never negative;
-    without, the dual value ``OT(x, y)`` of `otdd.ops.sinkhorn` with the KL regulariser. Costs are
-    kept up to 2^22 in all, else made tile by tile.
+    With `debias`, `otdd.ops.sinkhorn_divergence`, which is never negative and, once it has
+    converged, zero at x = y; without, the dual value ``OT(x, y)`` of `otdd.ops.sinkhorn` with the
+    KL regulariser. Costs are kept up to 2^22 in all, else made tile by tile.
 
     Args:
         metric: Ground cost, as in `otdd.ops.cost_matrix`; ``sqeuclidean`` is ``|x - y|^2``, without

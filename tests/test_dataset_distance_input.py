@@ -62,6 +62,16 @@ SOME = torch.rand(4, 3), torch.tensor([0, 1, 1, 0])
             TypeError,
             "labels_x: got torch.float32; accepted: a tensor of int64",
         ),
+        (
+            lambda: DatasetDistance(labels=torch.zeros(0, 0)),
+            ValueError,
+            r"labels: got shape \(0, 0\)",
+        ),
+        (
+            lambda: DatasetDistance(labels=torch.full((2, 2), math.nan)),
+            ValueError,
+            "labels: got nan",
+        ),
         (lambda: DatasetDistance()(*SOME, SOME[0], [0] * 4), TypeError, "labels_y: got list"),
         (
             lambda: DatasetDistance()(*SOME, SOME[0], SOME[1][:3]),
@@ -84,3 +94,11 @@ SOME = torch.rand(4, 3), torch.tensor([0, 1, 1, 0])
 def test_bad_input(make, error, says):
     with pytest.raises(error, match=f"^{says}"):
         make()
+
+
+def test_a_table_of_labels_in_half_precision():
+    W = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    x, labels = torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
+    loss = DatasetDistance(labels=W, eps=1.0)
+    want = loss(x.half(), labels, x.half() + 1, labels)
+    torch.testing.assert_close(loss.half()(x.half(), labels, x.half() + 1, labels), want)

@@ -101,12 +101,16 @@ class OTDiTPipeline(DiTPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        terms = [guidance] if isinstance(guidance, Guidance) else list(guidance or ())
+        several = guidance is None or isinstance(guidance, Sequence)
+        terms = list(guidance or ()) if several else [guidance]
         denoiser = Denoiser(self.transformer)
         scale = guidance_scale if guidance_scale > 1 else 1.0
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         self._check(labels, denoiser, num_inference_steps, output_type, terms)
         _check_memory(memory, self.transformer.config)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            seen = type(callback_on_step_end).__name__
+            raise ValueError(f"callback_on_step_end: {seen} is not accepted; expected a function")
         _check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         config = self.transformer.config
         noise = randn_tensor(

@@ -7,7 +7,7 @@ nothing and needs nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -47,6 +47,7 @@ class GuidanceConfig:
     """Most finished latents of a class kept in a sequential problem."""
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         require(self.lambda_1 > 0, "lambda_1", self.lambda_1, "a number > 0")
         require(self.max_iter >= 1, "max_iter", self.max_iter, "an integer >= 1")
         require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
@@ -70,6 +71,7 @@ class DiversityConfig:
     """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require_term(self.strength, self.window)
         require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
 
@@ -91,6 +93,7 @@ class InfluenceConfig:
     """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require_term(self.strength, self.window)
         require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
 
@@ -106,6 +109,15 @@ class ModeConfig:
 
     def __post_init__(self) -> None:
         _require_term(self.strength, self.window)
+
+
+def _require_choices(config: object) -> None:
+    """Refuses what is none of the words that a field takes."""
+    for name, kind in get_type_hints(type(config)).items():
+        choices = get_args(kind)
+        if choices and all(isinstance(choice, str) for choice in choices):
+            value = getattr(config, name)
+            require(value in choices, name, value, f"one of {', '.join(choices)}")
 
 
 def _require_term(strength: float, window: tuple[float, float]) -> None:

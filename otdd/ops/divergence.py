@@ -56,8 +56,8 @@ def sinkhorn_divergence(
     """``S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2`` (Feydy et al., AISTATS 2019, eq. 3).
 
     With penalties, the unbalanced divergence, ``+ eps (sum(a) - sum(b))^2 / 2`` (Sejourne, Feydy,
-    Vialard, Trouve & Peyre 2019, definition 5). It is zero at x = y, with penalties once it has
-    converged and if they are equal. It is not negative after any number of iterations, up to
+    Vialard, Trouve & Peyre 2019, definition 5). It is zero at x = y once it has converged, with
+    penalties if they are equal. It is not negative after any number of iterations, up to
     rounding, which is cut off. For that, OT(x, x) is the dual at the mean p of its two potentials,
     OT(y, y) that at q, and the solve of x against y starts at (p, q). Its dual only grows from
     there, and exp(-C / eps) is a positive definite kernel K under every metric, so with

@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from otdd.distill.config import PRESETS, ConfigError, RunConfig
+from otdd.distill.config import (
+    PRESETS,
+    ConfigError,
+    DiversityConfig,
+    GuidanceConfig,
+    InfluenceConfig,
+    RunConfig,
+)
 from otdd.distill.settings import identity, load_yaml, merge, resolve, to_dict
 
 BASE = {"data": "digits", "ipc": 1, "out": "x"}
@@ -122,3 +129,18 @@ def test_numbers_lists_and_exponents(tmp_path):
         resolve({**BASE, "sets": ["random", "random"]})
     (tmp_path / "f.yaml").write_text("train: {lr: 1e-3}")
     assert resolve(BASE, file=tmp_path / "f.yaml").train.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (GuidanceConfig, "target", "zt"),
+        (GuidanceConfig, "form", "q"),
+        (GuidanceConfig, "metric", "l3"),
+        (DiversityConfig, "target", "x_0"),
+        (InfluenceConfig, "target", "z_t"),
+    ],
+)
+def test_words_are_checked_from_python_too(kind, field, value):
+    with pytest.raises(ConfigError, match=f"{field}: '{value}' is not accepted; expected one of "):
+        kind(**{field: value})

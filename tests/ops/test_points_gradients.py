@@ -114,3 +114,17 @@ def test_vmap_is_a_batch(backend):
     got = torch.func.vmap(torch.func.grad(value))(x, a)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(got, torch.autograd.grad(value(leaf, a).sum(), leaf)[0])
+
+
+def test_a_masked_point_far_away_costs_no_digits(backend):
+    x, y, *_ = clouds(1, 6, 6, 3, torch.float32)
+    y[0, -1] = 1e7
+    b = torch.tensor([[0.2, 0.2, 0.2, 0.2, 0.2, 0.0]])
+    options = {"eps": 6.0, "max_iter": 20}
+    leaf = x.clone().requires_grad_()
+    r = sinkhorn_points(leaf, y, None, b, **options, backend=backend)
+    (got,) = torch.autograd.grad(r.value.sum(), leaf)
+    wide = x.double().requires_grad_()
+    far = sinkhorn_points(wide, y[:, :5].double(), None, b[:, :5].double(), **options)
+    (want,) = torch.autograd.grad(far.value.sum(), wide)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)

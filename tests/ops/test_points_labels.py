@@ -8,7 +8,7 @@ import torch
 from points_backends import WAYS, points_backend
 from references import clouds, cost_oracle, sinkhorn_oracle
 
-from otdd.ops import METRICS, checks, sinkhorn_points
+from otdd.ops import METRICS, checks, sinkhorn, sinkhorn_points
 from otdd.ops.points import cpu
 from otdd.ops.points.levels import through_levels
 from otdd.ops.points.reference import Clouds, points_reference
@@ -252,3 +252,23 @@ def test_a_schedule_ends_where_costs_are_infinite():
     assert r.n_iter[1] > 5
     C = torch.tensor([[[0.0, math.inf], [1.0, 2.0]]])
     assert next(levels(C, a[:1, :2], b[:1, :2], eps[:1], 0.3), None) is None
+
+
+def test_label_costs_that_overflow_are_told():
+    x = torch.tensor([[0.0], [1.7e19]])
+    labels = {"labels_x": torch.zeros(2).long(), "labels_y": torch.zeros(2).long()}
+    with pytest.raises(ValueError, match=r"x and y: got points 1\.7e\+19 apart; accepted: points"):
+        sinkhorn_points(x, x, eps=1e37, **labels, label_cost=torch.tensor([[2e38]]))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_schedule_from_a_range_beyond_the_dtype(streamed, monkeypatch):
+    monkeypatch.setattr(cpu, "STORED", 0 if streamed else 1 << 20)
+    W, names = torch.tensor([[2e38], [-2e38]]), {"labels_y": torch.zeros(1).long()}
+    options = {"eps": 1e36, "max_iter": 3, "schedule": 0.5}
+    x = torch.zeros(2, 1)
+    labels = {"labels_x": torch.arange(2), "label_cost": W, **names}
+    for name in ("reference", "cpu"):
+        r = sinkhorn_points(x, x[:1], **options, **labels, backend=name)
+        assert torch.isfinite(r.value)
+        assert torch.isfinite(sinkhorn(W, **options, backend=name).value)

@@ -87,7 +87,7 @@ def sinkhorn_points(
             float32.
         y: Targets, ``(..., M, D)``; leading dimensions broadcast against those of `x`.
         a: Row weights, ``(..., N)`` or broadcastable to it; uniform ``1 / N`` by default. Zero
-            masks a row.
+            masks a row: its gradient is 0.
         b: Column weights, ``(..., M)``, likewise.
         metric: ``l1``, ``l2``, ``sqeuclidean`` or ``cosine``, as in `otdd.ops.cost_matrix`.
         eps: Regularisation strength > 0 in the units of the cost; a number, or a tensor that

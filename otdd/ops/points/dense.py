@@ -73,18 +73,28 @@ def product_stored(
         w = P * (u_.unsqueeze(-1) + v_.unsqueeze(-2) + kappa_.to(C.dtype)[:, None, None] * C)
         if over_distance:
             w = torch.where(distance > 0, w / distance, 0)
-        parts.append(weighted_sum(w, one.x, z_, mode, backend))
+        parts.append(weighted_sum(w, one.x, z_, one.b, mode, backend))
     return torch.cat(parts).reshape(*batch, z.shape[-1])
 
 
-def weighted_sum(w: Tensor, x: Tensor, z: Tensor, mode: str, backend: str) -> Tensor:
+def weighted_sum(w: Tensor, x: Tensor, z: Tensor, b: Tensor, mode: str, backend: str) -> Tensor:
     """``sum_j w_ij h(x_i, z_j)``, as in `product_reference`, with a matrix of weights."""
     if mode == "value":
         return w @ z
     if mode == "sign":
         return cost_gradients(w, x, z, "l1", True, False, backend)[0]
-    centre = z.mean(-2, keepdim=True)  # differences are small against it where clouds are far off
-    return (x - centre) * w.sum(-1, keepdim=True) - w @ (z - centre)
+    # Differences are small against the points where clouds are far off. What has no weight may be
+    # anywhere.
+    centre = mean_of(z, b)
+    return (x - centre) * w.sum(-1, keepdim=True) - w @ torch.where(
+        b.unsqueeze(-1) > 0, z - centre, 0
+    )
+
+
+def mean_of(x: Tensor, w: Tensor) -> Tensor:
+    """Mean of the points of weight > 0, ``(B, 1, D)``."""
+    w = (w / w.sum(-1, keepdim=True)).unsqueeze(-1)
+    return torch.where(w > 0, w * x, 0).sum(-2, keepdim=True)
 
 
 def _costs(p: Clouds, metric: str, backend: str) -> Tensor:

@@ -38,6 +38,7 @@ def through_levels(
         n_iter = torch.zeros_like(p.eps, dtype=torch.int64)
         level, goal = highest_cost(p, metric), LEVEL_ERROR * p.a.sum(-1).double()
         level = level.masked_fill(level.isinf(), torch.nan)  # it would never fall
+        level = level.clamp(max=torch.finfo(p.x.dtype).max / 16)
         while bool((above := level > p.eps).any()):
             some = p._replace(eps=level).where(above)
             r = solver(some, g[above], metric, LEVEL_ITERATIONS, goal[above], *options)
@@ -52,13 +53,13 @@ def highest_cost(p: Clouds, metric: str) -> Tensor:
     """Upper bound of the costs between points of weight > 0, ``(...)`` in float64."""
     low_x, high_x = _box(p.x, p.a)
     low_y, high_y = _box(p.y, p.b)
-    sides = (torch.maximum(high_x, high_y) - torch.minimum(low_x, low_y)).double()
+    sides = torch.maximum(high_x, high_y).double() - torch.minimum(low_x, low_y).double()
     bound = sides.sum(-1) if metric == "l1" else sides.square().sum(-1)
     if metric == "l2":
         bound = bound.sqrt()
     if p.label_cost is not None:
-        low, high = p.label_cost.aminmax(dim=-1)
-        bound = bound + (high.amax(-1) - low.amin(-1)).double()
+        low, high = (t.double() for t in p.label_cost.aminmax(dim=-1))
+        bound = bound + high.amax(-1) - low.amin(-1)
     return bound
 
 

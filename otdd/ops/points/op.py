@@ -96,7 +96,7 @@ def _check_values(p: Clouds, g: Tensor, metric: str) -> None:
     """Raises for the first value that is not accepted."""
     checks.finite(p.x, "x")
     checks.finite(p.y, "y")
-    _costs_fit(p.x, p.y, metric)
+    _costs_fit(p.x, p.y, metric, p.label_cost)
     checks.weights(p.a, "a")
     checks.weights(p.b, "b")
     checks.finite(g, "init")
@@ -115,15 +115,18 @@ def _check_values(p: Clouds, g: Tensor, metric: str) -> None:
             checks.require(low >= 0 and high <= top, name, seen, accepted)
 
 
-def _costs_fit(x: Tensor, y: Tensor, metric: str) -> None:
+def _costs_fit(x: Tensor, y: Tensor, metric: str, label_cost: Tensor | None) -> None:
     """Raises if a cost in the box around the points could overflow."""
     if x.numel() == 0 or y.numel() == 0:
         return
     high = torch.maximum(x.amax(-2), y.amax(-2))
     low = torch.minimum(x.amin(-2), y.amin(-2))
     sides = (high - low) if metric == "l1" else (high - low).square()
-    fits = bool(torch.isfinite(sides.sum(-1)).all())
-    accepted = f"points whose {metric} cost is a number of {x.dtype}"
+    top = sides.sum(-1)
+    if label_cost is not None:
+        top = top + label_cost.abs().amax((-1, -2)).nan_to_num()  # a NaN there is told by its name
+    fits = bool(torch.isfinite(top).all())
+    accepted = f"points whose {metric} cost, with that of labels, is a number of {x.dtype}"
     checks.require(fits, "x and y", f"points {(high - low).max().item():.3g} apart", accepted)
 
 

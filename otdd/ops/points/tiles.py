@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otdd.ops.points.dense import mean_of
 from otdd.ops.points.reference import Clouds
 from otdd.ops.points.tuning import chosen
 
@@ -164,7 +165,7 @@ def tiles_of(p: Clouds, metric: str, precision: str, cost: str) -> Tiles:
     N, M, D = p.x.shape[-2], p.y.shape[-2], p.x.shape[-1]
     x, y = p.x, p.y
     if cost == "product":
-        centre = (_mean(x, p.a) + _mean(y, p.b)) / 2
+        centre = (mean_of(x, p.a) + mean_of(y, p.b)) / 2
         spare = -D % FEATURES
         x, y = (torch.nn.functional.pad(t - centre, (0, spare)) for t in (x, y))
         norms = tuple(torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
@@ -195,12 +196,6 @@ def _multiplied(x: Tensor, precision: str) -> str:
     if torch.version.hip is not None:
         return "ieee"
     return "tf32" if precision == "high" else "tf32x3"
-
-
-def _mean(x: Tensor, w: Tensor) -> Tensor:
-    """Of the points of weight > 0, ``(B, 1, D)``: a masked one may be anywhere."""
-    w = (w / w.sum(-1, keepdim=True)).unsqueeze(-1)
-    return torch.where(w > 0, w * x, 0).sum(-2, keepdim=True)
 
 
 def splits(programs: int, columns: int, processors: int) -> int:

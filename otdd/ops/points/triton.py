@@ -310,5 +310,5 @@ def product_triton(
                 rest = fs, gs, la, lb, us, vs, kappa[some], scale[some], over_distance
                 _fill(part, w, *rest)
                 x = p.x[some, rows]
-                out[some, rows] = weighted_sum(w, x, z[some], mode, "triton")
+                out[some, rows] = weighted_sum(w, x, z[some], p.b[some], mode, "triton")
     return out.reshape(*batch, *out.shape[1:])

@@ -242,7 +242,9 @@ def _pair(potentials: tuple[Tensor, Tensor] | SinkhornResult, name: str) -> tupl
     if isinstance(potentials, SinkhornResult):
         return potentials.f, potentials.g
     pair = isinstance(potentials, tuple | list) and len(potentials) == 2
-    checks.require(pair, name, type(potentials).__name__, "(f, g) or a SinkhornResult")
+    checks.require(
+        pair, name, type(potentials).__name__, "(f, g), or the result of an earlier solve"
+    )
     return potentials
 
 

@@ -17,7 +17,7 @@ def cost_range(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Range of the costs between points of weight > 0, ``(...)`` in float64."""
     used = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
     highest = torch.where(used, C, -torch.inf).amax((-2, -1))
-    return (highest - torch.where(used, C, torch.inf).amin((-2, -1))).double()
+    return highest.double() - torch.where(used, C, torch.inf).amin((-2, -1)).double()
 
 
 def levels(
@@ -30,6 +30,7 @@ def levels(
     """
     level = cost_range(C, a, b)
     level = level.masked_fill(level.isinf(), torch.nan)  # it would never fall
+    level = level.clamp(max=torch.finfo(C.dtype).max / 16)
     while bool((level > eps).any()):
         yield torch.maximum(level, eps), level > eps
         level = level * ratio
