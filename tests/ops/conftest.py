@@ -98,7 +98,7 @@ def emulated_cuda(monkeypatch):
 @pytest.fixture(autouse=True)
 def _emulated_where_asked_for(request):
     case = getattr(request.node, "callspec", None)
-    asked = [case.params.get(name) for name in ("backend", "every")] if case else []
+    asked = [case.params.get(name) for name in ("backend", "every", "way")] if case else []
     backends_asked = {value.split()[0] for value in asked if value}
     if "cuda" in backends_asked:
         request.getfixturevalue("emulated_cuda")
