@@ -16,7 +16,8 @@ from otdd.ops.checks import (
     solver_options,
     values_are_checked,
 )
-from otdd.ops.points import _expanded, clouds_of
+from otdd.ops.divergence import half_within
+from otdd.ops.points import clouds_of, labels_of_points
 
 
 class DatasetDistance(nn.Module):
@@ -120,7 +121,8 @@ class DatasetDistance(nn.Module):
         if values_are_checked(x):
             finite(x, "x")
             finite(y, "y")
-        lx, ly = _labels(labels_x, "labels_x", x), _labels(labels_y, "labels_y", y)
+        lx = labels_of_points(labels_x, "labels_x", tuple(x.shape[:-1]), x.device)
+        ly = labels_of_points(labels_y, "labels_y", tuple(y.shape[:-1]), y.device)
         if self.table is None:
             lx, K = _numbered(lx, "labels_x", self.num_classes[0])
             ly, L = _numbered(ly, "labels_y", self.num_classes[1])
@@ -133,8 +135,8 @@ class DatasetDistance(nn.Module):
         between, within_x, within_y = (None if W is None else factor * W for W in tables)
         if not self.debias:
             return self.lambda_x * self._solve(x, lx, y, ly, between).value
-        half_x, _ = classes.half_within(self._solve(x, lx, x, lx, within_x))
-        half_y, q = classes.half_within(self._solve(y, ly, y, ly, within_y))
+        half_x, _ = half_within(self._solve(x, lx, x, lx, within_x))
+        half_y, q = half_within(self._solve(y, ly, y, ly, within_y))
         value = self._solve(x, lx, y, ly, between, q).value
         return self.lambda_x * (value - half_x - half_y)
 
@@ -188,16 +190,6 @@ def _check_table(W: Tensor, debias: bool) -> None:
     if debias and values_are_checked(W):
         far = (W - W.mT).abs().max().item()
         require(far <= 1e-5 * W.abs().max().item(), "labels", "costs that differ", "symmetric ones")
-
-
-def _labels(labels: Tensor, name: str, points: Tensor) -> Tensor:
-    """Labels of the shape of their points, checked."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        seen = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name}: got {seen}; accepted: a tensor of int64")
-    same = labels.device == points.device
-    require(same, name, f"device {labels.device}", f"that of the points, {points.device}")
-    return _expanded(labels, name, tuple(points.shape[:-1]))
 
 
 def _numbered(labels: Tensor, name: str, K: int | None) -> tuple[Tensor, int]:

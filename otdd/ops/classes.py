@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from otdd.ops.points import PointsResult, sinkhorn_points
-from otdd.ops.sinkhorn.reference import weighted
+from otdd.ops.divergence import half_within
+from otdd.ops.points import sinkhorn_points
 
 SPREAD = 2  # the largest over the smallest class of one tensor
 
@@ -142,21 +142,6 @@ def _each(classes: Classes) -> Iterator[Group]:
     for group in classes.groups:
         for k in range(len(group.sizes)):
             yield group.part(k, k + 1)
-
-
-def half_within(solved: PointsResult) -> tuple[Tensor, Tensor]:
-    """Half the dual value of a cloud against itself, and the potential it belongs to.
-
-    As in `otdd.ops.sinkhorn_divergence`: the value at the mean p of both potentials, with the
-    derivative of the solve's own.
-    """
-    own = solved.value / 2
-    with torch.no_grad():
-        p = (solved.f + solved.g) / 2
-        rows = replace(solved, f=p, g=p).apply(p.new_ones(()).expand(*p.shape, 1))
-        mass = rows.sum((-1, -2)) - solved.a.sum(-1)
-        half = weighted(solved.a, p).sum(-1) - solved.eps.to(p.dtype) / 2 * mass
-    return half + (own - own.detach()), p
 
 
 class Sinkhorn:

@@ -166,7 +166,7 @@ def _within(
     rest = max(1, limits["max_iter"] - quarter) if tol else quarter
     limits = limits | {"max_iter": rest}
     solved = solve_clouds(cloud, start, metric, "highest", backend, limits, C, n_iter)
-    return solved, *_half(solved, rho, soft, C)
+    return solved, *half_within(solved, rho, soft, C)
 
 
 def _again(t: Tensor | None) -> Tensor | None:
@@ -186,8 +186,11 @@ def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
         checks.require(False, "a and b", f"masses of {seen[0]:.6g} and {seen[1]:.6g}", accepted)
 
 
-def _half(
-    solved: PointsResult, rho: Tensor | None, soft: bool, C: Tensor | None = None
+def half_within(
+    solved: PointsResult,
+    rho: Tensor | None = None,
+    soft: bool = False,
+    C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Half of a cloud's transport to itself at the mean of its potentials, and that mean.
 

@@ -101,11 +101,11 @@ def test_never_negative_however_few_the_iterations(
     terms = max(t.abs().max().item() for t in (result.between.value, *halves))
     assert (result.value >= 0).all()
     # what was cut off is rounding: the bound holds before it, too
-    from otdd.ops.divergence import _half
+    from otdd.ops.divergence import half_within
 
     soft = rho is not None
     penalty = torch.full((2,), rho, dtype=torch.float64) if soft else None
-    whole = result.between.value - sum(_half(r, penalty, soft)[0] for r in result.within)
+    whole = result.between.value - sum(half_within(r, penalty, soft)[0] for r in result.within)
     if soft:
         whole = whole + eps / 2 * (a.sum(-1) - b.sum(-1)) ** 2
     assert (whole >= -1e-12 * max(terms, 1)).all()

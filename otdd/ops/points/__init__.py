@@ -219,15 +219,23 @@ def _labels(
     full = label_cost.dim() >= 2 and 0 not in label_cost.shape[-2:]
     checks.require(full, "label_cost", f"shape {tuple(label_cost.shape)}", "(..., K, L)")
     label_cost = _expanded(label_cost, "label_cost", (*batch, *label_cost.shape[-2:]))
-    sides = []
-    for labels, name, n in ((labels_x, "labels_x", N), (labels_y, "labels_y", M)):
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            seen = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"{name}: got {seen}; accepted: a tensor of int64")
-        same = labels.device == x.device
-        checks.require(same, name, f"device {labels.device}", f"that of x, {x.device}")
-        sides.append(_expanded(labels, name, (*batch, n)))
-    return *sides, label_cost
+    return (
+        labels_of_points(labels_x, "labels_x", (*batch, N), x.device),
+        labels_of_points(labels_y, "labels_y", (*batch, M), x.device),
+        label_cost,
+    )
+
+
+def labels_of_points(
+    labels: Tensor, name: str, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Labels of the shape of their points, checked."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        seen = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{name}: got {seen}; accepted: a tensor of int64")
+    same = labels.device == device
+    checks.require(same, name, f"device {labels.device}", f"that of the points, {device}")
+    return _expanded(labels, name, shape)
 
 
 def _expanded(t: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
