@@ -6,10 +6,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from otdd.distill.config import HEADINGS
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
 
 
 class Bars:

@@ -52,6 +52,25 @@ class ExportFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Flags of `otdd report`."""
+
+    dir: str
+    """Folder of a run, finished or not; as the first argument it needs no --dir."""
+    out: str | None = None
+    """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
+    ends in .html, for the page alone. An earlier report is replaced."""
+    classes: int = 20
+    """Most classes whose images, costs and maps are shown, the first ones."""
+    pdf: bool = False
+    """Figures as PDF files too, but for the grid of images."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushFlags:
     """Flags of `otdd push`."""
 
@@ -157,6 +176,19 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
     )
+    return 0
+
+
+def report(flags: list[str]) -> int:
+    """`otdd report`."""
+    about = "Write a run as one HTML page that needs nothing else, and its figures."
+    given = parse(ReportFlags, _named(flags, "--dir"), "otdd report", about, {})
+    from otdd.distill.report import report
+    from otdd.terminal import Bars
+
+    with Bars(given.quiet) as bars:
+        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+    sys.stdout.write(f"written to {page}\n")
     return 0
 
 
