@@ -126,9 +126,8 @@ def gather(folder: str | os.PathLike[str]) -> Found:
 
 def _identity(store: Store) -> dict[str, Any]:
     if not store.path.is_dir():
-        raise StoreError(
-            f"{store.path}: " + ("a file" if store.path.exists() else "no such folder")
-        )
+        what = "a file, no folder of a run" if store.path.exists() else "no such folder"
+        raise StoreError(f"{store.path}: {what}")
     if not store.has(MANIFEST):
         raise StoreError(f"{store.path} is no folder of a run: there is no {MANIFEST} in it")
     manifest = store.read_json(MANIFEST)
