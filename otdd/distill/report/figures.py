@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -33,7 +34,7 @@ MARKERS = {"otg": "o", "unguided": "s", "random": "^", "kmeans": "D", "kmeans-re
 WIDTH = 4.4  # inches: as wide as a narrow page, so that text is not made smaller there
 DPI = 200  # twice the pixels of a page
 LIGHT, DARK = ("#1c1e21", "#ffffff"), ("#e6e6e6", "#1b1e24")  # ink and paper
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -78,10 +79,10 @@ def _save(height: float, draw: Draw, paper: tuple[str, str], kind: str) -> bytes
     ink, ground = paper
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    colours = dict.fromkeys(inks, ink) | dict.fromkeys(grounds, ground)
+    style: Any = STYLE | dict.fromkeys(inks, ink) | dict.fromkeys(grounds, ground)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever a matplotlibrc of the user says
-        matplotlib.rcParams.update(STYLE | colours)
+        matplotlib.rcParams.update(style)
         figure = Figure(figsize=(WIDTH, height))
         draw(figure, ink)
         buffer = io.BytesIO()
@@ -152,12 +153,12 @@ def _students(axes: Axes, rows: Sequence[Row], ink: str, bars: bool) -> None:
             axes.scatter([row.mean], [place], s=60, zorder=2.5, **_mark(row.set, ink))
         axes.errorbar(row.mean, place, xerr=row.std, color=ink, capsize=2.5, linewidth=1.1)
         spread = np.linspace(-0.24, 0.24, len(row.runs)) if len(row.runs) > 1 else [0.0]
-        style = {"s": 7, "color": "white", "edgecolors": "black", "linewidths": 0.4, "zorder": 3}
-        axes.scatter(row.runs, place + np.asarray(spread), **style)
-        best = {"marker": "|", "s": 60, "color": ink, "linewidths": 1.6, "zorder": 4}
-        axes.scatter([row.best_mean], [place], **best)
+        dots: dict[str, Any] = {"color": "white", "edgecolors": "black", "linewidths": 0.4}
+        axes.scatter(row.runs, place + np.asarray(spread), s=7, zorder=3, **dots)
+        stroke: dict[str, Any] = {"marker": "|", "color": ink, "linewidths": 1.6}
+        axes.scatter([row.best_mean], [place], s=60, zorder=4, **stroke)
         text = f"{row.mean:.1f} ± {row.std:.1f}"
-        where = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
+        where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
         axes.text(1.02, place, text, **where)
     axes.set_yticks(range(len(rows)), [row.set for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -172,7 +173,7 @@ def costs(found: Sequence[ClassTransport], titles: Sequence[str]) -> tuple[float
         axes = figure.subplots()
         for name in names:
             some = [(e.sets[name].cost, k) for k, e in enumerate(found) if name in e.sets]
-            axes.scatter(*zip(*some, strict=True), s=26, **_mark(name, ink), label=name)
+            axes.scatter([cost for cost, _ in some], [k for _, k in some], s=26, **_mark(name, ink), label=name)
         axes.set_yticks(range(len(found)), titles, parse_math=False)  # names may hold dollars
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.grid(axis="y", color=ink, alpha=0.15)
@@ -193,7 +194,7 @@ def convergence(found: Sequence[ClassTransport]) -> tuple[float, Draw]:
             some = [e.sets[name].errors.numpy() for e in found if name in e.sets]
             errors = np.maximum(np.stack(some), 1e-16)  # what is below is rounding
             axes.fill_between(MARKS, errors.min(0), errors.max(0), color=_colour(name), alpha=0.15)
-            style = {"marker": MARKERS[name], "markersize": 4, "markevery": 4}
+            style: dict[str, Any] = {"marker": MARKERS[name], "markersize": 4, "markevery": 4}
             axes.plot(MARKS, np.median(errors, 0), color=COLOURS[name], label=name, **style)
         axes.axhline(TOL, color=ink, linestyle="--", linewidth=0.9)
         axes.annotate(f"tolerance {TOL:g}", (1.1, TOL * 1.2), va="bottom")
@@ -232,9 +233,9 @@ def transport_map(entry: ClassTransport, title: str) -> tuple[float, Draw]:
 def _panel(axes: Axes, entry: ClassTransport, name: str, ink: str) -> None:
     solve, real = entry.sets[name], entry.real.numpy()
     ends = np.stack([real, solve.images.numpy()], axis=1)
-    axes.add_collection(LineCollection(ends, colors=_colour(name), linewidths=0.6, alpha=0.45))
-    axes.scatter(*real.T, s=4, color=ink, alpha=0.6, linewidths=0)
-    axes.scatter(*solve.points.numpy().T, s=42, zorder=3, **_mark(name, ink))
+    axes.add_collection(LineCollection(list(ends), colors=_colour(name), linewidths=0.6, alpha=0.45))
+    axes.scatter(real[:, 0], real[:, 1], s=4, color=ink, alpha=0.6, linewidths=0)
+    axes.scatter(solve.points[:, 0], solve.points[:, 1], s=42, zorder=3, **_mark(name, ink))
     axes.set_title(f"{name}, cost {solve.cost:.3g}")
     axes.set(xticks=[], yticks=[])
     axes.spines[["top", "right"]].set_visible(True)
@@ -295,7 +296,7 @@ def _colour(name: str, default: str = "#7f7f7f") -> str:
     return COLOURS.get(name, default)
 
 
-def _mark(name: str, ink: str) -> dict[str, object]:
+def _mark(name: str, ink: str) -> dict[str, Any]:
     return {
         "marker": MARKERS.get(name, "o"),
         "color": _colour(name),

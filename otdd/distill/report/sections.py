@@ -87,7 +87,7 @@ def images(found: Found, shown: Sequence[int]) -> Iterator[Section]:
     yield "images", "Images", join(content)
 
 
-def _strip(name: str, class_name: str, images: object) -> Markup:
+def _strip(name: str, class_name: str, images: Tensor) -> Markup:
     data = plots.strip(images)
     alt = f"{count(len(images), 'image')} of class {class_name} in the set {name}"
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
