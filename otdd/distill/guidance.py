@@ -115,8 +115,7 @@ class OTGuidance(Guidance):
         self.check(class_labels, tuple(x.shape[1:]))
         present, groups = group_classes(class_labels)
         moving = _pad(x.detach().flatten(1).float(), groups, len(present))
-        index = torch.tensor([self._classes.index(k) for k in present], device=x.device)
-        y, b = self._reference.rows[index].to(x.device), self._reference.weights[index].to(x.device)
+        y, b = self._real(present, x.device)
         if self.config.target == "q_sample":
             y = self._noised(y, present, int(t), alpha_bar)
         finished = self._finish(memory, present, y)
@@ -127,11 +126,18 @@ class OTGuidance(Guidance):
         """Cost <P, C> of each class present, in the order of their labels; (K,)."""
         present, groups = group_classes(class_labels)
         sources = _pad(x.detach().flatten(1).float(), groups, len(present))
-        index = [self._classes.index(k) for k in present]
-        y, b = self._reference.rows[index], self._reference.weights[index]
+        y, b = self._real(present, x.device)
         C = cost_matrix(sources.rows, y, self.config.metric)
         eps = self._eps(C, sources.weights, b)
         return sinkhorn(C, sources.weights, b, eps=eps, max_iter=self.config.max_iter).cost
+
+    def _real(self, present: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Real latents (K, M, D) of the classes present, and their weights (K, M)."""
+        rows, weights = self._reference.rows, self._reference.weights
+        if present != self._classes:  # else no copy: a run refers to just the classes in flight
+            index = torch.tensor([self._classes.index(k) for k in present], device=rows.device)
+            rows, weights = rows[index], weights[index]
+        return rows.to(device), weights.to(device)
 
     def _solve(
         self, moving: _Padded, finished: _Finished | None, y: Tensor, b: Tensor
