@@ -139,9 +139,7 @@ class OTGuidance(Guidance):
             rows, weights = rows[index], weights[index]
         return rows.to(device), weights.to(device)
 
-    def _solve(
-        self, moving: _Padded, finished: _Finished | None, y: Tensor, b: Tensor
-    ) -> Tensor:
+    def _solve(self, moving: _Padded, finished: _Finished | None, y: Tensor, b: Tensor) -> Tensor:
         x, kappa = moving.rows, self.config.repulsion if len(y) > 1 else 0.0
         gradient, count = self.config.form == "gradient", x.shape[1]
         with torch.set_grad_enabled(gradient):
