@@ -102,6 +102,7 @@ class OTGuidance(Guidance):
             groups = torch.cat([groups, past[1]])
         sources = _pad(rows, groups, len(present))
         index = torch.tensor([self._classes.index(k) for k in present], device=x.device)
+        assert self._reference is not None  # `check` has seen to it
         y, b = self._reference.rows[index].to(x.device), self._reference.weights[index].to(x.device)
         if self.config.target == "q_sample":
             y = self._noised(y, present, int(t), alpha_bar)
@@ -113,6 +114,7 @@ class OTGuidance(Guidance):
         present, groups = group_classes(class_labels)
         sources = _pad(x.detach().flatten(1).float(), groups, len(present))
         index = [self._classes.index(k) for k in present]
+        assert self._reference is not None
         y, b = self._reference.rows[index], self._reference.weights[index]
         C = cost_matrix(sources.rows, y, self.config.metric)
         eps = self._eps(C, sources.weights, b)
