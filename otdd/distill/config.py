@@ -8,7 +8,7 @@ checks itself when it is made; an error names the key, the value and what is acc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from otdd.distill.guidance_config import (
     ConfigError,
@@ -36,8 +36,8 @@ __all__ = [
     "require",
 ]
 
-SETS = ("otg", "unguided", "random", "kmeans", "kmeans-real")
-LOSSES = ("ce", "kl", "otm")
+SETS: Final = ("otg", "unguided", "random", "kmeans", "kmeans-real")
+LOSSES: Final = ("ce", "kl", "otm")
 
 
 def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:

@@ -133,6 +133,7 @@ class OTGuidance(Guidance):
 
     def _real(self, present: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Real latents (K, M, D) of the classes present, and their weights (K, M)."""
+        assert self._reference is not None  # `check` has seen to it
         rows, weights = self._reference.rows, self._reference.weights
         if present != self._classes:  # else no copy: a run refers to just the classes in flight
             index = torch.tensor([self._classes.index(k) for k in present], device=rows.device)

@@ -206,19 +206,21 @@ def _best_start(
     on_step: Callable[[], None],
 ) -> Tensor:
     """Of `starts` joint samplings, for each class the one of least transport cost."""
-    best, least = None, None
+    best: Tensor | None = None
+    least: Tensor | None = None
     for start in range(config.sample.starts):
         now = batch(range(config.ipc), start)
         latents = run_batch(generator, now, config.sample, update.terms, on_step=on_step)
         if update.judge is None:
             return latents.cpu()
         cost = update.judge.transport_cost(latents, now.data_labels)
-        if best is None:
+        if best is None or least is None:
             best, least = latents, cost
             continue
         better = cost < least  # by class, in the order of the labels
         keep = better.repeat_interleave(config.ipc).view(-1, *[1] * (latents.ndim - 1))
         best, least = torch.where(keep, latents, best), torch.where(better, cost, least)
+    assert best is not None  # there is at least one start
     return best.cpu()
 
 
