@@ -158,7 +158,11 @@ def _students(axes: Axes, rows: Sequence[Row], ink: str, bars: bool) -> None:
         stroke: dict[str, Any] = {"marker": "|", "color": ink, "linewidths": 1.6}
         axes.scatter([row.best_mean], [place], s=60, zorder=4, **stroke)
         text = f"{row.mean:.1f} ± {row.std:.1f}"
-        where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
+        where: dict[str, Any] = {
+            "transform": axes.get_yaxis_transform(),
+            "va": "center",
+            "ha": "left",
+        }
         axes.text(1.02, place, text, **where)
     axes.set_yticks(range(len(rows)), [row.set for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -173,7 +177,13 @@ def costs(found: Sequence[ClassTransport], titles: Sequence[str]) -> tuple[float
         axes = figure.subplots()
         for name in names:
             some = [(e.sets[name].cost, k) for k, e in enumerate(found) if name in e.sets]
-            axes.scatter([cost for cost, _ in some], [k for _, k in some], s=26, **_mark(name, ink), label=name)
+            axes.scatter(
+                [cost for cost, _ in some],
+                [k for _, k in some],
+                s=26,
+                **_mark(name, ink),
+                label=name,
+            )
         axes.set_yticks(range(len(found)), titles, parse_math=False)  # names may hold dollars
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.grid(axis="y", color=ink, alpha=0.15)
@@ -233,7 +243,9 @@ def transport_map(entry: ClassTransport, title: str) -> tuple[float, Draw]:
 def _panel(axes: Axes, entry: ClassTransport, name: str, ink: str) -> None:
     solve, real = entry.sets[name], entry.real.numpy()
     ends = np.stack([real, solve.images.numpy()], axis=1)
-    axes.add_collection(LineCollection(list(ends), colors=_colour(name), linewidths=0.6, alpha=0.45))
+    axes.add_collection(
+        LineCollection(list(ends), colors=_colour(name), linewidths=0.6, alpha=0.45)
+    )
     axes.scatter(real[:, 0], real[:, 1], s=4, color=ink, alpha=0.6, linewidths=0)
     axes.scatter(solve.points[:, 0], solve.points[:, 1], s=42, zorder=3, **_mark(name, ink))
     axes.set_title(f"{name}, cost {solve.cost:.3g}")

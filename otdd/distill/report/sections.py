@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from torch import Tensor
+
 from otdd.distill import plots
 from otdd.distill.config import HEADINGS
 from otdd.distill.evaluate import MAX_ITER, TOL
