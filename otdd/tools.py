@@ -94,9 +94,8 @@ class PushFlags:
 def flags_class(command: str) -> type:
     """The flags of a command, as a dataclass."""
     made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
-    return (
-        made[command]() if command in made else {"export": ExportFlags, "push": PushFlags}[command]
-    )
+    plain = {"export": ExportFlags, "report": ReportFlags, "push": PushFlags}
+    return made[command]() if command in made else plain[command]
 
 
 def _fit_flags() -> type:

@@ -12,7 +12,7 @@ import torch
 from distill.finished_run import DATA, settings, written_set
 from distill.toy_run import NAMES, toy_run
 
-from otdd import cli
+from otdd import cli, tools
 from otdd.distill import prepare
 from otdd.distill.codec import PixelCodec
 from otdd.distill.config import ConfigError
@@ -386,3 +386,11 @@ def test_class_names_in_figures():
     assert class_title("漢字", 3) == "class 3"
     assert class_title("a\nb", 3) == "a b"
     assert class_title("x" * 40, 3) == "x" * 21 + "…"
+
+
+def test_the_shell_completes_its_flags(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--print-completion", "bash"])
+    assert not end.value.code
+    assert "report" in capsys.readouterr().out
+    assert tools.flags_class("report") is tools.ReportFlags
