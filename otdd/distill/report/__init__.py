@@ -101,7 +101,11 @@ def _transport(found: Found, shown: Sequence[int], progress: Progress | None) ->
     try:
         data, codec = real_images(found.config, found.data["sha256"])
     except (ConfigError, DataError, GeneratorError) as error:
-        return Transports([], absent=str(error).splitlines()[0])
+        reason = str(error).splitlines()[0]
+        for key in ("data", "generator"):  # a page that is passed on has no paths
+            path = getattr(found.config, key)
+            reason = reason.replace(path, found.settings[key]) if path else reason
+        return Transports([], absent=reason)
     seed = found.config.seed
     return transports(found.sets, data, codec, shown, seed=seed, progress=progress)
 

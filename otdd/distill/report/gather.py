@@ -161,7 +161,7 @@ def _data(store: Store) -> dict[str, Any]:
 def _metrics(store: Store) -> Metrics:
     if not store.has(METRICS):
         return Metrics()
-    raw = store.read_json(METRICS)
+    raw = without_paths(store.read_json(METRICS))
     try:
         rows = tuple(
             Row(
