@@ -24,6 +24,7 @@ from otdd.distill.match import Step, make_loss, reproducible, train_student
 from otdd.distill.prepare import Prepared
 from otdd.distill.relabel import Plan
 from otdd.distill.store import Store
+from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
@@ -130,16 +131,23 @@ def denoising(config: RunConfig, made: Prepared, name: str, steps: int) -> Cost 
 
     generator = made.generator
     assert generator is not None  # sets that are sampled have one
-    device = generator.device
-    generator.to(config.sample.device)
+    generator.to(local_device(config.sample.device), getattr(torch, config.sample.precision))
+    if config.sample.compile:
+        generator.transformer.compile()  # in the first step, which is not timed
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "run") as store:
 
         def start(progress: Callable[[str, int, int], None]) -> None:
-            options = {"set_name": name, "latents": made.latents}
-            sample(store, made.data, generator, config, progress=progress, **options)
+            sample(
+                store,
+                made.data,
+                generator,
+                config,
+                set_name=name,
+                latents=made.latents,
+                progress=progress,
+            )
 
         step = timed(start, name)
-    generator.to(device)
     return None if step is None else Cost(steps, step)
 
 

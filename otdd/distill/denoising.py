@@ -1,7 +1,7 @@
 """The denoising loop: predict x0_hat, correct it (or z_t), rebuild the output, `scheduler.step`.
 
 Every way of sampling goes through `denoise`: the stages, `OTDiTPipeline`, and other models by
-`Denoiser`. It runs the denoiser once per step, with gradients only at steps of a term that carries
+`Denoiser`. It calls the denoiser once per step, with gradients only at steps of a term that carries
 its correction through it. A step that nothing corrects hands the scheduler what was predicted.
 
 With z_t = sqrt(abar) x0 + sqrt(1 - abar) noise, the scheduler's own latents are scale * z_t: 1 for

@@ -89,9 +89,9 @@ class Generator:
         """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
-    def to(self, device: str | torch.device) -> Generator:
-        """Moves transformer and codec; returns itself."""
-        self.transformer.to(device)
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Generator:
+        """Moves transformer and codec, the former to `dtype` as well; returns itself."""
+        self.transformer.to(device, dtype)
         self.codec.to(device)
         return self
 

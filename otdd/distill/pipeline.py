@@ -76,7 +76,11 @@ class Run:
         device = local_device(config.sample.device)
         made = prepare(config, only_sample=only_sample)
         if made.generator is not None:
-            made.generator.to(device)
+            import torch
+
+            made.generator.to(device, getattr(torch, config.sample.precision))
+            if config.sample.compile:
+                made.generator.transformer.compile()
         store = _open_store(config, made.known, made.data, workers)
         run = cls(config, store, made.data, made.generator, made.latents, workers, progress)
         if store.has(METRICS):
