@@ -66,7 +66,7 @@ def test_a_run_as_events(capsys, tmp_path):
 def test_errors_are_events_with_their_exit_code(capsys):
     code, _, err = call(capsys, "run", "--data", "nowhere", "--ipc", 1, "--out", "x", "--log=json")
     assert code == 2
-    start, error, end = events(err)
+    start, *_, error, end = events(err)
     assert start["command"] == "run"
     assert (error["event"], error["level"], error["exit_code"]) == ("error", "error", 2)
     assert "'nowhere' is no folder" in error["message"]
