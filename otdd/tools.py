@@ -156,8 +156,8 @@ def fit_surrogate(flags: list[str]) -> int:
         return 0
     with shown(given.log, given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
-    shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
-    sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
+    reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
+    sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
     return 0
 
 
