@@ -25,7 +25,7 @@ from typing import Any, TextIO
 def write(event: str, level: str = "info", **values: Any) -> None:
     """Write one event to standard error."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now, "level": level, "event": event}
+    line: dict[str, Any] = {"time": now, "level": level, "event": event}
     if "RANK" in os.environ:
         line["rank"] = int(os.environ["RANK"])
     sys.stderr.write(json.dumps(line | values) + "\n")

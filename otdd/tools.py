@@ -6,6 +6,7 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ class DataFlags:
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    dry_run: bool = False
+    """Check everything, time some steps, print what it takes, and write nothing."""
     log: Log = "auto"
     """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
@@ -144,6 +147,12 @@ def fit(flags: list[str]) -> int:
     if Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     data = load_data(given.data, resolution=given.resolution)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        cost = costs.fitting(data, _only(FitConfig, given))
+        sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
+        return 0
     with shown(given.log, given.quiet) as bars:
         made = fit(data, _only(FitConfig, given), given.out, progress=bars)
     sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
@@ -159,10 +168,16 @@ def fit_surrogate(flags: list[str]) -> int:
     about = "Train the networks of influence guidance; an interrupted training continues."
     given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
     data = load_data(given.data, resolution=given.resolution)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
+        return 0
     with shown(given.log, given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
-    shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
-    sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
+    reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
+    sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
     return 0
 
 
@@ -183,6 +198,16 @@ def encode(flags: list[str]) -> int:
 
     codec = load_generator(given.generator, data).codec
     codec.to(device)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        cost = costs.encoding(data, codec, config.batch)
+        latent = codec.latent_shape(data.image_shape)
+        size = 2 * len(data) * math.prod(latent) / 2**20
+        shape = "x".join(map(str, latent))
+        about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        sys.stdout.write(costs.lines(about, cost))
+        return 0
     units = {"encode": "images", "check": "images", "statistics": "classes"}
     with shown(given.log, given.quiet, units) as pace:
         made = encode(data, codec, config, given.out, progress=pace)
