@@ -9,12 +9,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.inputs.problems import DataError, DataWarning
 from otdd.flags import parse, value
 
 USAGE = """\
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _guarded(arguments: list[str]) -> int:
     try:
-        return _dispatch(arguments)
+        with _noted():
+            return _dispatch(arguments)
     except KeyboardInterrupt:
         _say("\notdd: stopped; what is finished is kept, and the same command continues from there")
         return 130
@@ -82,6 +85,23 @@ def _guarded(arguments: list[str]) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         return _report(error)
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """Remarks about the data as lines of otdd; other warnings as they are."""
+    show = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, DataWarning):
+            _say(f"otdd: {message}")
+        else:
+            show(message, category, *where)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        warnings.showwarning = shown
+        yield
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -170,15 +190,14 @@ def _report(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError):
         _say(f'otdd: {error}; this command needs: pip install "otdd[distill]"')
         return 1
-    expected: list[type[Exception]] = [ConfigError]
+    expected: list[type[Exception]] = [ConfigError, DataError]
     with contextlib.suppress(ImportError):
         from otdd.distill.store import StoreError
 
         expected.append(StoreError)
-    for module, name in (("data", "DataError"), ("generator", "GeneratorError")):
-        loaded = sys.modules.get(f"otdd.distill.{module}")
-        if loaded is not None:
-            expected.append(getattr(loaded, name))
+    loaded = sys.modules.get("otdd.distill.generator")
+    if loaded is not None:
+        expected.append(loaded.GeneratorError)
     if isinstance(error, tuple(expected)):
         _say(f"otdd: {error}")
         return 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,17 @@ class DataFlags:
     """Flags that these commands share."""
 
     data: str
-    """digits, textures, or an ImageFolder with train/."""
+    """digits, textures, an image folder with train/ (and val/), a table of paths and labels (.csv,
+    .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME). Settings
+    of the input follow it: photos.csv,label_column=breed."""
     out: str
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, named on the terminal."""
+    dry_run: bool = False
+    """Check data and settings, print what was found, and write nothing."""
     quiet: bool = False
     """No progress bars."""
     debug: bool = False
@@ -82,7 +89,9 @@ def fit(flags: list[str]) -> int:
     given = parse(FitFlags, flags, "otdd fit", about, {})
     if Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    data = load_data(given.data, resolution=given.resolution)
+    data = load_data(given.data, **_reading(given))
+    if given.dry_run:
+        return _found(data.name, data.classes, data.image_shape, data.train, data.test)
     with Bars(given.quiet) as bars:
         made = fit(data, _only(FitConfig, given), given.out, progress=bars)
     sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
@@ -101,7 +110,9 @@ def fit_surrogate(flags: list[str]) -> int:
 
     about = "Train the networks of influence guidance; an interrupted training continues."
     given = parse(SurrogateFlags, flags, "otdd fit-surrogate", about, {})
-    data = load_data(given.data, resolution=given.resolution)
+    data = load_data(given.data, **_reading(given))
+    if given.dry_run:
+        return _found(data.name, data.classes, data.image_shape, data.train, data.test)
     with Bars(given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
     shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
@@ -129,11 +140,13 @@ def encode(flags: list[str]) -> int:
     about = "Encode the training images once; an interrupted encoding continues."
     given = parse(EncodeFlags, flags, "otdd encode", about, {})
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
-    data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
+    data = open_stream(given.data, seed=given.seed, decode_all=given.dry_run, **_reading(given))
     _torchvision.repair()
     from otdd.distill.generator import load_generator
 
     codec = load_generator(given.generator, data).codec
+    if given.dry_run:
+        return _found(data.name, data.classes, data.image_shape, data, data.test)
     codec.to(device)
     pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
     made = encode(data, codec, config, given.out, progress=pace)
@@ -184,6 +197,21 @@ def _named(flags: list[str], *names: str) -> list[str]:
             break
         named += [name, flag]
     return named + flags[len(named) // 2 :]
+
+
+def _reading(given: DataFlags) -> dict[str, Any]:
+    """How the data is to be read."""
+    return {"resolution": given.resolution, "skip_bad_images": given.skip_bad_images}
+
+
+def _found(
+    name: str, classes: list[str], shape: tuple[int, ...], train: Sized, test: Sized | None
+) -> int:
+    """Says what a --dry-run has found."""
+    sizes = f"{len(train)} training" + (f" and {len(test)} test" if test is not None else "")
+    shown = f"{name}: {len(classes)} classes, {sizes} images of {'x'.join(map(str, shape))}"
+    sys.stdout.write(f"data     {shown}\nnothing was written (--dry_run)\n")
+    return 0
 
 
 def _only(cls: type, given: Any) -> Any:
