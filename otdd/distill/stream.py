@@ -7,7 +7,7 @@ are looked at first, so that what is wrong is told, with every name, before any 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -150,8 +150,7 @@ def open_stream(
         shape = (max(c for c, _, _ in headers), *side)  # colour in any makes all of them colour
     else:
         gone = dict(known.skipped)
-        keys = [[part.images.key(k) for k in range(len(part.labels))] for part in listing.parts]
-        bad = [{k: gone[key] for k, key in enumerate(part) if key in gone} for part in keys]
+        bad = [_named(part.images, gone) if gone else {} for part in listing.parts]
         left, skipped = check(listing, bad, skip=True, split=split)
         shape = known.image_shape
     made = None
@@ -161,6 +160,12 @@ def open_stream(
         about = {"where": left.where, "test": made, "skipped": skipped}
         made = Stream(left.name, left.classes, labels, shape, source, resolution, **about)
     return replace(made, test=None) if spec in BUILTIN else made
+
+
+def _named(source: Source, reasons: Mapping[str, str]) -> dict[int, str]:
+    """Numbers of the images whose keys have a reason."""
+    keys = ((k, source.key(k)) for k in range(len(source)))
+    return {k: reasons[key] for k, key in keys if key in reasons}
 
 
 def _look(

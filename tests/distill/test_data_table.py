@@ -29,10 +29,10 @@ def rows_of(root, labels=("a", "b")):
     return found
 
 
-def as_parquet(path, rows, **schema):
+def as_parquet(target, rows, **schema):
     columns = list(zip(*rows, strict=True))
-    pq.write_table(pa.table({n: pa.array(c) for n, c in zip(schema, columns, strict=True)}), path)
-    return path
+    pq.write_table(pa.table({n: pa.array(c) for n, c in zip(schema, columns, strict=True)}), target)
+    return target
 
 
 @pytest.fixture

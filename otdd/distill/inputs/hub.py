@@ -152,6 +152,8 @@ def _load(
     datasets: Any, name: str, folder: Path, options: Mapping[str, str], where: str
 ) -> tuple[Mapping[str, Any], tuple[Path, ...]]:
     """Splits by name, and the folders in which files of their images may be."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     known = {key: options[key] for key in ("revision",) if key in options}
     saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
@@ -162,11 +164,11 @@ def _load(
                 place = str(folder) if folder.is_dir() else name
                 loaded = datasets.load_dataset(place, options.get("config"), **known)
     except Exception as error:  # of the network, of pyarrow, of the library
-        offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
+        away = datasets.config.HF_HUB_OFFLINE and not folder.is_dir()
+        offline = " (HF_HUB_OFFLINE is set)" if away else ""
         problem = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where} cannot be loaded{offline}: {problem}") from None
-    cache = datasets.config
-    places = [folder] if folder.is_dir() else [cache.HF_DATASETS_CACHE, cache.HF_HUB_CACHE]
+    places = [folder] if folder.is_dir() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     roots = tuple(Path(os.path.realpath(place)) for place in places)
     return ({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded), roots
 
