@@ -91,12 +91,13 @@ def _guarded(arguments: list[str]) -> int:
 def _noted() -> Iterator[None]:
     """Remarks about the data as lines of otdd; other warnings as they are."""
     show = warnings.showwarning
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
 
     def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, DataWarning):
-            _say(f"otdd: {message}")
-        else:
+        if not issubclass(category, DataWarning):
             show(message, category, *where)
+        elif first:
+            _say(f"otdd: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", DataWarning)

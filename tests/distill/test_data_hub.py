@@ -164,6 +164,8 @@ def test_columns_that_are_not_clear(tmp_path):
     assert load_data(f"{spec},label_column=label,image_column=picture").classes == NAMES
     with pytest.raises(DataError, match="no column is label_column=none; there are image"):
         load_data(f"{spec},label_column=none,image_column=image")
+    with pytest.raises(DataError, match="column coarse holds no images"):
+        load_data(f"{spec},label_column=label,image_column=coarse")
     spec = on_disk(tmp_path / "f", train=split().rename_column("label", "kind"))
     assert load_data(spec).classes == NAMES  # by its type, not its name
     texts = split(label=datasets.Value("string"), labels=NAMES * 4).rename_column("label", "kind")

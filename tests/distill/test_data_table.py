@@ -170,7 +170,7 @@ def test_columns_that_are_not_clear(tmp_path, head, options, says):
         ("t.csv", b"path,label\n\xff\xfe,a\n", "cannot be read .*UTF-8"),
         ("t.csv", b'path,label\n"a.png,a\n', "cannot be read"),
         ("t.parquet", b"PAR1", "cannot be read"),
-        ("t.csv", b"path,label\n", "cannot be used"),
+        ("t.csv", b"path,label\n", "cannot be used: *\n"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, name, content, says):
@@ -181,7 +181,11 @@ def test_tables_that_cannot_be_read(tmp_path, name, content, says):
         load_data(tmp_path / "none.csv")
 
 
-def test_a_parquet_file_of_images_is_pointed_at(tmp_path):
+def test_parquet_files_of_images_or_no_texts(tmp_path):
+    texts = pa.array([b"\xff"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"path": texts, "label": texts}), tmp_path / "u.parquet")
+    with pytest.raises(DataError, match=r"cannot be read .*utf-8"):
+        load_data(tmp_path / "u.parquet")
     rows = pa.array([{"bytes": b"", "path": "a"}])
     pq.write_table(pa.table({"image": rows, "label": pa.array([0])}), tmp_path / "t.parquet")
     with pytest.raises(DataError, match="holds images, not their paths; give its folder as hf:"):

@@ -122,10 +122,9 @@ def list_hub(name: str, options: Mapping[str, str]) -> Listing:
     used, notes = [train, *tests[:1]], [f"split {k} is not used: no labels" for k in hidden]
     notes += [f"split {key} is not used: there is {tests[0]}" for key in tests[1:]]
     named = name_labels([values[key] for key in used], names)
-    plain = datasets.Image(decode=False)
     parts = []
     for key, labels in zip(used, named.labels, strict=True):
-        table = splits[key].select_columns([image]).cast_column(image, plain)
+        table = _undecoded(datasets, splits[key], image, where)
         rows = Rows(table, image, where, key, range(len(table)), roots)
         parts.append(Part(rows, labels))
     return Listing(
@@ -166,7 +165,8 @@ def _load(
     except Exception as error:  # of the network, of pyarrow, of the library
         away = datasets.config.HF_HUB_OFFLINE and not folder.is_dir()
         offline = " (HF_HUB_OFFLINE is set)" if away else ""
-        problem = " ".join(str(error).split()) or type(error).__name__
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        problem = " ".join(f"{error}{cause}".split()) or type(error).__name__
         raise DataError(f"{where} cannot be loaded{offline}: {problem}") from None
     places = [folder] if folder.is_dir() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     roots = tuple(Path(os.path.realpath(place)) for place in places)
@@ -227,6 +227,15 @@ def _one(found: list[str], features: Any, option: str, given: str | None, where:
         named = f"{option}={given}" if given is not None else f"the {option.split('_')[0]}"
         raise DataError(f"{where}: {what} {named}; there are {columns}; give ,{option}=NAME")
     return found[0]
+
+
+def _undecoded(datasets: Any, split: Any, image: str, where: str) -> Any:
+    """The column of the images alone, as bytes and paths."""
+    try:
+        return split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # those of pyarrow are among them
+        problem = " ".join(str(error).split())
+        raise DataError(f"{where}: column {image} holds no images ({problem})") from None
 
 
 def _values(split: Any, label: str, where: str) -> list[Any]:

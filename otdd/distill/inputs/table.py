@@ -165,13 +165,14 @@ def _read_parquet(table: Path, where: str) -> Read:
         raise DataError(f'{where}: {error}; pip install "otdd[hub]"') from None
     try:
         read = pq.read_table(table)
-    except (OSError, pa.ArrowException) as error:
+        records = read.to_pylist()
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{where} cannot be read ({' '.join(str(error).split())})") from None
     if any(pa.types.is_struct(field.type) for field in read.schema):
         raise DataError(
             f"{where} holds images, not their paths; give its folder as hf:{table.parent}"
         )
-    return read.schema.names, list(enumerate(read.to_pylist(), start=1))
+    return read.schema.names, list(enumerate(records, start=1))
 
 
 def _parts(rows: Sequence[Row]) -> tuple[list[list[Row]], str, list[str]]:
