@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from otdd.distill.config import ConfigError
-from otdd.flags import parse
+from otdd.flags import Log, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,10 @@ class DataFlags:
     """Leave out images that cannot be read, named on the terminal."""
     dry_run: bool = False
     """Check data and settings, print what was found, and write nothing."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
-    """No progress bars."""
+    """As --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -75,24 +77,63 @@ class PushFlags:
     """Show the stack trace of an error."""
 
 
-def fit(flags: list[str]) -> int:
-    """`otdd fit`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.fit import FitConfig, fit
-    from otdd.terminal import Bars
+def flags_class(command: str) -> type:
+    """The flags of a command, as a dataclass."""
+    made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
+    return (
+        made[command]() if command in made else {"export": ExportFlags, "push": PushFlags}[command]
+    )
+
+
+def _fit_flags() -> type:
+    from otdd.distill.fit import FitConfig
 
     @dataclass(frozen=True)
     class FitFlags(FitConfig, DataFlags):
         """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
 
+    return FitFlags
+
+
+def _surrogate_flags() -> type:
+    from otdd.distill.surrogate import SurrogateConfig
+
+    @dataclass(frozen=True)
+    class SurrogateFlags(SurrogateConfig, DataFlags):
+        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+
+    return SurrogateFlags
+
+
+def _encode_flags() -> type:
+    from otdd.distill.encode import EncodeConfig
+
+    @dataclass(frozen=True)
+    class EncodeFlags(EncodeConfig, DataFlags):
+        """Flags of `otdd encode`; --out is the folder of the latents."""
+
+        generator: str | None = None
+        """Generator whose codec encodes; by default the one shipped for the data."""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the codec runs."""
+
+    return EncodeFlags
+
+
+def fit(flags: list[str]) -> int:
+    """`otdd fit`."""
+    from otdd.distill.data import load_data
+    from otdd.distill.fit import FitConfig, fit
+    from otdd.terminal import shown
+
     about = "Train a small class-conditional generator; an interrupted one continues."
-    given = parse(FitFlags, flags, "otdd fit", about, {})
+    given = parse(_fit_flags(), flags, "otdd fit", about, {})
     if Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     data = load_data(given.data, **_reading(given))
     if given.dry_run:
         return _found(data.name, data.classes, data.image_shape, data.train, data.test)
-    with Bars(given.quiet) as bars:
+    with shown(given.log, given.quiet) as bars:
         made = fit(data, _only(FitConfig, given), given.out, progress=bars)
     sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
     return 0
@@ -102,18 +143,14 @@ def fit_surrogate(flags: list[str]) -> int:
     """`otdd fit-surrogate`."""
     from otdd.distill.data import load_data
     from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
-    from otdd.terminal import Bars
-
-    @dataclass(frozen=True)
-    class SurrogateFlags(SurrogateConfig, DataFlags):
-        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+    from otdd.terminal import shown
 
     about = "Train the networks of influence guidance; an interrupted training continues."
-    given = parse(SurrogateFlags, flags, "otdd fit-surrogate", about, {})
+    given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
     data = load_data(given.data, **_reading(given))
     if given.dry_run:
         return _found(data.name, data.classes, data.image_shape, data.train, data.test)
-    with Bars(given.quiet) as bars:
+    with shown(given.log, given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
     shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
     sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
@@ -126,19 +163,10 @@ def encode(flags: list[str]) -> int:
     from otdd.distill.encode import EncodeConfig, encode
     from otdd.distill.stream import open_stream
     from otdd.distill.workers import local_device
-    from otdd.terminal import Pace
-
-    @dataclass(frozen=True)
-    class EncodeFlags(EncodeConfig, DataFlags):
-        """Flags of `otdd encode`; --out is the folder of the latents."""
-
-        generator: str | None = None
-        """Generator whose codec encodes; by default the one shipped for the data."""
-        device: Literal["cpu", "cuda"] = "cpu"
-        """Where the codec runs."""
+    from otdd.terminal import shown
 
     about = "Encode the training images once; an interrupted encoding continues."
-    given = parse(EncodeFlags, flags, "otdd encode", about, {})
+    given = parse(_encode_flags(), flags, "otdd encode", about, {})
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, seed=given.seed, decode_all=given.dry_run, **_reading(given))
     _torchvision.repair()
@@ -148,8 +176,9 @@ def encode(flags: list[str]) -> int:
     if given.dry_run:
         return _found(data.name, data.classes, data.image_shape, data, data.test)
     codec.to(device)
-    pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
-    made = encode(data, codec, config, given.out, progress=pace)
+    units = {"encode": "images", "check": "images", "statistics": "classes"}
+    with shown(given.log, given.quiet, units) as pace:
+        made = encode(data, codec, config, given.out, progress=pace)
     size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
     shape = "x".join(map(str, made.latent_shape))
     sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")

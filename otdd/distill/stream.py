@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -85,7 +85,8 @@ class Stream:
         ]
         if wrong:
             raise DataError(f"{self.where} cannot be used:", wrong)
-        return torch.stack([image.expand(self.image_shape) for image in read])
+        images = [image for image in read if isinstance(image, Tensor)]
+        return torch.stack([image.expand(self.image_shape) for image in images])
 
     def digest(self, start: int, stop: int) -> str:
         """SHA-256 that changes with images start..stop-1; see `Source.digest`."""
@@ -153,13 +154,15 @@ def open_stream(
         bad = [_named(part.images, gone) if gone else {} for part in listing.parts]
         left, skipped = check(listing, bad, skip=True, split=split)
         shape = known.image_shape
-    made = None
-    for number, chosen in reversed(left.divide(*split)):
+
+    def stream(number: int, chosen: list[int], test: Stream | None = None) -> Stream:
         part = left.parts[number]
         source, labels = part.images.select(chosen), part.labels[chosen]
-        about = {"where": left.where, "test": made, "skipped": skipped}
-        made = Stream(left.name, left.classes, labels, shape, source, resolution, **about)
-    return replace(made, test=None) if spec in BUILTIN else made
+        about = left.name, left.classes, labels, shape
+        return Stream(*about, source, resolution, left.where, test, skipped)
+
+    train, test = left.divide(*split)
+    return stream(*train, None if spec in BUILTIN else stream(*test))
 
 
 def _named(source: Source, reasons: Mapping[str, str]) -> dict[int, str]:

@@ -56,8 +56,8 @@ def textures() -> Listing:
 def _listing(
     name: str, classes: list[str], images: Tensor, labels: Tensor, train: slice, test: slice
 ) -> Listing:
-    parts = [Part(Arrays(images[part], name), labels[part]) for part in (train, test)]
-    return Listing(f"data {name!r}", name, classes, *parts)
+    first, second = (Part(Arrays(images[part], name), labels[part]) for part in (train, test))
+    return Listing(f"data {name!r}", name, classes, first, second)
 
 
 def _patches(picture: Tensor, stride: int, count: int) -> Tensor:

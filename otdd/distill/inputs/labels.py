@@ -48,8 +48,9 @@ def name_labels(parts: Sequence[Sequence[Any]], classes: Sequence[str] | None = 
     if len(set(names)) < len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
         return _wrong(parts, *problems, f"class names must differ; twice: {', '.join(twice)}")
-    known = {name: k for k, name in enumerate(names)}
-    index = known if texts else {value: k for k, value in enumerate(order)}
+    known: dict[Any, int] = {name: k for k, name in enumerate(names)}
+    numbers: dict[Any, int] = {value: k for k, value in enumerate(order)}
+    index = known if texts else numbers
     keyed = [[normal(v) if isinstance(v, str) else v for v in part] for part in parts]
     strange = list(dict.fromkeys(v for part in keyed for v in part if v not in index))
     if strange:

@@ -156,7 +156,7 @@ class Listing:
         for part, out in zip(self.parts, bad, strict=True):
             stay = [k for k in range(len(part.labels)) if k not in out]
             kept.append(Part(part.images.select(stay), part.labels[stay]) if out else part)
-        return replace(self, **dict(zip(("train", "test"), kept, strict=False)))
+        return replace(self, train=kept[0], test=kept[1] if len(kept) > 1 else None)
 
     def divide(self, val_fraction: float, seed: int) -> list[tuple[int, list[int]]]:
         """For training and test: number of the part, and which of its images; split if need be."""
@@ -200,4 +200,4 @@ def read_all(source: Source, resolution: int | None) -> list[Tensor | str]:
 
 def pixel_digest(images: Tensor) -> str:
     """SHA-256 over uint8 images (n, C, H, W)."""
-    return hashlib.sha256(memoryview(images.contiguous().numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(images.contiguous().numpy().data.cast("B")).hexdigest()

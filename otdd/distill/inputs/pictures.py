@@ -10,6 +10,7 @@ Pillow takes for a decompression bomb.
 from __future__ import annotations
 
 import io
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ def pixels(image: Image.Image, resolution: int | None) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
-def size_problems(sizes: set[tuple[int, ...]], resolution: int | None) -> list[str]:
+def size_problems(sizes: Set[tuple[int, ...]], resolution: int | None) -> list[str]:
     """What is wrong with images of these heights and widths if they are not resized."""
     if resolution is not None or (len(sizes) <= 1 and all(h == w for h, w in sizes)):
         return []

@@ -71,7 +71,7 @@ def open_listing(text: str | os.PathLike[str]) -> Listing:
     if text in BUILTIN:
         from otdd.distill.inputs import builtin
 
-        return getattr(builtin, text)()
+        return builtin.digits() if text == "digits" else builtin.textures()
     spec = Spec.parse(text)
     known = OPTIONS[spec.kind]
     for key, value in spec.options.items():
