@@ -14,7 +14,8 @@ place. `target-through` carries the correction of x0_hat through the denoiser, `
 compares z_t with noised real latents. Windows are parts of the schedule from noise to image;
 `window-paper` is steps 30 to 45 of 50 of the source. `gradient-K` is the L1 gradient of the source
 in place of our projection, on x0_hat at every step, with K for beta_1 in units of rho_t; `paper` is
-its transport term with all its inferred settings. Seeds from 100 on chose no setting.
+its transport term with all its inferred settings. What `SET+...` does is in `refine.py`. Seeds from
+100 on chose no setting.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 import ablation
 import torch
 from ablation import Cells, digest
+from refine import REFINED, refine
 
 from otdd.distill import evaluate
 from otdd.distill.baselines import BASELINES, baselines
@@ -72,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "diversity": {"strength": 0.0},
     },
 }
-NAMES = ("unguided", *BASELINES, *VARIANTS)
+NAMES = ("unguided", *BASELINES, *VARIANTS, *REFINED)
 
 
 def main() -> None:
@@ -105,14 +107,17 @@ def measure(
     data: ImageData, generator: Generator, name: str, ipc: int, seed: int, train: TrainConfig
 ) -> dict[str, Any]:
     """One cell: accuracy, transport cost, seconds of sampling."""
-    settings = from_dict(SampleConfig, VARIANTS.get(name, {}))
+    start_from, how = REFINED.get(name, (name, None))
+    settings = from_dict(SampleConfig, VARIANTS.get(start_from, {}))
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig(data.name, ipc, folder, seed=seed, sample=settings, train=train)
         store, start = Store(folder), time.process_time()
-        set_name = make_set(store, data, generator, config, name)
+        set_name = make_set(store, data, generator, config, start_from)
         seconds = time.process_time() - start
         made = store.read_images(set_name)
     images, labels = made["images"], made["labels"]
+    if how is not None:
+        images = refine(how, made["latents"], labels, data, generator, f"runs/ablation/{data.name}")
     steps = hard_steps(len(images), data, config, seed)
     loss = make_loss("ce", train)
     arch = train.archs[0]

@@ -17,7 +17,8 @@ Arms, all with kappa_1 .025, kappa_2 1 (squared error of logits), tau 2, eps .1,
 * `all-teachers`: the same with all four teachers at every IPC, as the predecessors do (ours).
 * `no-otm`: the same with beta_2 0.
 * `hard-otg`, `hard-no-otg`: cross-entropy on hard labels, mixed by CutMix, on either set.
-* `random`, `kmeans`: `full` on random real images and on k-means centroids.
+* `random`, `kmeans`: `full` on random real images and on k-means centroids (of pixels);
+  `random-no-otm`, `kmeans-no-otm`: the same without transport of logits. They need no generator.
 * `sweep`: `full` with one of tau, eps, beta_2, beta_2_share or the batch changed (see `SWEEP`), and
   `no-otm` of each batch. `share` is beta_2_share: the transport's part of the gradient norm.
 
@@ -29,6 +30,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,10 @@ from ablation import Cells, digest
 from ablation_guidance import make_set
 from torch import Tensor
 
+from otdd.distill.baselines import BASELINES, baselines
 from otdd.distill.config import RelabelConfig, RunConfig, SampleConfig, TrainConfig
 from otdd.distill.data import load_data
-from otdd.distill.generator import load_generator
+from otdd.distill.generator import Generator, load_generator
 from otdd.distill.match import Step, make_loss
 from otdd.distill.relabel import Teacher, hard_steps, live_steps, make_teachers
 from otdd.distill.settings import to_dict
@@ -52,7 +55,7 @@ RESULTS = Path(__file__).parent / "results" / "ablation_labels.json"
 KEY = ("data", "ipc", "arm", "arch", "seed", "epochs")
 # Neighbours share labels.
 TABLE = ("full", "no-otm", "hard-otg", "no-lia", "all-teachers", "no-otg", "hard-no-otg")
-LINES = ("random", "kmeans")
+LINES = ("random", "random-no-otm", "kmeans", "kmeans-no-otm")
 SWEEP = (
     *(f"tau-{v:g}" for v in (1, 4)),
     *(f"eps-{v:g}" for v in (0.02, 0.5)),
@@ -107,12 +110,17 @@ class Campaign:
         self, data: str, generator: str | None, teachers: list[str], work: Path, epochs: int
     ) -> None:
         self.data = load_data(data)
-        self.generator = load_generator(generator, self.data)
+        self._spec = generator
         own = sha256(Path(generator).read_bytes()).hexdigest()[:8] if generator else ""
         self.work = work / f"{data}-{own}".rstrip("-")
         self.epochs, self.archs = epochs, teachers
         self._teachers: list[Teacher] = []
         self._last: tuple[Any, list[Step]] = (None, [])
+
+    @cached_property
+    def generator(self) -> Generator:
+        """Loaded when a set has to be sampled."""
+        return load_generator(self._spec, self.data)
 
     def same(self, arm: str, ipc: int) -> bool:
         """Whether an arm is `full` or `no-otm` itself: then there is nothing to measure."""
@@ -138,7 +146,8 @@ class Campaign:
         train = dataclasses.replace(TrainConfig(), epochs=self.epochs, batch=batch)
         config = RunConfig(self.data.name, ipc, "unused", seed=seed, train=train)
         set_name = {"no-otg": "unguided", "hard-no-otg": "unguided"}.get(arm, "starts-4")
-        set_name = arm if arm in LINES else set_name
+        if arm in LINES:
+            set_name = arm.split("-")[0]
         images, labels = self._set(set_name, config)
         if arm.startswith("hard"):
             watched = None
@@ -159,12 +168,14 @@ class Campaign:
         }
 
     def _set(self, name: str, config: RunConfig) -> tuple[Tensor, Tensor]:
-        settings = SampleConfig()
         store = Store(self.work / f"ipc{config.ipc}-seed{config.seed}-{name}")
         made = "otg" if name == "starts-4" else name
         if not store.has_images(made):
-            own = dataclasses.replace(config, sample=settings)
-            make_set(store, self.data, self.generator, own, name)
+            if name in BASELINES:
+                baselines(store, self.data, config, name)
+            else:
+                own = dataclasses.replace(config, sample=SampleConfig())
+                make_set(store, self.data, self.generator, own, name)
         tensors = store.read_images(made)
         return tensors["images"], tensors["labels"]
 
@@ -189,7 +200,7 @@ def objective(arm: str) -> OTDistillationLoss:
     settings = {"tau": train.tau, "eps": 0.1, "beta_2": train.beta_2, "share": None}
     if changed := re.fullmatch(r"(tau|eps|beta_2|share)-([\d.]+)", arm):
         settings[changed[1]] = float(changed[2])
-    if arm.startswith("no-otm"):
+    if "no-otm" in arm:
         settings["beta_2"] = 0.0
     beta_2 = settings["beta_2"] if settings["share"] is None else None
     ot = OTLogitLoss(tau=settings["tau"], eps=settings["eps"])
