@@ -65,18 +65,18 @@ def groups(rows: Rows, *names: str) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in sorted(found)]
 
 
-def labels_table(rows: Rows, arms: Iterable[str], base: Callable[[str], str]) -> str:
-    """A line per arm: accuracy of `full` first, then differences of each arm from its base."""
+def labels_table(
+    rows: Rows, arms: Iterable[str], base: Callable[[str], str], top: str = "full"
+) -> str:
+    """Accuracy of the arm `top`, then a line per arm: its difference from its base."""
     columns = groups(rows, "data", "arch", "epochs", "ipc")
-    sizes = [len(runs(rows, arm="full", **c)) for c in columns]
-    head = ["arm"] + [
-        f"{c['data']}, {c['arch']}, IPC {c['ipc']}, n={n}"
-        for c, n in zip(columns, sizes, strict=True)
-    ]
-    body = [["`full`", *(value(runs(rows, arm="full", **c)) for c in columns)]]
+    sizes = [len(runs(rows, arm=top, **c)) for c in columns]
+    pairs = list(zip(columns, sizes, strict=True))
+    head = ["arm", *(f"{c['data']}, {c['arch']}, IPC {c['ipc']}, n={n}" for c, n in pairs)]
+    body = [[f"`{top}`", *(value(runs(rows, arm=top, **c)) for c in columns)]]
     for arm in arms:
         cells = []
-        for c, n in zip(columns, sizes, strict=True):
+        for c, n in pairs:
             if arm == "no-lia" and c["ipc"] < 10:
                 cells.append("the same")
                 continue
@@ -206,16 +206,17 @@ def main() -> None:
     chosen = [row for row in labels if row["seed"] < 100]
     first = labels_table(
         [row for row in chosen if row["arm"] in ARMS and row["arch"] != "convnet"],
-        list(ARMS)[1:],
+        [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in chosen)],
         lambda arm: "hard-otg" if arm == "hard-no-otg" else "full",
     )
     print(first, end="\n\n")
     swept = [row for row in chosen if row["arch"] == "convnet"]
-    arms = [a for a in dict.fromkeys(row["arm"] for row in swept) if a != "full"]
-    print(labels_table(swept, arms, _base), end="\n\n")
+    print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
+    real = [row for row in labels if row["arm"].startswith("random")]
+    print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
     fresh = [row for row in labels if row["seed"] >= 100]
-    arms = [a for a in dict.fromkeys(row["arm"] for row in fresh) if a != "full"]
-    print("fresh seeds\n" + labels_table(fresh, arms, lambda arm: "no-otm"), end="\n\n")
+    text = labels_table(fresh, _arms(fresh, "no-otm"), lambda arm: "no-otm", "no-otm")
+    print("fresh seeds\n" + text, end="\n\n")
     print(guidance_table(guidance, range(100)), end="\n\n")
     print("fresh seeds\n" + guidance_table(guidance, range(100, 10**9)), end="\n\n")
     print(speed(guidance))
@@ -224,6 +225,10 @@ def main() -> None:
     if args.plots:
         plot_arms(labels, RESULTS / "ablation_labels.png")
         plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")
+
+
+def _arms(rows: Rows, but: str) -> list[str]:
+    return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != but]
 
 
 def _base(arm: str) -> str:
