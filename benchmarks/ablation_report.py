@@ -51,7 +51,8 @@ def difference(these: Runs, others: Runs, usual: int | None = None) -> str:
     if d["n"] < 2:
         return "-"
     count = "" if d["n"] == usual else f" ({d['n']})"
-    return f"{d['mean']:+.1f} ± {(d['high'] - d['low']) / 2:.1f}{count}"
+    half = f" ± {(d['high'] - d['low']) / 2:.1f}" if d["n"] > 2 else ""  # of two it says nothing
+    return f"{d['mean']:+.1f}{half}{count}"
 
 
 def lines(head: list[str], body: Iterable[list[str]]) -> str:

@@ -180,4 +180,6 @@ def test_intervals_are_paired_by_seed():
     # The 97.5 % quantile of Student's t with two degrees of freedom is 4.3027.
     assert got["high"] - 2 == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
     assert 2 - got["low"] == pytest.approx(got["high"] - 2)
-    assert ablation_report.difference({1: 1.0, 2: 1.0}, {1: 1.0, 2: 1.0}, 2) == "+0.0 ± 0.0"
+    same = dict.fromkeys(range(3), 1.0)
+    assert ablation_report.difference(same, same, 3) == "+0.0 ± 0.0"
+    assert ablation_report.difference({1: 3.0, 2: 2.0}, same, 3) == "+1.5 (2)"
