@@ -25,7 +25,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   relabel    stage 2: soft labels from teachers
   train      stage 3: students of every set
   evaluate   the table, transport costs and the picture of what is there
-  fit        train a small generator for a data set
+  fit        train a small generator for a data set, or a DiT further (--from)
   fit-surrogate  train the networks of influence guidance for a data set
   encode     the latents of a data set, once
   export     a distilled set in the format of others: otdd export DIR --to hf --out OUT
@@ -72,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _guarded(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
-    except KeyboardInterrupt:
-        _say("\notdd: stopped; what is finished is kept, and the same command continues from there")
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "what is finished is kept"
+        _say(f"\notdd: stopped; {kept}, and the same command continues from there")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

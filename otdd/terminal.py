@@ -71,7 +71,8 @@ class Bars:
 class Pace:
     """Lines that say how far a long task is, how fast, and how long it will still take.
 
-    Call it as progress(text, done, total); a line at most every `interval` seconds and at the end.
+    Call it as progress(text, done, total); a line at most every `interval` seconds and at the end,
+    with a note such as a loss.
     """
 
     def __init__(self, units: dict[str, str], quiet: bool = False, interval: float = 10.0) -> None:
@@ -79,7 +80,7 @@ class Pace:
         self._since: dict[str, tuple[float, int]] = {}
         self._last = 0.0
 
-    def __call__(self, text: str, done: int, total: int) -> None:
+    def __call__(self, text: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are finished."""
         now = time.perf_counter()
         if text not in self._since:
@@ -88,7 +89,8 @@ class Pace:
             return
         self._last = now
         if not self._quiet and (done or total > 1):
-            print(self._line(text, done, total, now), file=sys.stderr, flush=True)
+            line = self._line(text, done, total, now) + f", {note}" * bool(note)
+            print(line, file=sys.stderr, flush=True)
 
     def _line(self, text: str, done: int, total: int, now: float) -> str:
         start, before = self._since[text]

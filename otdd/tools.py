@@ -9,7 +9,9 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from otdd.distill.config import ConfigError
 from otdd.flags import parse
@@ -70,23 +72,55 @@ class PushFlags:
 
 def fit(flags: list[str]) -> int:
     """`otdd fit`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.fit import FitConfig, fit
-    from otdd.terminal import Bars
+    from otdd.distill.fit_config import FitConfig
 
     @dataclass(frozen=True)
     class FitFlags(FitConfig, DataFlags):
-        """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
+        """Flags of `otdd fit`; --out is the file of the generator, with --from a new folder."""
 
-    about = "Train a small class-conditional generator; an interrupted one continues."
+        base: Annotated[str | None, tyro.conf.arg(name="from")] = None
+        """Folder of a DiTPipeline to train further, on the classes of the data."""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the model is trained."""
+
+    about = "Train a class-conditional generator; an interrupted training continues."
     given = parse(FitFlags, flags, "otdd fit", about, {})
-    if Path(given.out).is_dir():
+    if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
-        made = fit(data, _only(FitConfig, given), given.out, progress=bars)
-    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
+    made, line = _fitted(given, _only(FitConfig, given))
+    loss = f"loss {made.info['loss']:.4f}"
+    sys.stdout.write(f"written to {given.out}: {loss}; {line}\n")
     return 0
+
+
+def _fitted(given: Any, config: Any) -> tuple[Any, str]:
+    """The generator, and what it took: weights trained, time, memory."""
+    import resource
+    import time
+
+    from otdd.distill.data import BUILTIN, load_data
+    from otdd.distill.fit import fit
+    from otdd.distill.tune import load_base, tune
+    from otdd.distill.workers import local_device
+    from otdd.terminal import Pace
+
+    since, cpu = time.perf_counter(), time.process_time()
+    device, pace = local_device(given.device, "--device"), Pace({}, given.quiet)
+    if given.base is None:
+        data = load_data(given.data, resolution=given.resolution)
+        made = fit(data, config, given.out, device=device, progress=pace)
+    else:
+        base = load_base(given.base)
+        side = None if given.data in BUILTIN else base.image_shape[1]
+        data = load_data(given.data, resolution=given.resolution or side)
+        made = tune(data, base, config, given.out, device=device, progress=pace)
+    wall, cpu = time.perf_counter() - since, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # given in KiB by Linux
+    trained, weights = made.info["trained"], made.info["weights"]
+    return made, (
+        f"{trained:,} of {weights:,} weights trained in {wall / 60:.1f} min, {cpu / 60:.1f} of "
+        f"the processor, peak memory {peak:.2f} GiB"
+    )
 
 
 def fit_surrogate(flags: list[str]) -> int:
