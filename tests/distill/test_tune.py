@@ -145,3 +145,25 @@ def test_what_cannot_be_tuned_is_refused(folder, data, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"tune: lora needs peft: pip install \"otdd\[tune\]\""):
         tune(data, base, FitConfig(tune="lora", **SETTINGS), out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_from_the_command_line(folder, tmp_path, capsys):
+    from otdd import tools
+    from otdd.distill.store import png
+
+    for name, count in (("sofa", 3), ("tree", 8)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for n in range(count):
+            picture = torch.full((3, 11, 9), 20 * n, dtype=torch.uint8)
+            (tmp_path / "photos" / name / f"{n}.png").write_bytes(png(picture))
+    out = str(tmp_path / "out")
+    flags = ["--data", str(tmp_path / "photos"), "--out", out, "--steps", "2", "--batch", "4"]
+    assert tools.fit([*flags, "--from", str(folder), "--tune", "embeddings"]) == 0
+    printed = capsys.readouterr()
+    weights = sum(v.numel() for v in tiny.transformer(2, learned=True).parameters())
+    assert f"48 of {weights:,} weights trained in" in printed.out  # a table of 3 x 16 in one block
+    assert "peak memory" in printed.out
+    assert "loss" in printed.err
+    assert Generator.load(out).classes == ["sofa", "tree"]
+    (picture,) = (tmp_path / "out.grids").iterdir()
+    assert picture.name == "step-000002.png"
