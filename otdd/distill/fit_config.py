@@ -24,7 +24,7 @@ class FitConfig:
     """Transformer blocks."""
     patch_size: int = 0
     """Side of a patch in latent pixels."""
-    steps: int = 8000
+    steps: int = 6000
     """Training steps."""
     batch: int = 64
     """Images in a step."""

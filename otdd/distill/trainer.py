@@ -249,9 +249,6 @@ def run(
         refuse_other(store.path / checkpoint, meta["key"], key)
         trainer.load(store.read_tensors(checkpoint), meta["step"])
 
-    def keep() -> None:
-        store.write_tensors(checkpoint, trainer.state(), {"key": key, "step": trainer.step})
-
     with _held_interrupt() as interrupted:
         while trainer.step < config.steps:
             if progress is not None:
@@ -263,11 +260,12 @@ def run(
                 with trainer.averaged():
                     made = picture(generator, step)
                 store.write_bytes(f"{name}.grids/step-{step:06d}.png", made)
-            if step < config.steps and (
-                interrupted.is_set() or step % config.checkpoint_every == 0
-            ):
-                keep()
-            if interrupted.is_set() and step < config.steps:
+            if step == config.steps:
+                break
+            if interrupted.is_set() or step % config.checkpoint_every == 0:
+                meta = {"key": key, "step": step}
+                store.write_tensors(checkpoint, trainer.state(), meta)
+            if interrupted.is_set():
                 where = store.path / checkpoint
                 raise KeyboardInterrupt(f"{step} of {config.steps} steps are kept in {where}")
     if progress is not None:
