@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from otdd.distill.config import ConfigError
-from otdd.flags import parse
+from otdd.flags import Log, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,10 @@ class DataFlags:
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
-    """No progress bars."""
+    """As --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -70,8 +72,15 @@ class PushFlags:
     """Show the stack trace of an error."""
 
 
-def fit(flags: list[str]) -> int:
-    """`otdd fit`."""
+def flags_class(command: str) -> type:
+    """The flags of a command, as a dataclass."""
+    made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
+    return (
+        made[command]() if command in made else {"export": ExportFlags, "push": PushFlags}[command]
+    )
+
+
+def _fit_flags() -> type:
     from otdd.distill.fit_config import FitConfig
 
     @dataclass(frozen=True)
@@ -83,8 +92,40 @@ def fit(flags: list[str]) -> int:
         device: Literal["cpu", "cuda"] = "cpu"
         """Where the model is trained."""
 
+    return FitFlags
+
+
+def _surrogate_flags() -> type:
+    from otdd.distill.surrogate import SurrogateConfig
+
+    @dataclass(frozen=True)
+    class SurrogateFlags(SurrogateConfig, DataFlags):
+        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+
+    return SurrogateFlags
+
+
+def _encode_flags() -> type:
+    from otdd.distill.encode import EncodeConfig
+
+    @dataclass(frozen=True)
+    class EncodeFlags(EncodeConfig, DataFlags):
+        """Flags of `otdd encode`; --out is the folder of the latents."""
+
+        generator: str | None = None
+        """Generator whose codec encodes; by default the one shipped for the data."""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the codec runs."""
+
+    return EncodeFlags
+
+
+def fit(flags: list[str]) -> int:
+    """`otdd fit`."""
+    from otdd.distill.fit_config import FitConfig
+
     about = "Train a class-conditional generator; an interrupted training continues."
-    given = parse(FitFlags, flags, "otdd fit", about, {})
+    given = parse(_fit_flags(), flags, "otdd fit", about, {})
     if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     made, line = _fitted(given, _only(FitConfig, given))
@@ -102,18 +143,18 @@ def _fitted(given: Any, config: Any) -> tuple[Any, str]:
     from otdd.distill.fit import fit
     from otdd.distill.tune import load_base, tune
     from otdd.distill.workers import local_device
-    from otdd.terminal import Pace
+    from otdd.terminal import shown
 
     since, cpu = time.perf_counter(), time.process_time()
-    device, pace = local_device(given.device, "--device"), Pace({}, given.quiet)
-    if given.base is None:
-        data = load_data(given.data, resolution=given.resolution)
-        made = fit(data, config, given.out, device=device, progress=pace)
-    else:
-        base = load_base(given.base)
-        side = None if given.data in BUILTIN else base.image_shape[1]
-        data = load_data(given.data, resolution=given.resolution or side)
-        made = tune(data, base, config, given.out, device=device, progress=pace)
+    device = local_device(given.device, "--device")
+    base = load_base(given.base) if given.base is not None else None
+    side = None if base is None or given.data in BUILTIN else base.image_shape[1]
+    data = load_data(given.data, resolution=given.resolution or side)
+    with shown(given.log, given.quiet, {"fit": "steps"}) as progress:
+        if base is None:
+            made = fit(data, config, given.out, device=device, progress=progress)
+        else:
+            made = tune(data, base, config, given.out, device=device, progress=progress)
     wall, cpu = time.perf_counter() - since, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # given in KiB by Linux
     trained, weights = made.info["trained"], made.info["weights"]
@@ -127,16 +168,12 @@ def fit_surrogate(flags: list[str]) -> int:
     """`otdd fit-surrogate`."""
     from otdd.distill.data import load_data
     from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
-    from otdd.terminal import Bars
-
-    @dataclass(frozen=True)
-    class SurrogateFlags(SurrogateConfig, DataFlags):
-        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+    from otdd.terminal import shown
 
     about = "Train the networks of influence guidance; an interrupted training continues."
-    given = parse(SurrogateFlags, flags, "otdd fit-surrogate", about, {})
+    given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
     data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
+    with shown(given.log, given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
     shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
     sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
@@ -149,19 +186,10 @@ def encode(flags: list[str]) -> int:
     from otdd.distill.encode import EncodeConfig, encode
     from otdd.distill.stream import open_stream
     from otdd.distill.workers import local_device
-    from otdd.terminal import Pace
-
-    @dataclass(frozen=True)
-    class EncodeFlags(EncodeConfig, DataFlags):
-        """Flags of `otdd encode`; --out is the folder of the latents."""
-
-        generator: str | None = None
-        """Generator whose codec encodes; by default the one shipped for the data."""
-        device: Literal["cpu", "cuda"] = "cpu"
-        """Where the codec runs."""
+    from otdd.terminal import shown
 
     about = "Encode the training images once; an interrupted encoding continues."
-    given = parse(EncodeFlags, flags, "otdd encode", about, {})
+    given = parse(_encode_flags(), flags, "otdd encode", about, {})
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
     _torchvision.repair()
@@ -169,8 +197,9 @@ def encode(flags: list[str]) -> int:
 
     codec = load_generator(given.generator, data).codec
     codec.to(device)
-    pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
-    made = encode(data, codec, config, given.out, progress=pace)
+    units = {"encode": "images", "check": "images", "statistics": "classes"}
+    with shown(given.log, given.quiet, units) as pace:
+        made = encode(data, codec, config, given.out, progress=pace)
     size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
     shape = "x".join(map(str, made.latent_shape))
     sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")

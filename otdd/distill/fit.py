@@ -24,7 +24,7 @@ from otdd.distill.trainer import Picture, Progress, Trainer, refuse_other, run
 __all__ = ["FitConfig", "fit"]
 
 # v of Salimans & Ho 2022 on the cosine schedule of Nichol & Dhariwal 2021.
-SCHEDULE = {
+SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
@@ -158,7 +158,8 @@ def transformer_config(
 
 def _zero_init(model: nn.Module) -> None:
     """As in DiT: blocks start as identity and the output as zero."""
-    zeroed = [block.norm1.linear for block in model.transformer_blocks]
-    for layer in [*zeroed, model.proj_out_1, model.proj_out_2]:
+    parts: Any = model  # of diffusers, whose names a Module has not
+    zeroed = [block.norm1.linear for block in parts.transformer_blocks]
+    for layer in [*zeroed, parts.proj_out_1, parts.proj_out_2]:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)

@@ -61,12 +61,14 @@ def make_teachers(
 ) -> list[Teacher]:
     """Teachers of a run: loaded, or trained on the real training data and kept in the store."""
     teachers = []
+    network: torch.nn.Module
     names = teacher_names(config)
     for number, name in enumerate(names):
         if name.startswith("timm:"):
             network = students.pretrained(name.removeprefix("timm:"), data)
         elif "=" in name:
-            network = students.load_checkpoint(*name.split("=", 1), data)
+            arch, _, file = name.partition("=")
+            network = students.load_checkpoint(arch, file, data)
         else:
             seed = config.seed + 1000 * names[:number].count(name)
             network = _trained(store, data, config, name, seed, progress)
