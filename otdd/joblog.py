@@ -26,7 +26,7 @@ from typing import Any, TextIO
 def write(event: str, level: str = "info", **values: Any) -> None:
     """Write one event to standard error."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now, "level": level, "event": event}
+    line: dict[str, Any] = {"time": now, "level": level, "event": event}
     if "RANK" in os.environ:
         line["rank"] = int(os.environ["RANK"])
     sys.stderr.write(json.dumps(line | values) + "\n")
@@ -68,7 +68,7 @@ class JsonLog:
             rate = (done - before) / (now - start) if moved else None
             eta = None if rate is None else round((total - done) / rate, 1)
             rate = None if rate is None else round(rate, 4)
-            values = {"done": done, "total": total, "rate": rate, "eta_s": eta}
+            values: dict[str, Any] = {"done": done, "total": total, "rate": rate, "eta_s": eta}
             write("progress", task=text, **values, **({"note": note} if note else {}))
 
 

@@ -34,7 +34,7 @@ class FitConfig:
     weight_decay: float = 0.01
     """Weight decay."""
     min_snr: float = 5.0
-    """Largest weight of an image's error by its signal-to-noise ratio; 0 for no weights."""
+    """Largest weight of the error of x0, by signal-to-noise ratio (1 or more); 0: no weights."""
     ema: float = 0.999
     """Decay of the averaged weights, which are kept; shorter at the beginning."""
     label_dropout: float = 0.1
@@ -61,7 +61,10 @@ class FitConfig:
         for name, low in least.items():
             value = getattr(self, name)
             require(value >= low, name, value, f"an integer >= {low}")
-        for name in ("lr", "weight_decay", "min_snr"):
+        require(
+            self.min_snr == 0 or self.min_snr >= 1, "min_snr", self.min_snr, "0 or a number >= 1"
+        )
+        for name in ("lr", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         for name in ("ema", "label_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")

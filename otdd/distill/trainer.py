@@ -148,9 +148,11 @@ class Trainer:
 class DiffusionLoss:
     """Squared error of the prediction, weighted by min-SNR; and that of learned variances.
 
-    The weight of x0_hat's squared error at t is min(SNR(t), gamma), SNR = abar / (1 - abar)
-    (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", eq. 7), which
-    is divided by SNR for epsilon and by SNR + 1 for v. A model with variances also gets the
+    The weight of x0_hat's squared error at t is SNR = abar / (1 - abar), at most gamma (Hang et al.
+    2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", eq. 7) and at least 1
+    (Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models") unless
+    epsilon is predicted, which says nothing of x0 in pure noise. It is divided by SNR for epsilon
+    and by SNR + 1 for v. A model with variances also gets the
     variational bound of them, its mean held fixed (Nichol & Dhariwal 2021, "Improved Denoising
     Diffusion Probabilistic Models", eq. 15 and 16), in bits a dimension as DiT has it; t = 0, whose
     term is a likelihood of pixels, is left out (ours).
@@ -168,7 +170,8 @@ class DiffusionLoss:
         snr = made.alphas_cumprod.double()
         snr = snr / (1 - snr)
         scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.kind]
-        weight = snr.clamp(max=min_snr) / scale if min_snr else torch.ones_like(snr)
+        least = 0.0 if self.kind == "epsilon" else 1.0
+        weight = snr.clamp(least, min_snr) / scale if min_snr else torch.ones_like(snr)
         self.weight = weight.float()
 
     def __call__(
