@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from otdd.distill.config import HEADINGS
 from otdd.flags import Log
 from otdd.joblog import JsonLog
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 NARROW = 60  # columns of a terminal that has no room for bars beside names and counts
-HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
 
 
 def shown(log: Log, quiet: bool, units: dict[str, str] | None = None) -> Bars | Pace | JsonLog:

@@ -6,6 +6,7 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class DataFlags:
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    dry_run: bool = False
+    """Check everything, time some steps, print what it takes, and write nothing."""
     log: Log = "auto"
     """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
@@ -56,6 +59,27 @@ class ExportFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Flags of `otdd report`."""
+
+    dir: str
+    """Folder of a run, finished or not; as the first argument it needs no --dir."""
+    out: str | None = None
+    """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
+    ends in .html, for the page alone. An earlier report is replaced."""
+    classes: int = 20
+    """Most classes whose images, costs and maps are shown, the first ones."""
+    pdf: bool = False
+    """Figures as PDF files too, but for the grid of images."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushFlags:
     """Flags of `otdd push`."""
 
@@ -75,9 +99,8 @@ class PushFlags:
 def flags_class(command: str) -> type:
     """The flags of a command, as a dataclass."""
     made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
-    return (
-        made[command]() if command in made else {"export": ExportFlags, "push": PushFlags}[command]
-    )
+    plain = {"export": ExportFlags, "report": ReportFlags, "push": PushFlags}
+    return made[command]() if command in made else plain[command]
 
 
 def _fit_flags() -> type:
@@ -122,46 +145,49 @@ def _encode_flags() -> type:
 
 def fit(flags: list[str]) -> int:
     """`otdd fit`."""
-    from otdd.distill.fit_config import FitConfig
+    import time
+
+    from otdd.terminal import shown
 
     about = "Train a class-conditional generator; an interrupted training continues."
     given = parse(_fit_flags(), flags, "otdd fit", about, {})
     if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    made, line = _fitted(given, _only(FitConfig, given))
-    loss = f"loss {made.info['loss']:.4f}"
-    sys.stdout.write(f"written to {given.out}: {loss}; {line}\n")
+    train = _training(given)
+    from otdd.distill import costs
+
+    if given.dry_run:
+        cost = costs.fitting(train, given.steps)
+        sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
+        return 0
+    since, cpu = time.perf_counter(), time.process_time()
+    with shown(given.log, given.quiet, {"fit": "steps"}) as progress:
+        made = train(given.out, progress)
+    wall, cpu = time.perf_counter() - since, time.process_time() - cpu
+    loss, trained, weights = (made.info[k] for k in ("loss", "trained", "weights"))
+    sys.stdout.write(
+        f"written to {given.out}: loss {loss:.4f}; {trained:,} of {weights:,} weights trained in "
+        f"{wall / 60:.1f} min, {cpu / 60:.1f} of the processor, "
+        f"peak memory {costs.peak_memory() / 2**30:.2f} GiB\n"
+    )
     return 0
 
 
-def _fitted(given: Any, config: Any) -> tuple[Any, str]:
-    """The generator, and what it took: weights trained, time, memory."""
-    import resource
-    import time
-
+def _training(given: Any) -> Callable[..., Any]:
+    """The training that was asked for, as a function of --out and progress; all is checked."""
     from otdd.distill.data import BUILTIN, load_data
     from otdd.distill.fit import fit
+    from otdd.distill.fit_config import FitConfig
     from otdd.distill.tune import load_base, tune
     from otdd.distill.workers import local_device
-    from otdd.terminal import shown
 
-    since, cpu = time.perf_counter(), time.process_time()
-    device = local_device(given.device, "--device")
+    config, device = _only(FitConfig, given), local_device(given.device, "--device")
     base = load_base(given.base) if given.base is not None else None
     side = None if base is None or given.data in BUILTIN else base.image_shape[1]
     data = load_data(given.data, resolution=given.resolution or side)
-    with shown(given.log, given.quiet, {"fit": "steps"}) as progress:
-        if base is None:
-            made = fit(data, config, given.out, device=device, progress=progress)
-        else:
-            made = tune(data, base, config, given.out, device=device, progress=progress)
-    wall, cpu = time.perf_counter() - since, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # given in KiB by Linux
-    trained, weights = made.info["trained"], made.info["weights"]
-    return made, (
-        f"{trained:,} of {weights:,} weights trained in {wall / 60:.1f} min, {cpu / 60:.1f} of "
-        f"the processor, peak memory {peak:.2f} GiB"
-    )
+    if base is None:
+        return lambda out, progress: fit(data, config, out, device=device, progress=progress)
+    return lambda out, progress: tune(data, base, config, out, device=device, progress=progress)
 
 
 def fit_surrogate(flags: list[str]) -> int:
@@ -173,10 +199,16 @@ def fit_surrogate(flags: list[str]) -> int:
     about = "Train the networks of influence guidance; an interrupted training continues."
     given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
     data = load_data(given.data, resolution=given.resolution)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
+        return 0
     with shown(given.log, given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
-    shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
-    sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
+    reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
+    sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
     return 0
 
 
@@ -197,6 +229,16 @@ def encode(flags: list[str]) -> int:
 
     codec = load_generator(given.generator, data).codec
     codec.to(device)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        cost = costs.encoding(data, codec, config.batch)
+        latent = codec.latent_shape(data.image_shape)
+        size = 2 * len(data) * math.prod(latent) / 2**20
+        shape = "x".join(map(str, latent))
+        about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        sys.stdout.write(costs.lines(about, cost))
+        return 0
     units = {"encode": "images", "check": "images", "statistics": "classes"}
     with shown(given.log, given.quiet, units) as pace:
         made = encode(data, codec, config, given.out, progress=pace)
@@ -220,6 +262,19 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
     )
+    return 0
+
+
+def report(flags: list[str]) -> int:
+    """`otdd report`."""
+    about = "Write a run as one HTML page that needs nothing else, and its figures."
+    given = parse(ReportFlags, _named(flags, "--dir"), "otdd report", about, {})
+    from otdd.distill.report import report
+    from otdd.terminal import shown
+
+    with shown(given.log, given.quiet) as bars:
+        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+    sys.stdout.write(f"written to {page}\n")
     return 0
 
 

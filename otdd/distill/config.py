@@ -38,6 +38,15 @@ __all__ = [
 
 SETS: Final = ("otg", "unguided", "random", "kmeans", "kmeans-real")
 LOSSES: Final = ("ce", "kl", "otm")
+# What pictures and tables call them.
+TITLES = {
+    "otg": "OT-guided",
+    "unguided": "unguided",
+    "random": "random real",
+    "kmeans": "k-means centroids",
+    "kmeans-real": "k-means, nearest real",
+}
+HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
 
 
 def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:

@@ -214,6 +214,15 @@ def shard_name(set_name: str, number: int) -> str:
     return f"sets/{set_name}/labels/{number:05d}.safetensors"
 
 
+def teacher_plan(data: ImageData, config: RunConfig, seed: int) -> Plan:
+    """The steps of a teacher over the real training images."""
+    batch, size = min(TEACHER.batch, len(data.train)), (data.image_shape[1], data.image_shape[2])
+    per_epoch = -(-len(data.train) // batch)
+    epochs = config.relabel.teacher_epochs or max(TEACHER_EPOCHS, -(-TEACHER_STEPS // per_epoch))
+    drawn = augmentation(config.relabel, data.name, size)
+    return Plan(drawn, len(data.train), batch, size, epochs, seed)
+
+
 def _trained(
     store: Store,
     data: ImageData,
@@ -227,11 +236,8 @@ def _trained(
     if store.has(file):
         network.load_state_dict(store.read_tensors(file))
         return network
-    batch, size = min(TEACHER.batch, len(data.train)), (data.image_shape[1], data.image_shape[2])
-    per_epoch = -(-len(data.train) // batch)
-    epochs = config.relabel.teacher_epochs or max(TEACHER_EPOCHS, -(-TEACHER_STEPS // per_epoch))
-    drawn = augmentation(config.relabel, data.name, size)
-    plan = Plan(drawn, len(data.train), batch, size, epochs, seed)
+    plan = teacher_plan(data, config, seed)
+    epochs = plan.epochs
 
     def steps() -> Iterator[Step]:
         for epoch in range(epochs):

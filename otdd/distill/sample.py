@@ -140,13 +140,15 @@ def run_batch(
         memory: finished latents and their data labels, for the terms.
         on_step: called after each step.
     """
+    size = config.batch_images
+    if size == "auto":
+        raise ValueError("batch_images: 'auto' is found by `sample`; give a number here")
     scheduler = generator.scheduler(config.scheduler, config.steps)
     denoiser = generator.denoiser
     noise = [torch.randn(generator.latent_shape, generator=s) for s in batch.streams]
 
     def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, size = config.guidance_scale, config.batch_images
-        return denoiser.predict(z, t, batch.labels, scale, batch=size)
+        return denoiser.predict(z, t, batch.labels, config.guidance_scale, batch=size)
 
     def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
         if on_step is not None:
