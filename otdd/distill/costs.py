@@ -151,7 +151,7 @@ def denoising(config: RunConfig, made: Prepared, name: str, steps: int) -> Cost 
 
 
 def fitting(train: Callable[..., object], steps: int) -> Cost | None:
-    """Of the steps of `otdd fit`: `train(out, progress)` writes the generator to a file or folder."""
+    """Of the steps of `otdd fit`, which is `train(out, progress)`."""
     with tempfile.TemporaryDirectory() as folder:
         step = timed(lambda progress: train(Path(folder) / "generator", progress), "fit")
     return None if step is None else Cost(steps, step)
