@@ -29,7 +29,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   relabel    stage 2: soft labels from teachers
   train      stage 3: students of every set
   evaluate   the table, transport costs and the picture of what is there
-  fit        train a small generator for a data set
+  fit        train a small generator for a data set, or a DiT further (--from)
   fit-surrogate  train the networks of influence guidance for a data set
   encode     the latents of a data set, once
   report     a run as one HTML page with its figures: otdd report DIR
@@ -96,8 +96,9 @@ def _caught(arguments: list[str], as_json: bool) -> int:
     try:
         with _noted(as_json):
             return _dispatch(arguments)
-    except KeyboardInterrupt:
-        text = "stopped; what is finished is kept, and the same command continues from there"
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "what is finished is kept"
+        text = f"stopped; {kept}, and the same command continues from there"
         code, text = 130, ("" if as_json else "\n") + f"otdd: {text}"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -74,8 +74,8 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def __call__(self, text: str, done: int, total: int) -> None:
-        """Show that `done` of `total` steps are finished."""
+    def __call__(self, text: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` steps are finished; a note has no room here."""
         if self._quiet:
             return
         self._since.setdefault(text, time.perf_counter())
@@ -96,7 +96,8 @@ class Bars:
 class Pace:
     """Lines that say how far a long task is, how fast, and how long it will still take.
 
-    Call it as progress(text, done, total); a line at most every `interval` seconds and at the end.
+    Call it as progress(text, done, total); a line at most every `interval` seconds and at the end,
+    with a note such as a loss.
     """
 
     def __init__(self, units: dict[str, str], quiet: bool = False, interval: float = 10.0) -> None:
@@ -110,7 +111,7 @@ class Pace:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __call__(self, text: str, done: int, total: int) -> None:
+    def __call__(self, text: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are finished."""
         now = time.perf_counter()
         if text not in self._since:
@@ -119,7 +120,8 @@ class Pace:
             return
         self._last = now
         if not self._quiet and (done or total > 1):
-            print(self._line(text, done, total, now), file=sys.stderr, flush=True)
+            line = self._line(text, done, total, now) + f", {note}" * bool(note)
+            print(line, file=sys.stderr, flush=True)
 
     def _line(self, text: str, done: int, total: int, now: float) -> str:
         start, before = self._since[text]

@@ -28,7 +28,6 @@ from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
-    from otdd.distill.fit import FitConfig
     from otdd.distill.stream import Stream
     from otdd.distill.surrogate import SurrogateConfig
 
@@ -109,7 +108,7 @@ def timed(start: Callable[[Callable[[str, int, int], None]], object], name: str)
     """
     watch: Watch | None = None
 
-    def progress(text: str, done: int, total: int) -> None:
+    def progress(text: str, done: int, total: int, note: str = "") -> None:
         nonlocal watch
         if text != name:
             return
@@ -151,14 +150,11 @@ def denoising(config: RunConfig, made: Prepared, name: str, steps: int) -> Cost 
     return None if step is None else Cost(steps, step)
 
 
-def fitting(data: ImageData, config: FitConfig) -> Cost | None:
-    """Of the steps of `otdd fit`."""
-    from otdd.distill.fit import fit
-
+def fitting(train: Callable[..., object], steps: int) -> Cost | None:
+    """Of the steps of `otdd fit`, which is `train(out, progress)`."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "generator.safetensors"
-        step = timed(lambda progress: fit(data, config, out, progress=progress), "fit")
-    return None if step is None else Cost(config.steps, step)
+        step = timed(lambda progress: train(Path(folder) / "generator", progress), "fit")
+    return None if step is None else Cost(steps, step)
 
 
 def surrogate(data: ImageData, config: SurrogateConfig) -> Cost:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +53,9 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
             generator.scheduler(config.sample.scheduler, config.sample.steps)
         except ValueError as error:
             raise ConfigError(f"sample.steps: {error}") from None
-        known["generator_sha256"] = _digest(generator)
+        from otdd.distill.generator import generator_digest
+
+        known["generator_sha256"] = generator_digest(generator)
         known |= _check_terms(config, data)
         if config.latents is not None and "otg" in config.sets:
             latents = _load_latents(config, data, generator)
@@ -155,14 +155,3 @@ def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> L
     latents = Latents(config.latents or "")
     latents.check(data, generator.codec)
     return latents
-
-
-def _digest(generator: Generator) -> str:
-    digest = hashlib.sha256()
-    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
