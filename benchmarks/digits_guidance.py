@@ -151,15 +151,15 @@ def student_accuracy(
     from otdd.distill.match import make_loss, reproducible, train_student
     from otdd.distill.relabel import Plan, hard_steps
     from otdd.distill.students import make_network
+    from otdd.distill.training import Training
 
     total = Plan.of(config, data, len(images)).total
     with reproducible(data.image_shape):
         student = make_network("convnet", data, seed)
         steps = hard_steps(len(images), data, config, seed)
         loss = make_loss("ce", config.train)
-        outcome = train_student(
-            student, images, labels, steps, total, loss, config.train, test=data.test
-        )
+        training = Training(student, loss, config.train, total, seed=seed)
+        outcome = train_student(training, images, labels, steps, test=data.test)
     return outcome.accuracy
 
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
+HEADINGS = {
+    "ce": "hard, CE",
+    "ce-plain": "hard, plain",
+    "kl": "soft, KL",
+    "mse": "soft, MSE",
+    "otm": "soft, OTM",
+}
 
 
 class Bars:

@@ -32,6 +32,7 @@ METRICS = "metrics.json"
 GRID = "grid.png"
 PACKAGES = ("torch", "numpy", "diffusers", "timm", "safetensors", "scikit-learn", "pillow")
 STAGES = ("sample", "relabel", "train", "evaluate")
+SHARED = ("sample", "train")  # by several processes
 
 
 def _silent(text: str, done: int, total: int) -> None:
@@ -123,27 +124,37 @@ class Run:
                     )
 
     def train(self) -> None:
-        """Stage 3: students of every set, trained and tested."""
+        """Stage 3: students of every set, trained and tested; several processes share them."""
         from otdd.distill import evaluate, relabel
 
         stored = self.config.relabel.store_labels
-        for name in self._with_images():
-            left = evaluate.missing(self.store, self.config, name)
-            soft = [loss for loss in left if loss != "ce"]
+        names = self.workers.share(self._with_images() if self.workers.first else None)
+        left = {name: evaluate.missing(self.store, self.config, name) for name in names}
+        left = self.workers.share(left)
+        for name in names:
+            if self.workers.first:
+                evaluate.tidy(self.store, self.config, name)
             labelled = not stored or relabel.relabelled(self.store, self.data, self.config, name)
-            if soft and not labelled:
+            if not labelled and any(student.soft for student in left[name]):
                 raise ConfigError(f"set {name} has no soft labels yet; run `otdd relabel` first")
-            if left:
-                teachers = self.teachers if soft and not stored else ()
+        soft = any(student.soft for students in left.values() for student in students)
+        teachers = self._shared_teachers() if soft and not stored else ()
+        mine = self.workers.part([(name, s) for name, students in left.items() for s in students])
+        for name in names:
+            wanted = [student for where, student in mine if where == name]
+            if wanted:
                 with self._timed(f"train {name}"):
                     evaluate.train(
                         self.store,
                         self.data,
                         self.config,
                         name,
+                        wanted,
                         teachers=teachers,
                         progress=self.progress,
                     )
+                evaluate.tidy(self.store, self.config, name)
+        self.workers.wait()
 
     def evaluate(self) -> dict[str, Any]:
         """Gather table, transport costs and picture; returns the content of metrics.json."""
@@ -172,6 +183,13 @@ class Run:
 
         with self._timed("teachers"):
             return relabel.make_teachers(self.store, self.data, self.config, self.progress)
+
+    def _shared_teachers(self) -> list[Teacher]:
+        """The teachers, trained by the first process and read by the others."""
+        if self.workers.first:
+            _ = self.teachers
+        self.workers.wait()
+        return self.teachers
 
     @property
     def _codec(self) -> Codec:
@@ -234,14 +252,15 @@ def run_stages(
 ) -> dict[str, Any]:
     """Some of the stages, in the order given; each continues where it was stopped.
 
-    Of several processes all sample, and the first alone goes on; the others return nothing.
+    Of several processes all sample and train, and the first alone does the rest; the others return
+    nothing.
     """
     workers = Workers.join()
     work = Run.open(config, progress, workers, only_sample=stages == ("sample",))
     result = None
     with work.store:
         for stage in stages:
-            if workers.first or stage == "sample":
+            if workers.first or stage in SHARED:
                 result = getattr(work, stage)()
         workers.leave()
         if not workers.first:

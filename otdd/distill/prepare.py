@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.logs import check_tensorboard
 from otdd.distill.settings import identity
 from otdd.distill.store import Store
 
@@ -41,6 +42,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     Raises:
         ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
     """
+    check_tensorboard(config.train.tensorboard)
     known = {k: v for k, v in identity(config).items() if k != "data"}
     Store(config.out).check(known)
     data = _load_data(config, only_sample)

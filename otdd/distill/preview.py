@@ -60,7 +60,7 @@ def label_bytes(config: RunConfig, made: Prepared) -> int:
     """Size of the soft labels of one set: float16 logits, and the augmentation they belong to."""
     plan = _plan(config, made)
     row = 2 * made.data.num_classes + 4 * 6 + 2 * 8
-    return plan.total * (plan.batch * row + 4 * 8)
+    return plan.labelled * plan.steps_per_epoch * (plan.batch * row + 4 * 8)
 
 
 def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> int:
@@ -113,11 +113,11 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
     if not config.relabel.store_labels:
         return "nothing is stored: teachers label while students train"
     plan, names = _plan(config, made), teacher_names(config)
-    shards = -(-plan.epochs // plan.epochs_per_shard(made.data.num_classes))
+    shards = -(-plan.labelled // plan.epochs_per_shard(made.data.num_classes))
     parts = [store.has(shard_name(name, i)) for name in config.sets for i in range(shards)]
     done = f", {sum(parts)} of {len(parts)} shards finished" if any(parts) else ""
     return (
-        f"{len(config.sets)} sets by {len(names)} teachers ({', '.join(names)}), {plan.epochs} "
+        f"{len(config.sets)} sets by {len(names)} teachers ({', '.join(names)}), {plan.labelled} "
         f"epochs of {plan.steps_per_epoch} batches of {plan.batch}: "
         f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
     )
