@@ -14,7 +14,7 @@ from otdd.distill.augment import generator
 from otdd.distill.checkpoints import Checkpoint
 from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData
-from otdd.distill.logs import Board, write_log
+from otdd.distill.logs import Board, read_log, write_log
 from otdd.distill.match import Outcome, make_loss, reproducible, train_student
 from otdd.distill.relabel import Plan, Progress, Teacher, hard_steps, live_steps, stored_steps
 from otdd.distill.store import Store
@@ -207,6 +207,20 @@ def accuracy_rows(store: Store, config: RunConfig) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def training_accuracies(
+    store: Store, config: RunConfig, names: Sequence[str]
+) -> dict[tuple[str, str], dict[str, list[list[float]]]]:
+    """(Architecture, loss) -> set -> training accuracy by epoch of every finished student."""
+    made: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+    for student in all_students(config):
+        for name in names:
+            log = student.file("logs", name)
+            if store.has(student.file("results", name)) and store.has(log):
+                sets = made.setdefault((student.arch, student.loss), {})
+                sets.setdefault(name, []).append(read_log(store, log)["train_accuracy"])
+    return made
 
 
 def transport_cost(

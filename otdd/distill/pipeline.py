@@ -30,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 METRICS = "metrics.json"
 GRID = "grid.png"
+CURVES = "curves.png"
 PACKAGES = ("torch", "numpy", "diffusers", "timm", "safetensors", "scikit-learn", "pillow")
 STAGES = ("sample", "relabel", "train", "evaluate")
 SHARED = ("sample", "train")  # by several processes
@@ -157,8 +158,8 @@ class Run:
         self.workers.wait()
 
     def evaluate(self) -> dict[str, Any]:
-        """Gather table, transport costs and picture; returns the content of metrics.json."""
-        from otdd.distill import evaluate, plots
+        """Gather table, transport costs and pictures; returns the content of metrics.json."""
+        from otdd.distill import curves, evaluate, plots
 
         names = self._with_images()
         sets = {name: self.store.read_images(name) for name in names}
@@ -174,6 +175,8 @@ class Run:
                 self.progress("transport cost", number, len(names))
             if not self.store.has(GRID) or set(costs) != set(self._known("ot_cost", {})):
                 self.store.write_bytes(GRID, plots.grid(pairs, self.data.classes))
+            if runs := evaluate.training_accuracies(self.store, self.config, names):
+                self.store.write_bytes(CURVES, curves.curves(runs))
         return self._write_metrics({name: costs[name] for name in names})
 
     @cached_property
