@@ -18,7 +18,8 @@ Curves = Mapping[tuple[str, str], Mapping[str, Sequence[Sequence[float]]]]
 def curves(runs: Curves) -> bytes:
     """PNG with a panel for every architecture and loss, and in it a line for every set.
 
-    A line is the mean over the students of a set, the band about it their least and greatest.
+    A line is the mean over the students of a set and over the `window` epochs up to each, for a
+    batch that CutMix mixed is harder than the next.
 
     Args:
         runs: (architecture, loss) -> set -> training accuracy in percent, epoch by epoch, of every
@@ -37,12 +38,10 @@ def curves(runs: Curves) -> bytes:
     for (arch, loss), sets in runs.items():
         panel = axes[archs.index(arch)][losses.index(loss)]
         for name, rows in sets.items():
-            values = np.asarray(rows)
+            values = np.asarray(rows)  # (students, epochs)
             epochs = np.arange(1, values.shape[1] + 1)
             colour = COLOURS.get(name, "#555555")
-            mean = values.mean(0)
-            (lines[name],) = panel.plot(epochs, mean, color=colour, linewidth=1.2)
-            panel.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15)
+            (lines[name],) = panel.plot(epochs, _running(values.mean(0)), color=colour)
         panel.set_title(f"{arch}, {loss}", fontsize=10)
         panel.grid(alpha=0.25)
         panel.set_ylim(0, 102)
@@ -55,3 +54,16 @@ def curves(runs: Curves) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def window(epochs: int) -> int:
+    """Epochs that a point of a curve is the mean of: a fifteenth of all."""
+    return max(1, epochs // 15)
+
+
+def _running(values: np.ndarray) -> np.ndarray:
+    """Mean over the window that ends at each epoch, shorter at the beginning."""
+    width, sums = window(len(values)), np.concatenate([[0.0], values.cumsum()])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -6,7 +6,7 @@
 * The terms of a loss that has several, unweighted: ``ce``, ``mse`` or ``kl``, ``ot``, and the
   weight ``beta_2``; means over the steps.
 * ``train_accuracy``: percentage of augmented images on which the student, as it is before the
-  step, is right about the class of the base image.
+  step, is right about the class that fills most of the image.
 * ``test_accuracy``: percentage, of the averaged weights; empty where the epoch ended untested.
 * ``seconds``: of the epoch, tests among them.
 

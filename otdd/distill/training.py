@@ -123,7 +123,7 @@ class Training:
         self.optimizer.step()
         self.number += 1
         self.average.update(self.number)
-        self._note(rate, logits, base, value, parts)
+        self._note(rate, logits, mixed, value, parts)
 
     def tested(self, accuracy: float) -> None:
         """Takes down the accuracy of the averaged weights after the step just done."""
@@ -176,12 +176,12 @@ class Training:
 
     @torch.no_grad()
     def _note(
-        self, rate: float, logits: Tensor, base: Tensor, value: Tensor, parts: dict[str, Tensor]
+        self, rate: float, logits: Tensor, mixed: Tensor, value: Tensor, parts: dict[str, Tensor]
     ) -> None:
         self.columns = (*HEAD, *parts, *TAIL)
-        right = (logits.argmax(1) == base).sum()
+        right = (logits.argmax(1) == mixed.argmax(1)).sum()
         self._sums = self._sums + torch.stack([value.detach(), *parts.values(), right]).double()
-        self._seen += len(base)
+        self._seen += len(mixed)
         self._steps += 1
         self._rate = self._rate if self._steps > 1 else rate
 
