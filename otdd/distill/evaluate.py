@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from otdd.distill import students
-from otdd.distill.augment import generator
+from otdd.distill import geometry, students
 from otdd.distill.checkpoints import Checkpoint
+from otdd.distill.compare import interval
 from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData
 from otdd.distill.logs import Board, read_log, write_log
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from otdd.distill.codec import Codec
 
 LABELS = {"ce": "hard", "ce-plain": "hard", "kl": "soft", "mse": "soft", "otm": "soft"}
-REAL_LIMIT = 2000
 
 
 class Student(NamedTuple):
@@ -40,10 +38,10 @@ class Student(NamedTuple):
         return LABELS[self.loss] == "soft"
 
     def file(self, kind: str, set_name: str) -> str:
-        """Its file among the `results`, `logs` or `checkpoints`."""
-        end = {"results": ".json", "logs": ".csv", "checkpoints": ".safetensors"}.get(kind, "")
-        arch = self.arch.replace("/", "_")
-        return f"{kind}/{set_name}/{arch}/{LABELS[self.loss]}-{self.loss}-{self.seed}{end}"
+        """Its file among the `results`, `geometry`, `logs` or `checkpoints`."""
+        ends = {"logs": ".csv", "checkpoints": ".safetensors", "logs/tensorboard": ""}
+        stem = f"{LABELS[self.loss]}-{self.loss}-{self.seed}"
+        return f"{kind}/{set_name}/{self.arch.replace('/', '_')}/{stem}{ends.get(kind, '.json')}"
 
 
 def train(
@@ -121,6 +119,10 @@ def _trained(
         if board is not None:
             board.close()
     write_log(store, log, training)
+    if student.soft:
+        last = batches.of(student, plan.epochs - 1)
+        found = geometry.against_labels(training.student, images, last, config.train.tau)
+        store.write_json(student.file("geometry", set_name), found)
     return outcome
 
 
@@ -192,6 +194,7 @@ def accuracy_rows(store: Store, config: RunConfig) -> list[dict[str, Any]]:
                 found = [store.read_json(name) for name in names if store.has(name)]
                 if not found:
                     continue
+                own = [s.seed for s, name in zip(seeds, names, strict=True) if store.has(name)]
                 runs = [round(r["accuracy"], 2) for r in found]
                 best = [round(r["best"], 2) for r in found]
                 rows.append(
@@ -200,9 +203,11 @@ def accuracy_rows(store: Store, config: RunConfig) -> list[dict[str, Any]]:
                         "labels": LABELS[loss],
                         "loss": loss,
                         "arch": arch,
+                        "seeds": own,
                         "runs": runs,
                         "mean": round(statistics.fmean(runs), 2),
                         "std": round(statistics.pstdev(runs), 2),
+                        "ci95": interval(runs),
                         "best_mean": round(statistics.fmean(best), 2),
                     }
                 )
@@ -223,27 +228,21 @@ def training_accuracies(
     return made
 
 
+def student_geometry(store: Store, config: RunConfig, set_name: str) -> list[dict[str, Any]]:
+    """Agreement with the labels and transport to them, of each architecture and soft loss."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for student in all_students(config):
+        name = student.file("geometry", set_name)
+        if student.soft and store.has(name):
+            found.setdefault((student.arch, student.loss), []).append(store.read_json(name))
+    return [geometry.summary(arch, loss, those) for (arch, loss), those in found.items()]
+
+
 def transport_cost(
     images: Tensor, labels: Tensor, data: ImageData, codec: Codec, *, seed: int = 0
 ) -> float:
-    """Mean over classes of the transport cost from a set to the real training images.
-
-    Squared Euclidean cost between latents, uniform weights, eps at 1 % of the mean cost, so nearly
-    the exact optimum. At most 2000 real images of a class are used.
-    """
-    from otdd.ops import cost_matrix, sinkhorn
-
-    costs = []
-    for label in sorted(set(labels.tolist())):
-        real = data.train.images[data.train.labels == label]
-        if len(real) > REAL_LIMIT:
-            real = real[torch.randperm(len(real), generator=generator("real", seed, label))]
-        x = codec.encode(images[labels == label]).flatten(1).double()
-        y = codec.encode(real[:REAL_LIMIT]).flatten(1).double()
-        cost = cost_matrix(x, y, "sqeuclidean")
-        eps = 0.01 * float(cost.mean().clamp(min=1e-12))
-        costs.append(float(sinkhorn(cost, eps=eps, max_iter=500, tol=1e-4).cost))
-    return statistics.fmean(costs)
+    """Mean over classes of `otdd.distill.geometry.class_costs`."""
+    return statistics.fmean(geometry.class_costs(images, labels, data, codec, seed=seed).values())
 
 
 class _Ticker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from otdd.distill.store import Store
 from otdd.distill.workers import Workers, local_device
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from otdd.distill.codec import Codec
     from otdd.distill.data import ImageData
     from otdd.distill.generator import Generator
@@ -164,20 +167,16 @@ class Run:
         names = self._with_images()
         sets = {name: self.store.read_images(name) for name in names}
         pairs = {name: (tensors["images"], tensors["labels"]) for name, tensors in sets.items()}
-        costs = self._known("ot_cost", {})
+        known, reports = self._known("geometry", {}), {}
         with self._timed("evaluate"):
             for number, name in enumerate(names, start=1):
-                if name not in costs:
-                    cost = evaluate.transport_cost(
-                        *pairs[name], self.data, self._codec, seed=self.config.seed
-                    )
-                    costs[name] = round(cost, 4)
+                reports[name] = self._geometry(name, pairs[name], known.get(name, {}))
                 self.progress("transport cost", number, len(names))
-            if not self.store.has(GRID) or set(costs) != set(self._known("ot_cost", {})):
+            if not self.store.has(GRID) or set(reports) != set(known):
                 self.store.write_bytes(GRID, plots.grid(pairs, self.data.classes))
             if runs := evaluate.training_accuracies(self.store, self.config, names):
                 self.store.write_bytes(CURVES, curves.curves(runs))
-        return self._write_metrics({name: costs[name] for name in names})
+        return self._write_metrics(reports)
 
     @cached_property
     def teachers(self) -> list[Teacher]:
@@ -209,6 +208,22 @@ class Run:
     def _wants_soft(self) -> bool:
         return any(loss != "ce" for loss in self.config.train.losses)
 
+    def _geometry(
+        self, name: str, pair: tuple[Tensor, Tensor], known: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The geometry report of a set; what is known of it already is not computed again."""
+        from otdd.distill import evaluate, geometry, relabel
+
+        costs, entropy = known.get("class_transport"), known.get("label_entropy")
+        if costs is None:
+            made = geometry.class_costs(*pair, self.data, self._codec, seed=self.config.seed)
+            costs = {self.data.classes[label]: round(cost, 6) for label, cost in made.items()}
+        shard, count = relabel.shard_name(name, 0), self.data.num_classes
+        if entropy is None and self.store.has(shard):
+            entropy = geometry.label_entropy(self.store, shard, count)
+        students = evaluate.student_geometry(self.store, self.config, name)
+        return geometry.report(costs, entropy, count, students)
+
     def _teacher_facts(self) -> list[dict[str, Any]]:
         if "teachers" not in self.__dict__:  # not asked for this time
             return self._known("teachers", [])
@@ -222,13 +237,22 @@ class Run:
     def _timed(self, name: str) -> _Timer:
         return _Timer(self, name)
 
-    def _write_metrics(self, costs: dict[str, float]) -> dict[str, Any]:
-        from otdd.distill import evaluate
+    def _write_metrics(self, reports: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes metrics.json; without new reports those that it has stay there."""
+        from otdd.distill import compare, ddranking, evaluate
 
+        rows, teachers = evaluate.accuracy_rows(self.store, self.config), self._teacher_facts()
+        costs = self._known("ot_cost", {})
+        if reports is not None:
+            means = {n: statistics.fmean(r["class_transport"].values()) for n, r in reports.items()}
+            costs = {name: round(cost, 4) for name, cost in means.items()}
         metrics = {
-            "accuracy": evaluate.accuracy_rows(self.store, self.config),
+            "accuracy": rows,
+            "comparisons": compare.comparisons(rows),
+            "dd_ranking": ddranking.scores(rows, teachers),
             "ot_cost": costs,
-            "teachers": self._teacher_facts(),
+            "geometry": self._known("geometry", {}) if reports is None else reports,
+            "teachers": teachers,
             "timings": {k: round(v, 2) for k, v in self.timings.items()},
             "versions": _versions(),
             "config": to_dict(self.config),
@@ -268,7 +292,7 @@ def run_stages(
         workers.leave()
         if not workers.first:
             return {}
-        return result if result is not None else work._write_metrics(work._known("ot_cost", {}))
+        return result if result is not None else work._write_metrics()
 
 
 @dataclass

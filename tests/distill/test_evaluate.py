@@ -19,7 +19,7 @@ def test_rows_and_resume(tmp_path):
     name = evaluate.Student("convnet", "ce", 0).file("results", "otg")
     store.write_json(name, {"accuracy": 80.0, "best": 82.0})
     rows = evaluate.accuracy_rows(store, CONFIG)
-    assert rows[0]["runs"] == [80.0]
+    assert (rows[0]["runs"], rows[0]["ci95"]) == ([80.0], None)
     other = evaluate.Student("convnet", "ce", 1).file("results", "otg")
     store.write_json(other, {"accuracy": 90.0, "best": 90.0})
     assert evaluate.accuracy_rows(store, CONFIG) == [
@@ -28,9 +28,11 @@ def test_rows_and_resume(tmp_path):
             "labels": "hard",
             "loss": "ce",
             "arch": "convnet",
+            "seeds": [0, 1],
             "runs": [80.0, 90.0],
             "mean": 85.0,
             "std": 5.0,
+            "ci95": [21.47, 148.53],  # t of one degree of freedom: 12.706 * 5
             "best_mean": 86.0,
         }
     ]
