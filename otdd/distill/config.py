@@ -125,6 +125,8 @@ class RelabelConfig:
 
     def __post_init__(self) -> None:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
+        alone = "auto:measured" not in self.teachers or len(self.teachers) == 1
+        require(alone, "teachers", self.teachers, "auto:measured alone")
         epochs = self.teacher_epochs
         require(epochs is None or epochs >= 1, "teacher_epochs", epochs, "an integer >= 1")
         epochs = self.label_epochs

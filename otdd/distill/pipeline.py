@@ -180,11 +180,12 @@ class Run:
 
     @cached_property
     def teachers(self) -> list[Teacher]:
-        """The teachers of the run, trained when first asked for."""
-        from otdd.distill import relabel
+        """The teachers of the run, trained and chosen when first asked for."""
+        from otdd.distill import choice, relabel
 
         with self._timed("teachers"):
-            return relabel.make_teachers(self.store, self.data, self.config, self.progress)
+            made = relabel.make_teachers(self.store, self.data, self.config, self.progress)
+            return choice.choose(self.store, self.data, self.config, made, self.progress)
 
     def _shared_teachers(self) -> list[Teacher]:
         """The teachers, trained by the first process and read by the others."""

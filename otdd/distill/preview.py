@@ -9,7 +9,7 @@ from torch import Tensor
 
 from otdd.distill.config import RunConfig
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
-from otdd.distill.relabel import Plan, shard_name, teacher_names
+from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
 from otdd.distill.surrogate import SurrogateConfig
@@ -115,9 +115,10 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
     plan, names = _plan(config, made), teacher_names(config)
     shards = -(-plan.labelled // plan.epochs_per_shard(made.data.num_classes))
     parts = [store.has(shard_name(name, i)) for name in config.sets for i in range(shards)]
+    count = f"1 to {len(names)}" if MEASURED in config.relabel.teachers else len(names)
     done = f", {sum(parts)} of {len(parts)} shards finished" if any(parts) else ""
     return (
-        f"{len(config.sets)} sets by {len(names)} teachers ({', '.join(names)}), {plan.labelled} "
+        f"{len(config.sets)} sets by {count} teachers ({', '.join(names)}), {plan.labelled} "
         f"epochs of {plan.steps_per_epoch} batches of {plan.batch}: "
         f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
     )

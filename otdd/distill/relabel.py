@@ -34,6 +34,7 @@ TEACHER_STEPS, TEACHER_EPOCHS = 800, 10
 TEACHERS_BY_IPC = ((9, 1), (49, 2), (99, 4), (2**63, 8))
 # Teachers trained here take turns in architecture, then in seed.
 TRAINED_HERE = ("convnet", "resnetap-10")
+MEASURED = "auto:measured"  # so many of the most are taken as `otdd.distill.choice` finds good
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ class Teacher:
 
 
 def teacher_names(config: RunConfig) -> list[str]:
-    """Names of the teachers of a run, `auto` resolved by the number of images per class."""
+    """Names of the teachers of a run, `auto` resolved by the number of images per class.
+
+    With `auto:measured` they are all that are to be tried.
+    """
     names: list[str] = []
     for name in config.relabel.teachers:
-        if name == "auto":
-            count = next(n for limit, n in TEACHERS_BY_IPC if config.ipc <= limit)
+        if name in ("auto", MEASURED):
+            most = TEACHERS_BY_IPC[-1][1]
+            by_table = next(n for limit, n in TEACHERS_BY_IPC if config.ipc <= limit)
+            count = by_table if name == "auto" else most
             names += [TRAINED_HERE[i % len(TRAINED_HERE)] for i in range(count)]
         else:
             names.append(name)
