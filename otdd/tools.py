@@ -6,13 +6,14 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from otdd.distill.config import ConfigError
-from otdd.flags import parse
+from otdd.flags import Log, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,12 @@ class DataFlags:
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    dry_run: bool = False
+    """Check everything, time some steps, print what it takes, and write nothing."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
-    """No progress bars."""
+    """As --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -68,22 +73,67 @@ class PushFlags:
     """Show the stack trace of an error."""
 
 
-def fit(flags: list[str]) -> int:
-    """`otdd fit`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.fit import FitConfig, fit
-    from otdd.terminal import Bars
+def flags_class(command: str) -> type:
+    """The flags of a command, as a dataclass."""
+    made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
+    return (
+        made[command]() if command in made else {"export": ExportFlags, "push": PushFlags}[command]
+    )
+
+
+def _fit_flags() -> type:
+    from otdd.distill.fit import FitConfig
 
     @dataclass(frozen=True)
     class FitFlags(FitConfig, DataFlags):
         """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
 
+    return FitFlags
+
+
+def _surrogate_flags() -> type:
+    from otdd.distill.surrogate import SurrogateConfig
+
+    @dataclass(frozen=True)
+    class SurrogateFlags(SurrogateConfig, DataFlags):
+        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+
+    return SurrogateFlags
+
+
+def _encode_flags() -> type:
+    from otdd.distill.encode import EncodeConfig
+
+    @dataclass(frozen=True)
+    class EncodeFlags(EncodeConfig, DataFlags):
+        """Flags of `otdd encode`; --out is the folder of the latents."""
+
+        generator: str | None = None
+        """Generator whose codec encodes; by default the one shipped for the data."""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the codec runs."""
+
+    return EncodeFlags
+
+
+def fit(flags: list[str]) -> int:
+    """`otdd fit`."""
+    from otdd.distill.data import load_data
+    from otdd.distill.fit import FitConfig, fit
+    from otdd.terminal import shown
+
     about = "Train a small class-conditional generator; an interrupted one continues."
-    given = parse(FitFlags, flags, "otdd fit", about, {})
+    given = parse(_fit_flags(), flags, "otdd fit", about, {})
     if Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
+    if given.dry_run:
+        from otdd.distill import costs
+
+        cost = costs.fitting(data, _only(FitConfig, given))
+        sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
+        return 0
+    with shown(given.log, given.quiet) as bars:
         made = fit(data, _only(FitConfig, given), given.out, progress=bars)
     sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
     return 0
@@ -93,16 +143,18 @@ def fit_surrogate(flags: list[str]) -> int:
     """`otdd fit-surrogate`."""
     from otdd.distill.data import load_data
     from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
-    from otdd.terminal import Bars
-
-    @dataclass(frozen=True)
-    class SurrogateFlags(SurrogateConfig, DataFlags):
-        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+    from otdd.terminal import shown
 
     about = "Train the networks of influence guidance; an interrupted training continues."
-    given = parse(SurrogateFlags, flags, "otdd fit-surrogate", about, {})
+    given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
     data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
+    if given.dry_run:
+        from otdd.distill import costs
+
+        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
+        return 0
+    with shown(given.log, given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
     shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
     sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
@@ -115,19 +167,10 @@ def encode(flags: list[str]) -> int:
     from otdd.distill.encode import EncodeConfig, encode
     from otdd.distill.stream import open_stream
     from otdd.distill.workers import local_device
-    from otdd.terminal import Pace
-
-    @dataclass(frozen=True)
-    class EncodeFlags(EncodeConfig, DataFlags):
-        """Flags of `otdd encode`; --out is the folder of the latents."""
-
-        generator: str | None = None
-        """Generator whose codec encodes; by default the one shipped for the data."""
-        device: Literal["cpu", "cuda"] = "cpu"
-        """Where the codec runs."""
+    from otdd.terminal import shown
 
     about = "Encode the training images once; an interrupted encoding continues."
-    given = parse(EncodeFlags, flags, "otdd encode", about, {})
+    given = parse(_encode_flags(), flags, "otdd encode", about, {})
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
     _torchvision.repair()
@@ -135,8 +178,19 @@ def encode(flags: list[str]) -> int:
 
     codec = load_generator(given.generator, data).codec
     codec.to(device)
-    pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
-    made = encode(data, codec, config, given.out, progress=pace)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        cost = costs.encoding(data, codec, config.batch)
+        latent = codec.latent_shape(data.image_shape)
+        size = 2 * len(data) * math.prod(latent) / 2**20
+        shape = "x".join(map(str, latent))
+        about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        sys.stdout.write(costs.lines(about, cost))
+        return 0
+    units = {"encode": "images", "check": "images", "statistics": "classes"}
+    with shown(given.log, given.quiet, units) as pace:
+        made = encode(data, codec, config, given.out, progress=pace)
     size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
     shape = "x".join(map(str, made.latent_shape))
     sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")

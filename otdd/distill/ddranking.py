@@ -84,5 +84,5 @@ def _gain(
     mean: Mapping[tuple[str, str, str], float], name: str, arch: str, loss: str
 ) -> float | None:
     """Improvement over random real images."""
-    pair = [mean.get((owner, arch, loss)) for owner in (name, "random")]
-    return None if None in pair else round(pair[0] - pair[1], 4)
+    own, other = (mean.get((owner, arch, loss)) for owner in (name, "random"))
+    return None if own is None or other is None else round(own - other, 4)
