@@ -74,6 +74,7 @@ def train(
             outcome = _trained(store, data, config, set_name, student, batches, plan, ticker)
         result = {"accuracy": outcome.accuracy, "best": outcome.best}
         store.write_json(student.file("results", set_name), result)
+        store.remove(student.file("checkpoints", set_name))
         ticker.student_done()
 
 
@@ -169,7 +170,10 @@ def missing(store: Store, config: RunConfig, set_name: str) -> list[Student]:
 
 
 def tidy(store: Store, config: RunConfig, set_name: str) -> None:
-    """Removes checkpoints of finished students of a set."""
+    """Removes checkpoints of finished students of a set, which a kill may have left, and folders.
+
+    No other process may be training.
+    """
     if not store.has("checkpoints"):
         return
     for student in all_students(config):

@@ -137,19 +137,19 @@ class Run:
         from otdd.distill import evaluate, relabel
 
         stored = self.config.relabel.store_labels
-        names = self.workers.share(self._with_images() if self.workers.first else None)
-        left = {name: evaluate.missing(self.store, self.config, name) for name in names}
+        left: dict[str, list[evaluate.Student]] = {}
+        if self.workers.first:  # what is missing is looked for once, before anyone makes it
+            for name in self._with_images():
+                left[name] = evaluate.missing(self.store, self.config, name)
         left = self.workers.share(left)
-        for name in names:
-            if self.workers.first:
-                evaluate.tidy(self.store, self.config, name)
+        for name in left:
             labelled = not stored or relabel.relabelled(self.store, self.data, self.config, name)
             if not labelled and any(student.soft for student in left[name]):
                 raise ConfigError(f"set {name} has no soft labels yet; run `otdd relabel` first")
         soft = any(student.soft for students in left.values() for student in students)
         teachers = self._shared_teachers() if soft and not stored else ()
         mine = self.workers.part([(name, s) for name, students in left.items() for s in students])
-        for name in names:
+        for name in left:
             wanted = [student for where, student in mine if where == name]
             if wanted:
                 with self._timed(f"train {name}"):
@@ -162,8 +162,9 @@ class Run:
                         teachers=teachers,
                         progress=self.progress,
                     )
-                evaluate.tidy(self.store, self.config, name)
         self.workers.wait()
+        for name in left if self.workers.first else ():
+            evaluate.tidy(self.store, self.config, name)
 
     def evaluate(self) -> dict[str, Any]:
         """Gather table, transport costs and pictures; returns the content of metrics.json."""
