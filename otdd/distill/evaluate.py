@@ -95,8 +95,7 @@ def _trained(
         network = students.make_network(student.arch, data, student.seed)
         loss = make_loss(student.loss, config.train)
         size = (plan.total, plan.steps_per_epoch)
-        named = {"arch": student.arch, "seed": student.seed}
-        return Training(network, loss, config.train, *size, **named)
+        return Training(network, loss, config.train, *size, arch=student.arch, seed=student.seed)
 
     training = checkpoint.restored(begin)
     log, board = student.file("logs", set_name), None

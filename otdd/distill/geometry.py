@@ -78,8 +78,8 @@ def against_labels(
     pairs = [(student(step.batch.apply(images)).float(), _labels(step)) for step in steps]
     outputs, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     agreement = float((outputs.argmax(1) == labels.argmax(1)).double().mean())
-    soft = [(x[:OUTPUT_LIMIT].double() / tau).softmax(1) for x in (outputs, labels)]
-    return {"agreement": 100 * agreement, "transport": _transport(*soft, "l1")}
+    mine, theirs = ((x[:OUTPUT_LIMIT].double() / tau).softmax(1) for x in (outputs, labels))
+    return {"agreement": 100 * agreement, "transport": _transport(mine, theirs, "l1")}
 
 
 def report(
