@@ -30,6 +30,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   fit        train a small generator for a data set
   fit-surrogate  train the networks of influence guidance for a data set
   encode     the latents of a data set, once
+  report     a run as one HTML page with its figures: otdd report DIR
   export     a distilled set in the format of others: otdd export DIR --to hf --out OUT
   push       an exported set to the Hugging Face Hub: otdd push DIR OWNER/NAME
   env        versions, backends, and why some are missing
@@ -47,7 +48,7 @@ ABOUT = {
     "evaluate": "Gather the table, the transport costs and the picture of a folder.",
 }
 
-TOOLS = ("fit", "fit-surrogate", "encode", "export", "push")  # functions of otdd.tools
+TOOLS = ("fit", "fit-surrogate", "encode", "report", "export", "push")  # functions of otdd.tools
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from otdd.distill.config import HEADINGS
 from otdd.flags import Log
 from otdd.joblog import JsonLog
 
@@ -14,13 +15,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NARROW = 60  # columns of a terminal that has no room for bars beside names and counts
-HEADINGS = {
-    "ce": "hard, CE",
-    "ce-plain": "hard, plain",
-    "kl": "soft, KL",
-    "mse": "soft, MSE",
-    "otm": "soft, OTM",
-}
 
 
 def shown(log: Log, quiet: bool, units: dict[str, str] | None = None) -> Bars | Pace | JsonLog:

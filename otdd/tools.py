@@ -57,6 +57,27 @@ class ExportFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Flags of `otdd report`."""
+
+    dir: str
+    """Folder of a run, finished or not; as the first argument it needs no --dir."""
+    out: str | None = None
+    """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
+    ends in .html, for the page alone. An earlier report is replaced."""
+    classes: int = 20
+    """Most classes whose images, costs and maps are shown, the first ones."""
+    pdf: bool = False
+    """Figures as PDF files too, but for the grid of images."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushFlags:
     """Flags of `otdd push`."""
 
@@ -76,9 +97,8 @@ class PushFlags:
 def flags_class(command: str) -> type:
     """The flags of a command, as a dataclass."""
     made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
-    return (
-        made[command]() if command in made else {"export": ExportFlags, "push": PushFlags}[command]
-    )
+    plain = {"export": ExportFlags, "report": ReportFlags, "push": PushFlags}
+    return made[command]() if command in made else plain[command]
 
 
 def _fit_flags() -> type:
@@ -156,8 +176,8 @@ def fit_surrogate(flags: list[str]) -> int:
         return 0
     with shown(given.log, given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
-    shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
-    sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
+    reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
+    sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
     return 0
 
 
@@ -211,6 +231,19 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
     )
+    return 0
+
+
+def report(flags: list[str]) -> int:
+    """`otdd report`."""
+    about = "Write a run as one HTML page that needs nothing else, and its figures."
+    given = parse(ReportFlags, _named(flags, "--dir"), "otdd report", about, {})
+    from otdd.distill.report import report
+    from otdd.terminal import shown
+
+    with shown(given.log, given.quiet) as bars:
+        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+    sys.stdout.write(f"written to {page}\n")
     return 0
 
 

@@ -41,6 +41,21 @@ __all__ = [
 SETS: Final = ("otg", "unguided", "random", "kmeans", "kmeans-real")
 LOSSES: Final = ("ce", "ce-plain", "kl", "mse", "otm")
 FEW: Final = 10  # classes up to which `batch_few` holds
+# What pictures and tables call them.
+TITLES = {
+    "otg": "OT-guided",
+    "unguided": "unguided",
+    "random": "random real",
+    "kmeans": "k-means centroids",
+    "kmeans-real": "k-means, nearest real",
+}
+HEADINGS = {
+    "ce": "hard, CE",
+    "ce-plain": "hard, plain",
+    "kl": "soft, KL",
+    "mse": "soft, MSE",
+    "otm": "soft, OTM",
+}
 
 
 def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:

@@ -27,6 +27,7 @@ from otdd.distill.training import Step
 from otdd.ops import cost_matrix, sinkhorn
 
 REAL_LIMIT = 2000
+MAX_ITER, TOL = 500, 1e-4  # of every transport here
 OUTPUT_LIMIT = 1024  # rows of the transport between outputs and labels
 
 
@@ -40,13 +41,23 @@ def class_costs(
     """
     costs = {}
     for label in sorted(set(labels.tolist())):
-        real = data.train.images[data.train.labels == label]
-        if len(real) > REAL_LIMIT:
-            real = real[torch.randperm(len(real), generator=generator("real", seed, label))]
         x = codec.encode(images[labels == label]).flatten(1).double()
-        y = codec.encode(real[:REAL_LIMIT]).flatten(1).double()
-        costs[label] = _transport(x, y, "sqeuclidean")
+        costs[label] = _transport(x, real_latents(data, codec, label, seed=seed))
     return costs
+
+
+def real_latents(data: ImageData, codec: Codec, label: int, *, seed: int = 0) -> Tensor:
+    """Latents of the real training images of a class, at most 2000, float64 (M, D)."""
+    real = data.train.images[data.train.labels == label]
+    if len(real) > REAL_LIMIT:
+        real = real[torch.randperm(len(real), generator=generator("real", seed, label))]
+    return codec.encode(real[:REAL_LIMIT]).flatten(1).double()
+
+
+def transport_problem(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> tuple[Tensor, float]:
+    """Costs (N, M) between points (N, D) and (M, D), and the eps to solve with: 1 % of the mean."""
+    C = cost_matrix(x, y, metric)
+    return C, 0.01 * float(C.mean().clamp(min=1e-12))
 
 
 def label_entropy(store: Store, shard: str, classes: int) -> float:
@@ -112,8 +123,7 @@ def _labels(step: Step) -> Tensor:
     return step.teacher
 
 
-def _transport(x: Tensor, y: Tensor, metric: str) -> float:
-    """Cost of transport between two clouds of equal weights, eps at 1 % of the mean cost."""
-    cost = cost_matrix(x, y, metric)
-    eps = 0.01 * float(cost.mean().clamp(min=1e-12))
-    return float(sinkhorn(cost, eps=eps, max_iter=500, tol=1e-4).cost)
+def _transport(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> float:
+    """Cost of transport between two clouds of equal weights."""
+    C, eps = transport_problem(x, y, metric)
+    return float(sinkhorn(C, eps=eps, max_iter=MAX_ITER, tol=TOL).cost)

@@ -14,6 +14,7 @@ from otdd.distill.settings import identity
 from otdd.distill.store import Store
 
 if TYPE_CHECKING:
+    from otdd.distill.codec import Codec
     from otdd.distill.data import ImageData
     from otdd.distill.generator import Generator
     from otdd.distill.latents import Latents
@@ -50,7 +51,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     Store(config.out).check(known)
     _check_networks(config, data)
     generator = latents = None
-    if config.generator is not None or any(name in SAMPLED for name in config.sets):
+    if _has_generator(config):
         generator = _load_generator(config, data)
         try:
             generator.scheduler(config.sample.scheduler, config.sample.steps)
@@ -62,6 +63,28 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
             latents = _load_latents(config, data, generator)
         known["latents_sha256"] = latents.digest if latents is not None else None
     return Prepared(data, generator, latents, known)
+
+
+def real_images(config: RunConfig, fingerprint: str) -> tuple[ImageData, Codec]:
+    """The real images of a finished run and the codec of its transport costs.
+
+    Args:
+        config: settings of the run.
+        fingerprint: that the data had then.
+
+    Raises:
+        ConfigError, DataError, GeneratorError: data or generator are gone or others.
+    """
+    from otdd.distill.codec import PixelCodec
+
+    data = _load_data(config, only_sample=False)
+    if data.fingerprint != fingerprint:
+        raise ConfigError(f"data: {config.data!r} has other images than when the run was made")
+    return data, _load_generator(config, data).codec if _has_generator(config) else PixelCodec()
+
+
+def _has_generator(config: RunConfig) -> bool:
+    return config.generator is not None or any(name in SAMPLED for name in config.sets)
 
 
 def _check_networks(config: RunConfig, data: ImageData) -> None:
