@@ -160,13 +160,15 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(command: str, flags: list[str]) -> int:
-    from otdd.distill.settings import load_yaml, merge, preset
+    from otdd.distill.settings import load_yaml, merge, named_protocol, preset, protocol
 
     file, name = value(flags, "--config"), value(flags, "--preset")
     filed = load_yaml(file) if file is not None else {}
     stored = {} if command == "run" else _stored(value(flags, "--out") or filed.get("out"))
     name = name or filed.get("preset")
-    base = merge(merge(stored, preset(name)), filed)
+    ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
+    how = protocol(value(flags, "--train.protocol") or named_protocol(filed), ipc)
+    base = merge(merge(merge(stored, preset(name)), how), filed)
     given = parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
     plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**plain)

@@ -20,10 +20,12 @@ from otdd.distill import relabel, students
 from otdd.distill.augment import Batch, augmentation
 from otdd.distill.config import RelabelConfig, RunConfig, TrainConfig
 from otdd.distill.data import ImageData
-from otdd.distill.match import Step, make_loss, reproducible, train_student
+from otdd.distill.evaluate import LABELS
+from otdd.distill.match import make_loss, reproducible, train_student
 from otdd.distill.prepare import Prepared
 from otdd.distill.relabel import Plan
 from otdd.distill.store import Store
+from otdd.distill.training import Step, Training
 from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
@@ -221,7 +223,7 @@ def _steps_of(
     def steps() -> Iterator[Step]:
         for batch in _batches(plan):
             shape = len(batch.index), data.num_classes
-            yield Step(batch, None if loss == "ce" else torch.randn(shape))
+            yield Step(batch, None if LABELS[loss] == "hard" else torch.randn(shape))
             watch.tick()
             if watch.enough:
                 return
@@ -229,7 +231,8 @@ def _steps_of(
     with reproducible(data.image_shape):
         network: nn.Module = students.make_network(arch, data, 0)
         objective = make_loss(loss, settings)
-        train_student(network, images, labels, steps(), 1 << 20, objective, settings)
+        training = Training(network, objective, settings, 1 << 20, arch=arch)
+        train_student(training, images, labels, steps())
     return watch.step
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.config import ConfigError, RunConfig, require
+from otdd.distill.logs import check_tensorboard
 from otdd.distill.settings import identity
 from otdd.distill.store import Store
 
@@ -40,6 +41,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     Raises:
         ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
     """
+    check_tensorboard(config.train.tensorboard)
     known = {k: v for k, v in identity(config).items() if k != "data"}
     Store(config.out).check(known)
     data = _load_data(config, only_sample)
@@ -87,12 +89,16 @@ def _has_generator(config: RunConfig) -> bool:
 
 def _check_networks(config: RunConfig, data: ImageData) -> None:
     from otdd.distill.labels import LabelFormat
-    from otdd.distill.relabel import teacher_names
+    from otdd.distill.relabel import MEASURED, teacher_names
     from otdd.distill.students import check_network
 
     LabelFormat.of(config.relabel, len(data.classes))
     for arch in config.train.archs:
         check_network(arch, data)
+    if MEASURED in config.relabel.teachers:
+        few = int(data.train.labels.bincount(minlength=data.num_classes).min())
+        accepted = f"fewer than the {few} training images of the smallest class, with {MEASURED}"
+        require(config.ipc < few, "ipc", config.ipc, accepted)
     for teacher in teacher_names(config):
         arch, _, file = teacher.partition("=")
         if file and not Path(file).is_file():
