@@ -10,13 +10,15 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from otdd import joblog
 from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.inputs.problems import DataError, DataWarning
 from otdd.flags import Log, flags_of, nearest, parse, value
 
 USAGE = """\
@@ -92,7 +94,8 @@ def _guarded(arguments: list[str]) -> int:
 
 def _caught(arguments: list[str], as_json: bool) -> int:
     try:
-        return _dispatch(arguments)
+        with _noted(as_json):
+            return _dispatch(arguments)
     except KeyboardInterrupt:
         text = "stopped; what is finished is kept, and the same command continues from there"
         code, text = 130, ("" if as_json else "\n") + f"otdd: {text}"
@@ -108,6 +111,26 @@ def _caught(arguments: list[str], as_json: bool) -> int:
     else:
         sys.stderr.write(text + "\n")
     return code
+
+
+@contextlib.contextmanager
+def _noted(as_json: bool) -> Iterator[None]:
+    """Remarks about the data as lines of otdd; other warnings as they are."""
+    show = warnings.showwarning
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
+
+    def told(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, DataWarning):
+            show(message, category, *where, **more)
+        elif as_json:
+            joblog.write("warning", "warning", message=str(message))
+        elif first:
+            sys.stderr.write(f"otdd: {message}\n")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        warnings.showwarning = told
+        yield
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -226,15 +249,14 @@ def _explained(error: Exception) -> tuple[int, str]:
     """The exit code, and one line that says what is wrong."""
     if isinstance(error, ModuleNotFoundError):
         return 1, f'otdd: {error}; this command needs: pip install "otdd[distill]"'
-    expected: list[type[Exception]] = [ConfigError]
+    expected: list[type[Exception]] = [ConfigError, DataError]
     with contextlib.suppress(ImportError):
         from otdd.distill.store import StoreError
 
         expected.append(StoreError)
-    for module, name in (("data", "DataError"), ("generator", "GeneratorError")):
-        loaded = sys.modules.get(f"otdd.distill.{module}")
-        if loaded is not None:
-            expected.append(getattr(loaded, name))
+    loaded = sys.modules.get("otdd.distill.generator")
+    if loaded is not None:
+        expected.append(loaded.GeneratorError)
     if isinstance(error, tuple(expected)):
         return 2, f"otdd: {error}"
     return 1, f"otdd: failed: {type(error).__name__}: {error} (--debug shows where)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +22,15 @@ class DataFlags:
     """Flags that these commands share."""
 
     data: str
-    """digits, textures, or an ImageFolder with train/."""
+    """digits, textures, an image folder with train/ (and val/), a table of paths and labels (.csv,
+    .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME). Settings
+    of the input follow it: photos.csv,label_column=breed."""
     out: str
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, named on the terminal."""
     dry_run: bool = False
     """Check everything, time some steps, print what it takes, and write nothing."""
     log: Log = "auto"
@@ -146,11 +151,12 @@ def fit(flags: list[str]) -> int:
     given = parse(_fit_flags(), flags, "otdd fit", about, {})
     if Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    data = load_data(given.data, resolution=given.resolution)
+    data = load_data(given.data, **_reading(given))
     if given.dry_run:
         from otdd.distill import costs
 
         cost = costs.fitting(data, _only(FitConfig, given))
+        sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
         return 0
     with shown(given.log, given.quiet) as bars:
@@ -167,11 +173,12 @@ def fit_surrogate(flags: list[str]) -> int:
 
     about = "Train the networks of influence guidance; an interrupted training continues."
     given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
-    data = load_data(given.data, resolution=given.resolution)
+    data = load_data(given.data, **_reading(given))
     if given.dry_run:
         from otdd.distill import costs
 
         timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
         return 0
     with shown(given.log, given.quiet) as bars:
@@ -192,22 +199,24 @@ def encode(flags: list[str]) -> int:
     about = "Encode the training images once; an interrupted encoding continues."
     given = parse(_encode_flags(), flags, "otdd encode", about, {})
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
-    data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
+    data = open_stream(given.data, seed=given.seed, decode_all=given.dry_run, **_reading(given))
     _torchvision.repair()
     from otdd.distill.generator import load_generator
 
     codec = load_generator(given.generator, data).codec
-    codec.to(device)
     if given.dry_run:
         from otdd.distill import costs
 
+        codec.to(device)
         cost = costs.encoding(data, codec, config.batch)
         latent = codec.latent_shape(data.image_shape)
         size = 2 * len(data) * math.prod(latent) / 2**20
         shape = "x".join(map(str, latent))
         about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        sys.stdout.write(_found(data, data))
         sys.stdout.write(costs.lines(about, cost))
         return 0
+    codec.to(device)
     units = {"encode": "images", "check": "images", "statistics": "classes"}
     with shown(given.log, given.quiet, units) as pace:
         made = encode(data, codec, config, given.out, progress=pace)
@@ -271,6 +280,19 @@ def _named(flags: list[str], *names: str) -> list[str]:
             break
         named += [name, flag]
     return named + flags[len(named) // 2 :]
+
+
+def _reading(given: DataFlags) -> dict[str, Any]:
+    """How the data is to be read."""
+    return {"resolution": given.resolution, "skip_bad_images": given.skip_bad_images}
+
+
+def _found(data: Any, train: Sized) -> str:
+    """What a --dry-run has found."""
+    test = "" if data.test is None else f" and {len(data.test)} test"
+    shape = "x".join(map(str, data.image_shape))
+    count = f"{len(data.classes)} classes, {len(train)} training{test} images of {shape}"
+    return f"data     {data.name}: {count}\n"
 
 
 def _only(cls: type, given: Any) -> Any:

@@ -205,7 +205,9 @@ class RunConfig:
     """Everything that one distilled set depends on."""
 
     data: str
-    """digits, textures, or an ImageFolder with train/ (and val/)."""
+    """digits, textures, an image folder with train/ (and val/), a table of paths and labels (.csv,
+    .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME). Settings
+    of the input follow it: photos.csv,label_column=breed."""
     ipc: int
     """Images per class."""
     out: str
@@ -216,6 +218,8 @@ class RunConfig:
     """Seed of everything else."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, named on the terminal and in data.json."""
     generator: str | None = None
     """Generator made by `otdd fit`; by default the one shipped for the data."""
     latents: str | None = None

@@ -93,6 +93,8 @@ def encode(
             "data": _facts(store, data, config, progress),
             "shards": shards,
         }
+        if data.skipped:
+            index["skipped"] = [list(pair) for pair in data.skipped]
         store.write_json(INDEX, index)
     return Latents(out)
 

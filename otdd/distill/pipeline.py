@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otdd import __version__
@@ -282,10 +281,11 @@ def _open_store(
     config: RunConfig, known: dict[str, Any], data: ImageData, workers: Workers
 ) -> Store:
     if workers.first:
+        from otdd.distill.inputs.spec import absolute
+
         store = Store.open(config.out, known, lock=True)
         resolved = to_dict(config)
-        if Path(config.data).is_dir():
-            resolved["data"] = str(Path(config.data).resolve())
+        resolved["data"] = absolute(config.data)
         store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
         if not store.has(DATA):  # of the same data: the store has compared its hash
             store.write_json(DATA, describe(data))

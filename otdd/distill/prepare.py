@@ -140,8 +140,8 @@ def _load_generator(config: RunConfig, data: ImageData) -> Generator:
 def _load_data(config: RunConfig, only_sample: bool) -> ImageData:
     from otdd.distill.data import BUILTIN, load_data
 
-    names = "resolution", "seed", "ipc"
-    wanted: dict[str, Any] = {name: getattr(config, name) for name in names}
+    keys = ("resolution", "seed", "ipc", "skip_bad_images")
+    wanted: dict[str, Any] = {key: getattr(config, key) for key in keys}
     if not only_sample or config.latents is None or config.data in BUILTIN:
         return load_data(config.data, **wanted)
     from otdd.distill.latents import Latents

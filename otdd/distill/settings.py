@@ -15,10 +15,10 @@ from otdd.distill.config import PRESETS, ConfigError, RunConfig, require
 
 # What may change without changing any finished result of a folder: more seeds, sets, losses or
 # architectures add rows; the rest says where things are, or how they were asked for.
-# Generator, surrogate and latents count by their content.
+# Data, generator, surrogate and latents count by their content.
 FREE_FIELDS = (
     *("out", "preset", "seeds", "sets", "generator", "latents", "train.losses", "train.archs"),
-    *("sample.influence.surrogate", "sample.memory"),
+    *("sample.influence.surrogate", "sample.memory", "skip_bad_images"),
 )
 
 
