@@ -319,7 +319,7 @@ int cost(const CostArgs<T>& given, int device, void* workspace, void* stream) {
     const int grid = grid_of(chip, layout.cut.blocks());
     return with_copies(chip, layout.cut, count, given.C, workspace, stream, [&](T* out) {
       plan.out = out;
-      int status = kTooLarge;
+      int status = kFailed;
       const auto few = [&](auto rows) {
         constexpr int kN = decltype(rows)::value;
         const i64 shared = kFewBytes + kCostThreads / 32 * kN * kBeside * sizeof(T);

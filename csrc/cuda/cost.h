@@ -54,8 +54,6 @@ OTDD_DEVICE void deliver(T* p, T sum, bool first, bool last) {
   else chip::put(p, sum);
 }
 
-inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-
 // Whether every point begins at a multiple of 16 bytes.
 template <class T>
 bool aligned(const Matrices<T>& p, i64 B, i64 count) {

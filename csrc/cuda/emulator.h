@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -33,6 +34,8 @@
 #define OTDD_DEVICE inline
 #define OTDD_BOTH inline
 #define OTDD_UNROLL
+#define OTDD_UNROLL_BY_2
+#define OTDD_UNROLL_BY_8
 #define OTDD_NO_UNROLL
 #define OTDD_ARGUMENT const
 
@@ -467,5 +470,23 @@ inline void sync_blocks(unsigned* arrived, int count, unsigned& meetings) {
 
 inline float exp2_fast(float x) { return ::exp2f(x); }
 inline double exp2_fast(double x) { return ::exp2(x); }
+
+inline float float_of_half(unsigned short bits) {
+  const int exponent = bits >> 10 & 31, digits = bits & 1023;
+  const float size = exponent == 31  ? (digits ? NAN : INFINITY)
+                     : exponent == 0 ? std::ldexp(float(digits), -24)
+                                     : std::ldexp(float(digits + 1024), exponent - 25);
+  return bits & 0x8000 ? -size : size;
+}
+// To the nearest, or to the even one of two, as nearbyint does it.
+inline unsigned short half_of(float x) {
+  const unsigned short sign = std::signbit(x) ? 0x8000 : 0;
+  if (x != x) return 0x7fff;
+  const float size = std::fabs(x);
+  if (size >= 65520) return sign | 0x7c00;
+  const int exponent = size < 6.1035156e-5f ? -14 : std::ilogb(size);
+  const int units = int(std::nearbyint(std::ldexp(size, 10 - exponent)));  // 2^10 more is the next exponent
+  return sign | (exponent == -14 ? units : units + ((exponent + 14) << 10));
+}
 
 }  // namespace otdd::cuda::chip

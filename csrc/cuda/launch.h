@@ -11,6 +11,8 @@
 
 namespace otdd::cuda {
 
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
 // What of the device decides how a problem is shared out.
 struct Chip {
   int multiprocessors;
