@@ -55,13 +55,18 @@ struct Region {
   bool writable;
   std::vector<unsigned char> writes;
   std::vector<int> writers;  // of memory written often: block of the last write to each 4 bytes, or -1
+  std::size_t reads = 0;     // of an input
 };
 
 class Memory {
  public:
   std::vector<Region> regions;
+  std::size_t reads_of_first = 0;  // argument of the last call
 
-  void clear() { regions.clear(); }
+  void clear() {
+    reads_of_first = regions.empty() ? 0 : regions.front().reads;
+    regions.clear();
+  }
   void input(const void* p, std::size_t bytes) { add(p, bytes, 0, false); }
   void workspace(void* p, std::size_t bytes) { add(p, bytes, 0, true); }
   // Filled with bytes that are NaN as a number; every element is to be written exactly once.
@@ -106,7 +111,7 @@ class Memory {
  private:
   void add(const void* p, std::size_t bytes, std::size_t item, bool writable) {
     if (!p || !bytes) return;
-    regions.push_back({static_cast<const char*>(p), bytes, item, writable, {}, {}});
+    regions.push_back({static_cast<const char*>(p), bytes, item, writable, {}, {}, 0});
     if (item) regions.back().writes.assign(bytes / item, 0);
     if (writable) regions.back().writers.assign(bytes / 4, -1);
   }
@@ -414,7 +419,7 @@ inline char* shared() { return machine.current->block->shared; }
 
 template <class T>
 T read(const T* p) {
-  memory.of(p, sizeof(T), "read");
+  ++memory.of(p, sizeof(T), "read").reads;
   return *p;
 }
 template <class T>

@@ -18,6 +18,7 @@ struct Chip {
   int multiprocessors;
   i64 shared;        // bytes of shared memory a block may have
   int cluster;       // blocks of a cluster, at most; 1 where there are none
+  double barrier = 13500;  // of all blocks, in numbers that one of them reads from device memory meanwhile
 };
 
 struct Shape {

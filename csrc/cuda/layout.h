@@ -82,8 +82,9 @@ Layout layout_of(const Chip& chip, i64 B, i64 N, i64 M) {
   if (!slab(Team::kGroup, peers)) {
     const i64 least = ceil_div(N * M, kMostElements), most = ceil_div(N * M, kLeastElements);
     peers = all / B > least ? all / B : least;
+    if (2 * peers > all) peers = all;
     peers = peers > most ? most : peers;
-    l.kind = Layout::kStream, l.stream = plan_stream<T, State>(N, M, peers > all ? all : peers);
+    l.kind = Layout::kStream, l.stream = plan_stream<T, State>(N, M, peers, chip.barrier);
     peers = l.stream.peers();
   }
   const i64 together = all / peers;

@@ -29,14 +29,14 @@ struct StreamPlan {
   i64 shared() const { return kMostWarps * 8 + kUniformBytes; }
 
   // An iteration, in numbers that a block reads: K twice, the parts of sums, and what the barriers take.
-  double time() const {
+  double time(double barrier) const {
     const double parts = double(across) * row_parts * rows + double(down) * column_parts * columns;
-    return 2 * double(rows * columns) + parts + 13500 * ((down > 1) + (across > 1) + (peers() > 1));
+    return 2 * double(rows * columns) + parts + barrier * ((down > 1) + (across > 1) + (peers() > 1));
   }
 };
 
 template <class T, class State>
-StreamPlan plan_stream(i64 N, i64 M, i64 peers) {
+StreamPlan plan_stream(i64 N, i64 M, i64 peers, double barrier) {
   StreamPlan best;
   for (i64 down = 1; down <= peers; ++down) {
     StreamPlan s;
@@ -49,7 +49,7 @@ StreamPlan plan_stream(i64 N, i64 M, i64 peers) {
     const i64 groups = 4 * s.threads / s.columns;
     s.column_parts = int(groups < 1 ? 1 : groups > 8 ? 8 : groups);
     while (s.column_parts > 1 && s.column_parts * 4 > s.rows) --s.column_parts;
-    if (best.rows == 0 || s.time() < best.time()) best = s;
+    if (best.rows == 0 || s.time(barrier) < best.time(barrier)) best = s;
   }
   StreamPlan& s = best;
   constexpr i64 size = sizeof(T);

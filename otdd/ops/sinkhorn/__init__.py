@@ -80,7 +80,9 @@ class SinkhornResult:
         """
         tensors = self.C, self.f, self.g, self.a, self.b
         if self.grad == "envelope":
-            return plan_op(*(t.detach() for t in tensors), self.eps, None, False, False, self.backend)
+            return plan_op(
+                *(t.detach() for t in tensors), self.eps, None, False, False, self.backend
+            )
         return plan_from_potentials(*tensors, self.eps)
 
 
