@@ -174,8 +174,11 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
             cost = f"{costs[name]:.4g}" if name in costs else ""
             table.add_row(name, *cells, cost)
         console.print(table)
-        if found := [c for c in metrics["comparisons"] if c["arch"] == arch]:
+        found = [c for c in metrics["comparisons"] if c["arch"] == arch]
+        if any(c["ci95"] for c in found):
             console.print(_compared(found, losses))
+        elif found:
+            console.print(f"{arch}: to compare sets takes two seeds that they share")
     console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -69,7 +69,8 @@ def paired(one: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
         "p_wilcoxon": None,
     }
     if len(seeds) < 2:
-        return {**made, "note": f"{len(seeds)} seeds in common: a test needs 2"}
+        common = "1 seed" if seeds else "no seeds"
+        return {**made, "note": f"{common} in common: a test needs 2"}
     if max(apart) == min(apart):
         return {**made, "note": "the same difference for every seed: no test"}
     from scipy.stats import ttest_1samp, wilcoxon

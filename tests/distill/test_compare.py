@@ -48,8 +48,8 @@ def test_paired_by_seed():
 @pytest.mark.parametrize(
     ("one", "other", "note"),
     [
-        ({0: 1.0}, {0: 2.0}, "1 seeds in common: a test needs 2"),
-        ({0: 1.0}, {1: 2.0}, "0 seeds in common: a test needs 2"),
+        ({0: 1.0}, {0: 2.0}, "1 seed in common: a test needs 2"),
+        ({0: 1.0}, {1: 2.0}, "no seeds in common: a test needs 2"),
         ({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}, "the same difference for every seed: no test"),
     ],
 )
@@ -78,7 +78,7 @@ def test_the_first_set_against_every_other_one():
     ]
     assert [c["difference"] for c in made] == [9.5, 5.0, 0.25]
     assert made[0]["p_holm"] == pytest.approx(2 * made[0]["p"], rel=1e-3)
-    assert made[1]["note"] == "1 seeds in common: a test needs 2"
+    assert made[1]["note"] == "1 seed in common: a test needs 2"
     assert comparisons([]) == comparisons(rows[:2]) == []
 
 
