@@ -92,7 +92,8 @@ class Generator:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Generator:
         """Moves transformer and codec, the former to `dtype` as well; returns itself."""
-        self.transformer.to(device, dtype)
+        # The `to` of diffusers warns of modules to keep in float32 where a DiT has none.
+        torch.nn.Module.to(self.transformer, device, dtype)
         self.codec.to(device)
         return self
 
