@@ -45,9 +45,9 @@ exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted
 ABOUT = {
     "run": "Distil a data set: images, soft labels, students, table.",
     "sample": "Stage 1: make the images of every set.",
-    "relabel": "Stage 2: soft labels for the sets in the folder.",
-    "train": "Stage 3: train and test students on the sets in the folder.",
-    "evaluate": "Gather the table, the transport costs and the picture of a folder.",
+    "relabel": "Stage 2: soft labels for the sets in the folder; --out is all it needs.",
+    "train": "Stage 3: students on the sets in the folder; --out is all it needs.",
+    "evaluate": "Table, transport costs and picture of a folder; --out is all it needs.",
 }
 
 TOOLS = ("fit", "fit-surrogate", "encode", "report", "export", "push")  # functions of otdd.tools
@@ -205,7 +205,7 @@ def _preview(command: str, config: RunConfig) -> int:
     from otdd.distill.preview import preview
 
     lines = preview(config, STAGES if command == "run" else (command,))
-    sys.stdout.write("\n".join([*lines, "nothing was written (--dry_run)"]) + "\n")
+    sys.stdout.write("\n".join([*lines, "nothing was written (--dry-run)"]) + "\n")
     return 0
 
 

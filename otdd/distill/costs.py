@@ -90,7 +90,7 @@ def lines(made: str, cost: Cost | None) -> str:
     """What `--dry-run` prints for a command that is one task."""
     time_ = "not timed: too few steps" if cost is None else str(cost)
     memory = f"about {peak_memory() / 2**20:.0f} MiB at the peak of the timed steps"
-    return f"{made}\ntime     {time_}\nmemory   {memory}\nnothing was written (--dry_run)\n"
+    return f"{made}\ntime     {time_}\nmemory   {memory}\nnothing was written (--dry-run)\n"
 
 
 def peak_memory() -> int:

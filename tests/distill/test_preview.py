@@ -78,7 +78,7 @@ def test_command_names_every_bad_file_and_writes_nothing(tmp_path, capsys, monke
     code, out, _ = call(capsys, *flags)
     assert code == 0
     assert "data     data: 2 classes, 6 training and 2 test images of 1x8x8" in out
-    assert out.endswith("nothing was written (--dry_run)\n")
+    assert out.endswith("nothing was written (--dry-run)\n")
     whole = (tmp_path / "data/a/0.png").read_bytes()
     (tmp_path / "data/a/0.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "data/b/3.png").write_text("no image")
