@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.config import ConfigError, RunConfig, printable
 from otdd.flags import parse, value
 
 USAGE = """\
@@ -159,6 +159,9 @@ def _stored(out: str | None) -> dict[str, Any]:
     """Settings of a folder, so that a stage needs no more than --out."""
     if out is None or not (Path(out) / "config.json").is_file():
         return {}
+    from otdd.distill.store import Store
+
+    Store(out).sums.verify(["config.json"])
     try:
         return dict(json.loads((Path(out) / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -179,10 +182,12 @@ def _report(error: Exception) -> int:
         loaded = sys.modules.get(f"otdd.distill.{module}")
         if loaded is not None:
             expected.append(getattr(loaded, name))
+    listing = bool(getattr(error, "problems", None))  # a `DataError` names every file in a line
+    text = str(error) if listing else printable(" ".join(str(error).split()))
     if isinstance(error, tuple(expected)):
-        _say(f"otdd: {error}")
+        _say(f"otdd: {text}")
         return 2
-    _say(f"otdd: failed: {type(error).__name__}: {error} (--debug shows where)")
+    _say(f"otdd: failed: {type(error).__name__}: {text} (--debug shows where)")
     return 1
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import re
 from dataclasses import MISSING
 from typing import Any
 
-from otdd.distill.config import ConfigError
+from otdd.distill.config import ConfigError, require
 
 
 def parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, Any]) -> Any:
@@ -20,7 +21,7 @@ def parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, An
     try:
         default = _unchecked(cls, base, tyro.MISSING)
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            made = tyro.cli(
                 cls,
                 args=flags,
                 prog=prog,
@@ -29,10 +30,23 @@ def parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, An
                 config=(tyro.conf.AvoidSubcommands,),
                 use_underscores=True,
             )
+        _finite(made)
+        return made
     except SystemExit as end:
         if not end.code:
             raise
         raise ConfigError(_one_line(errors.getvalue(), prog)) from None
+
+
+def _finite(made: Any, prefix: str = "") -> None:
+    """Refuse infinite and undefined numbers in an object of settings."""
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if dataclasses.is_dataclass(value):
+            _finite(value, f"{prefix}{field.name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            ok = not isinstance(number, float) or math.isfinite(number)
+            require(ok, f"--{prefix}{field.name}", number, "a finite number")
 
 
 def _unchecked(cls: type, values: dict[str, Any], required: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from otdd.distill.config import ConfigError
+from otdd.distill.config import ConfigError, require
 from otdd.flags import parse
 
 
@@ -68,6 +68,17 @@ class PushFlags:
     """Show the stack trace of an error."""
 
 
+def _flags(cls: type, flags: list[str], prog: str, about: str) -> Any:
+    """Flags of a command that works on data, its output not among the classes of them."""
+    from otdd.distill.prepare import outside
+
+    given = parse(cls, flags, prog, about, {})
+    require(bool(given.data), "data", given.data, "a data set name or a folder")
+    require(bool(given.out), "out", given.out, "where to write")
+    outside(given.out, given.data)
+    return given
+
+
 def fit(flags: list[str]) -> int:
     """`otdd fit`."""
     from otdd.distill.data import load_data
@@ -79,7 +90,7 @@ def fit(flags: list[str]) -> int:
         """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
 
     about = "Train a small class-conditional generator; an interrupted one continues."
-    given = parse(FitFlags, flags, "otdd fit", about, {})
+    given = _flags(FitFlags, flags, "otdd fit", about)
     if Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     data = load_data(given.data, resolution=given.resolution)
@@ -100,7 +111,7 @@ def fit_surrogate(flags: list[str]) -> int:
         """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
 
     about = "Train the networks of influence guidance; an interrupted training continues."
-    given = parse(SurrogateFlags, flags, "otdd fit-surrogate", about, {})
+    given = _flags(SurrogateFlags, flags, "otdd fit-surrogate", about)
     data = load_data(given.data, resolution=given.resolution)
     with Bars(given.quiet) as bars:
         made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
@@ -127,7 +138,7 @@ def encode(flags: list[str]) -> int:
         """Where the codec runs."""
 
     about = "Encode the training images once; an interrupted encoding continues."
-    given = parse(EncodeFlags, flags, "otdd encode", about, {})
+    given = _flags(EncodeFlags, flags, "otdd encode", about)
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
     _torchvision.repair()

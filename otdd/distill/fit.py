@@ -23,7 +23,8 @@ from otdd.distill.codec import Codec, PixelCodec
 from otdd.distill.config import ConfigError
 from otdd.distill.data import ImageData
 from otdd.distill.generator import Generator, build_transformer
-from otdd.distill.store import Store
+from otdd.distill.locks import Held, locked
+from otdd.distill.store import Store, StoreError
 
 Progress = Callable[[str, int, int], None]
 
@@ -109,32 +110,71 @@ def fit(
     Returns:
         The generator with averaged weights, as read back from the file.
     """
-    config, codec = config or FitConfig(), codec or PixelCodec()
-    latents = codec.encode(data.train.images)
+    config, codec, target = config or FitConfig(), codec or PixelCodec(), Path(out)
+    store = Store(target.parent)
+    store.probe()
+    if target.exists():  # only a generator is ever replaced
+        store.read_meta(target.name)
+    try:
+        with locked(target.parent / f".{target.name}.lock"):
+            trainer = _trained(data, config, codec, store, target.name, resume, progress)
+            made = _generator(trainer, data, config, codec, info or {})
+            made.save(target)
+            store.remove(_checkpoint(target.name))
+    except Held as holder:
+        raise StoreError(
+            f"{target} is being made by another otdd process ({holder}); wait for it"
+        ) from None
+    return Generator.load(target)
+
+
+def _trained(
+    data: ImageData,
+    config: FitConfig,
+    codec: Codec,
+    store: Store,
+    name: str,
+    resume: bool,
+    progress: Progress | None,
+) -> _Trainer:
+    """A trainer after its last step, from the checkpoint of a generator if there is one."""
+    latents, checkpoint = codec.encode(data.train.images), _checkpoint(name)
     trainer = _Trainer(config, latents, data.train.labels, data.num_classes)
     key = hashlib.sha256(repr((config, data.fingerprint, codec.config())).encode()).hexdigest()
-    target = Path(out)
-    store, checkpoint = Store(target.parent), f"{target.name}.checkpoint"
-    if resume and store.has(checkpoint) and store.read_meta(checkpoint)["key"] == key:
-        trainer.load(store.read_tensors(checkpoint), store.read_meta(checkpoint)["step"])
+    if resume and store.has(checkpoint):
+        tensors, meta = store.read_sealed(checkpoint)
+        if meta["key"] == key:
+            trainer.load(tensors, meta["step"])
     while trainer.step < config.steps:
         trainer.train_step()
+        if not math.isfinite(trainer.loss):
+            raise ConfigError(
+                f"lr: {config.lr} makes the training diverge: the loss is {trainer.loss} after "
+                f"step {trainer.step}; expected a smaller one"
+            )
         if progress is not None:
             progress("fit", trainer.step, config.steps)
         if trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
-            store.write_tensors(checkpoint, trainer.state(), {"key": key, "step": trainer.step})
+            store.write_sealed(checkpoint, trainer.state(), {"key": key, "step": trainer.step})
+    return trainer
+
+
+def _generator(
+    trainer: _Trainer, data: ImageData, config: FitConfig, codec: Codec, info: dict[str, Any]
+) -> Generator:
     trained = {"data": data.name, "fingerprint": data.fingerprint, **dataclasses.asdict(config)}
-    generator = Generator(
+    return Generator(
         transformer=trainer.average,
         scheduler_config=dict(SCHEDULE),
         codec=codec,
         classes=list(data.classes),
         image_shape=data.image_shape,
-        info={"fit": trained, "loss": round(trainer.loss, 6), **(info or {})},
+        info={"fit": trained, "loss": round(trainer.loss, 6), **info},
     )
-    generator.save(target)
-    (target.parent / checkpoint).unlink(missing_ok=True)
-    return Generator.load(target)
+
+
+def _checkpoint(name: str) -> str:
+    return f"{name}.checkpoint"
 
 
 class _Trainer:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from otdd.distill.config import printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+# Of PIL's formats those that are pictures alone: others, whatever a file is called, run programs.
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 THREADS = min(8, os.cpu_count() or 1)
 GREY = ("1", "L", "LA")
 
@@ -22,8 +31,25 @@ class DataError(ValueError):
     """Data that cannot be distilled; `problems` names every offending file or class."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        self.problems = list(problems)
+        # Names of files may hold line ends and the control codes of terminals.
+        message, *self.problems = map(printable, [message, *problems])
         super().__init__("\n  ".join([message, *self.problems]))
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file, its pixels not decoded yet.
+
+    Raises:
+        ValueError, OSError: it is no regular file (a pipe would never end), no image, or claims to
+            be larger than any picture.
+    """
+    from PIL import Image
+
+    if not path.is_file():
+        raise ValueError("no regular file" if path.exists() else "link to nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its size is refused
+        return Image.open(path, formats=FORMATS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,12 @@ def _class_files(root: Path) -> dict[str, list[Path]]:
                 files += [Path(where, n) for n in names if n[0] != "."]
             seen.add(real)
         images = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
-        found[unicodedata.normalize("NFC", folder.name)] = images
+        name = unicodedata.normalize("NFC", folder.name)
+        if name in found:
+            raise DataError(f"{root} has two classes that are both written {name!r} (in Unicode)")
+        if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+            raise DataError(f"{root}: the class name {name!r} holds control codes or no text")
+        found[name] = images
     if not found:
         raise DataError(f"{root} is empty: expected one folder of images per class, found none")
     if len(found) == 1:
@@ -108,7 +139,7 @@ def decode(path: Path, resolution: int | None) -> Tensor | str:
     if not path.exists():
         return "link to a file that does not exist"
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             if file.mode.startswith("I;16"):  # PIL would clip 16 bits, not scale them
                 image = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
             elif file.mode in ("I", "F"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -92,6 +93,7 @@ class Run:
             if self.workers.share(self.store.has_images(name)):
                 if self.workers.first:
                     self.store.remove(f"sets/{name}/groups")  # a kill may have come before this
+                    self.store.restore_pictures(name)
                 continue
             with self._timed(f"sample {name}"):
                 if name in SAMPLED:
@@ -279,6 +281,7 @@ def _open_store(
     if not workers.first:
         store = Store(config.out)
         store.check(known)
+        store.sums.keep(f"{workers.rank}-{uuid.uuid4().hex[:8]}")
     return store
 
 

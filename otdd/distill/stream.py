@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from otdd.distill.data import BUILTIN, check_folder, load_data
-from otdd.distill.folders import GREY, THREADS, DataError, FolderFiles, decode, size_problems
+from otdd.distill.folders import (
+    GREY,
+    THREADS,
+    DataError,
+    FolderFiles,
+    decode,
+    open_image,
+    size_problems,
+)
 
 
 @dataclass(frozen=True)
@@ -175,12 +183,10 @@ def _headers(
 
 
 def _header(path: Path) -> tuple[int, int, int] | str:
-    from PIL import Image
-
     if not path.exists():
         return "link to a file that does not exist"
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             grey = file.mode in GREY or file.mode.startswith("I;16")
             return 1 if grey else 3, file.height, file.width
     except Exception as error:
