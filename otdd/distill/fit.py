@@ -102,7 +102,8 @@ def fit(
         data: training data.
         config: size and training.
         out: file to write; the checkpoint lies beside it until the end.
-        resume: go on from the checkpoint of the same data and settings, if there is one.
+        resume: go on from the checkpoint of the same data and settings, if there is one, and leave
+            a finished generator of them alone.
         codec: pixels by default.
         progress: called as progress("fit", step, steps).
         info: further JSON values to keep in the file.
@@ -113,13 +114,13 @@ def fit(
     config, codec, target = config or FitConfig(), codec or PixelCodec(), Path(out)
     store = Store(target.parent)
     store.probe()
-    if target.exists():  # only a generator is ever replaced
-        store.read_meta(target.name)
+    about = {"fit": _facts(data, config), **(info or {})}
+    known = Generator.load(target) if target.exists() else None  # nothing else is ever replaced
     try:
         with locked(target.parent / f".{target.name}.lock"):
-            trainer = _trained(data, config, codec, store, target.name, resume, progress)
-            made = _generator(trainer, data, config, codec, info or {})
-            made.save(target)
+            if not (resume and known is not None and _same(known, about, codec)):
+                trainer = _trained(data, config, codec, store, target.name, resume, progress)
+                _generator(trainer, data, codec, about).save(target)
             store.remove(_checkpoint(target.name))
     except Held as holder:
         raise StoreError(
@@ -159,17 +160,26 @@ def _trained(
     return trainer
 
 
+def _facts(data: ImageData, config: FitConfig) -> dict[str, Any]:
+    return {"data": data.name, "fingerprint": data.fingerprint, **dataclasses.asdict(config)}
+
+
+def _same(known: Generator, about: dict[str, Any], codec: Codec) -> bool:
+    """Whether a generator is what this training would make."""
+    seen = {key: known.info.get(key) for key in about}
+    return seen == about and known.codec.config() == codec.config()
+
+
 def _generator(
-    trainer: _Trainer, data: ImageData, config: FitConfig, codec: Codec, info: dict[str, Any]
+    trainer: _Trainer, data: ImageData, codec: Codec, about: dict[str, Any]
 ) -> Generator:
-    trained = {"data": data.name, "fingerprint": data.fingerprint, **dataclasses.asdict(config)}
     return Generator(
         transformer=trainer.average,
         scheduler_config=dict(SCHEDULE),
         codec=codec,
         classes=list(data.classes),
         image_shape=data.image_shape,
-        info={"fit": trained, "loss": round(trainer.loss, 6), **info},
+        info={**about, "loss": round(trainer.loss, 6)},
     )
 
 

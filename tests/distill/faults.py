@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -45,9 +46,11 @@ STAGES = {
     "evaluate": ["run", *RUN],
     "export": ["export", "run", "--to", "hf", "--out", "hf"],
 }
-ENDS = {"fit": "g.safetensors", "export": "hf"}  # made once: what is there is left alone
+ENDS = {"export": "hf"}  # made once: what is there is left alone
 TIMED = ("metrics.json", "otdd.json")  # hold seconds under `timings`, and are compared without
 DATA = "photos"
+SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}
+CODES = {"full": errno.ENOSPC, "read-only": errno.EROFS}
 
 
 def photos(folder: Path) -> None:
@@ -68,8 +71,8 @@ class Fault:
     Args:
         root: writes under this folder count.
         at: number of the event; 0 for none.
-        kind: `kill` and `interrupt` count writes and steps of progress; `full` counts writes, and
-            all after the n-th fail as on a full disk.
+        kind: `kill` and `interrupt` send a signal; `full` and `read-only` fail from then on as such
+            a disk does; under `limit` no file may have more than n bytes.
     """
 
     def __init__(self, root: Path, at: int = 0, kind: str = "kill") -> None:
@@ -84,6 +87,8 @@ class Fault:
             flush(handle)
 
         os.fsync = fsync
+        if self.kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.at, resource.RLIM_INFINITY))
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, args: tuple) -> None:
@@ -105,31 +110,37 @@ class Fault:
 
     def event(self, frees: bool = False) -> None:
         """One thing more that the process does; `frees` if it would work on a full disk."""
-        if self.kind == "full" and frees:
+        if frees and self.kind in ("full", "limit"):
             return
         self.count += 1
         self.stages.append(self.stage)
-        if self.kind == "full" and 0 < self.at <= self.count:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.count == self.at and self.kind != "full":
-            name = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[self.kind]
-            os.kill(os.getpid(), name)
+        if self.kind in CODES and 0 < self.at <= self.count:
+            raise OSError(CODES[self.kind], os.strerror(CODES[self.kind]))
+        if self.count == self.at and self.kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.kind])
 
 
-def forked(root: Path, stages=tuple(STAGES), fault: Fault | None = None, commands=STAGES) -> dict:
+def forked(
+    root: Path,
+    stages=tuple(STAGES),
+    fault: Fault | None = None,
+    commands=STAGES,
+    answer: Path | None = None,
+) -> dict:
     """The stages in a child, up to the first that fails.
 
     Returns:
         code of the last command (-9 if it was killed), its stage, what it said on standard error,
         and the stage of every event.
     """
-    answer = root.with_name(f"{root.name}.answer")
+    answer = answer or root.with_name(f"{root.name}.answer")
     answer.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         end = 3
         try:
-            answer.write_text(json.dumps(_commands(root, stages, fault, commands)))
+            with open(answer, "w") as file:
+                json.dump(_commands(root, stages, fault, commands), file)
             end = 0
         finally:
             os._exit(end)
@@ -157,6 +168,7 @@ def _commands(root: Path, stages, fault: Fault | None, commands) -> dict:
         if code:
             break
     fault.over = True
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     return {"code": code, "stage": stage, "said": said.getvalue(), "stages": fault.stages}
 
 
