@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from otdd.distill.config import ConfigError, RunConfig, printable
+from otdd.distill.config import ConfigError, RunConfig, printable, require_path
 from otdd.flags import parse, value
 
 USAGE = """\
@@ -157,6 +157,7 @@ def _env(flags: list[str]) -> int:
 
 def _stored(out: str | None) -> dict[str, Any]:
     """Settings of a folder, so that a stage needs no more than --out."""
+    require_path(out, "out")
     if out is None or not (Path(out) / "config.json").is_file():
         return {}
     from otdd.distill.store import Store

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from otdd.distill.config import ConfigError, require
+from otdd.distill.config import ConfigError, require, require_path
 from otdd.flags import parse
 
 
@@ -75,6 +75,8 @@ def _flags(cls: type, flags: list[str], prog: str, about: str) -> Any:
     given = parse(cls, flags, prog, about, {})
     require(bool(given.data), "data", given.data, "a data set name or a folder")
     require(bool(given.out), "out", given.out, "where to write")
+    require_path(given.data, "data")
+    require_path(given.out, "out")
     outside(given.out, given.data)
     return given
 
@@ -158,6 +160,8 @@ def export(flags: list[str]) -> int:
     """`otdd export`."""
     about = "Write a distilled set in the format of others, into a new folder."
     given = parse(ExportFlags, _named(flags, "--dir"), "otdd export", about, {})
+    require_path(given.dir, "dir")
+    require_path(given.out, "out")
     from otdd.distill.export import export
 
     made = export(given.dir, given.to, given.out, set=given.set, license=given.license)
@@ -175,6 +179,7 @@ def push(flags: list[str]) -> int:
     """`otdd push`."""
     about = "Send an exported set to the Hugging Face Hub (token: `hf auth login` or HF_TOKEN)."
     given = parse(PushFlags, _named(flags, "--dir", "--repo_id"), "otdd push", about, {})
+    require_path(given.dir, "dir")
     from otdd.distill.push import push
 
     sent = push(given.dir, given.repo_id, private=given.private, dry_run=given.dry_run)

@@ -7,6 +7,7 @@ checks itself when it is made; an error names the key, the value and what is acc
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "printable",
     "require",
+    "require_path",
 ]
 
 SETS = ("otg", "unguided", "random", "kmeans", "kmeans-real")
@@ -50,7 +52,9 @@ def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:
 
 def require_path(path: str | None, key: str) -> None:
     """Raise a `ConfigError` if no file system has such a name."""
-    require(path is None or "\0" not in path, key, path, "a path without zero characters")
+    parts = (path or "").split("/")
+    ok = all("\0" not in part and len(os.fsencode(part)) <= 255 for part in parts)
+    require(ok, key, path, "a path of names of at most 255 bytes, without zero characters")
 
 
 @dataclass(frozen=True)

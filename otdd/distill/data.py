@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from otdd.distill.folders import THREADS, DataError, FolderFiles, decode, size_problems
+from otdd.distill.folders import (
+    THREADS,
+    DataError,
+    FolderFiles,
+    decode,
+    size_problems,
+    without_warnings,
+)
 
 __all__ = ["BUILTIN", "DataError", "ImageData", "LabeledImages", "check_ipc", "load_data"]
 
@@ -247,7 +254,7 @@ def _read(
 ) -> tuple[dict[Path, Tensor], list[str]]:
     """Decodes every file; returns the images that could be read and what is wrong with the rest."""
     paths = [p for files in (train, test) for per_class in files.values() for p in per_class]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with without_warnings(), ThreadPoolExecutor(THREADS) as pool:
         read = dict(zip(paths, pool.map(lambda p: decode(p, resolution), paths), strict=True))
     problems = [f"{path}: {image}" for path, image in read.items() if isinstance(image, str)]
     images = {path: image for path, image in read.items() if isinstance(image, Tensor)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,9 +48,18 @@ def open_image(path: Path) -> Image.Image:
 
     if not path.is_file():
         raise ValueError("no regular file" if path.exists() else "link to nothing")
+    return Image.open(path, formats=FORMATS)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """What PIL thinks of images that it reads is not for the terminal; around threads, not in them.
+
+    Pictures of up to 179 million pixels are read; larger ones are errors.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its size is refused
-        return Image.open(path, formats=FORMATS)
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclass(frozen=True)

@@ -208,8 +208,11 @@ class Generator:
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing:
             raise GeneratorError(f"{folder} is no DiT pipeline: {', '.join(missing)} missing")
+        for part in ("transformer", "vae"):  # other files of weights are pickles
+            if not list((folder / part).glob("*.safetensors")):
+                raise GeneratorError(f"{folder / part} holds no weights as safetensors")
         diffusers = import_diffusers()
-        with _readable(folder):  # safetensors alone: other files of weights are pickles
+        with _readable(folder):
             transformer, vae = (
                 kind.from_pretrained(folder / part, use_safetensors=True)
                 for kind, part in (

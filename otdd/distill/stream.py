@@ -26,6 +26,7 @@ from otdd.distill.folders import (
     decode,
     open_image,
     size_problems,
+    without_warnings,
 )
 
 
@@ -80,7 +81,7 @@ class Stream:
             yield self.read(start, min(start + size, len(self)))
 
     def _decode(self, paths: Sequence[Path]) -> Tensor:
-        with ThreadPoolExecutor(THREADS) as pool:
+        with without_warnings(), ThreadPoolExecutor(THREADS) as pool:
             read = list(pool.map(lambda path: decode(path, self.resolution), paths))
         wrong = [f"{p}: {r}" for p, r in zip(paths, read, strict=True) if isinstance(r, str)]
         if wrong:
@@ -171,7 +172,7 @@ def _headers(
     paths: Sequence[Path], resolution: int | None
 ) -> tuple[int, tuple[int, int], list[str]]:
     """Channels and size of the images, and what is wrong with them."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with without_warnings(), ThreadPoolExecutor(THREADS) as pool:
         seen = list(pool.map(_header, paths))
     problems = [f"{p}: {h}" for p, h in zip(paths, seen, strict=True) if isinstance(h, str)]
     headers = [h for h in seen if not isinstance(h, str)]

@@ -1,6 +1,6 @@
 """What is done to a tiny run, and what came of it: one row for each try.
 
-Helper of test_faults and of benchmarks/faults.py. Every campaign takes a finished root, and a folder
+Helper of test_faults and of benchmarks/faults.py. Every campaign takes a finished root and a folder
 for its own.
 """
 
@@ -14,7 +14,6 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import otdd
 from distill.faults import (
     STAGES,
     Fault,
@@ -25,6 +24,8 @@ from distill.faults import (
     fresh,
     one_line,
 )
+
+import otdd
 from otdd.distill import locks
 
 SAME = "the same bytes in the end"
@@ -108,7 +109,9 @@ def file_limits(whole: Path, root: Path, sizes: list[int]) -> list[Row]:
 
 def _after_full(root: Path, expected: dict[str, str], first: dict, stage: str) -> Row:
     half = [p for p in root.rglob("*") if p.name.startswith(".tmp-")]
-    kept = {k: v for k, v in contents(root).items() if not k.endswith(("SHA256SUMS", "metrics.json"))}
+    kept = {
+        k: v for k, v in contents(root).items() if not k.endswith(("SHA256SUMS", "metrics.json"))
+    }
     second = forked(root)
     lost = [name for name in kept if name in expected and kept[name] != expected[name]]
     wrong = differences(root, expected)
@@ -286,10 +289,10 @@ def places(whole: Path, root: Path) -> list[Row]:
     return rows
 
 
-def read_only(whole: Path, root: Path, real: bool) -> list[Row]:
+def read_only(whole: Path, root: Path, real: bool, stages=tuple(STAGES)) -> list[Row]:
     """All stages where nothing can be written: a read-only file system, or one that says so."""
     rows, expected = [], contents(whole)
-    for stage in STAGES:
+    for stage in stages:
         if real:
             folder = root.with_name(f"{root.name}-ro")
             with tmpfs(folder, 2**24) as disk:
@@ -336,11 +339,12 @@ LOCKS = {
 }
 
 
-def second_runs(whole: Path, root: Path) -> list[Row]:
+def second_runs(whole: Path, root: Path, stages=tuple(LOCKS)) -> list[Row]:
     """A lock that a living process holds, that a killed one held, and files that lock nothing."""
     rows, expected = [], contents(whole)
     copied(whole, root)
-    for stage, lock in LOCKS.items():
+    for stage in stages:
+        lock = LOCKS[stage]
         holder = _holder(root / lock)
         done = forked(root, (stage,))
         ok = done["code"] == 2 and one_line(done) and f"process {holder} on" in done["said"]

@@ -160,7 +160,7 @@ def _commands(root: Path, stages, fault: Fault | None, commands) -> dict:
     code, said = 0, io.StringIO()
     for stage in stages:
         fault.stage = stage
-        if stage in ENDS and Path(ENDS[stage]).exists():
+        if commands is STAGES and stage in ENDS and Path(ENDS[stage]).exists():
             continue
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -191,18 +191,43 @@ def contents(root: Path) -> dict[str, str]:
         name = path.relative_to(root).as_posix()
         if not path.is_file() or name.startswith(DATA) or path.name == ".otdd.lock":
             continue
-        data = path.read_bytes()
+        found[name] = hashlib.sha256(_lasting(path)).hexdigest()
+    return found
+
+
+def _lasting(path: Path) -> bytes:
+    """Content of a file, without seconds and without the whole path of the data."""
+    data = path.read_bytes()
+    if path.name == "SHA256SUMS":
+        other = (*TIMED, "config.json")
+        lines = data.decode(errors="replace").splitlines()
+        return "\n".join(line for line in lines if not line.endswith(other)).encode()
+    with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a damaged file
         if path.name in TIMED:
             value = json.loads(data)
             value.pop("timings", None)
-            data = json.dumps(value).encode()
-        elif path.name == "SHA256SUMS":
-            lines = data.decode().splitlines()
-            other = (*TIMED, "config.json")
-            data = "\n".join(line for line in lines if not line.endswith(other)).encode()
-        data = data.replace(str(root.resolve()).encode(), b".")  # config.json has the whole path
-        found[name] = hashlib.sha256(data).hexdigest()
-    return found
+            return json.dumps(value).encode()
+        if path.name == "config.json":
+            value = json.loads(data)
+            return json.dumps({**value, "data": Path(value["data"]).name}).encode()
+    return data
+
+
+def finished(root: Path) -> Path:
+    """A root in which every stage has ended, once everything heavy is imported here."""
+    import pyarrow.parquet  # noqa: F401
+    import rich.progress  # noqa: F401
+    import tyro  # noqa: F401
+
+    import otdd.terminal
+    import otdd.tools  # noqa: F401
+    from otdd.distill import baselines, dit, encode, evaluate, export, fit, hf, plots  # noqa: F401
+
+    root.mkdir(parents=True)
+    photos(root / DATA)
+    done = forked(root)
+    assert done["code"] == 0, done
+    return root
 
 
 def copied(whole: Path, root: Path) -> Path:
