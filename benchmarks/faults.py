@@ -2,6 +2,7 @@
 
 python benchmarks/faults.py --results benchmarks/results/faults.json   # all, half an hour
 python benchmarks/faults.py --results FILE --only kill damage          # some; the others are kept
+python benchmarks/faults.py --results FILE --only damage --every-way   # each file in all four ways
 python benchmarks/faults.py --results FILE --readme README.md          # the table, nothing is run
 """
 
@@ -31,7 +32,7 @@ TITLES = {
 }
 
 
-def campaign(name: str, whole: Path, root: Path) -> list:
+def campaign(name: str, whole: Path, root: Path, every: bool) -> list:
     """The rows of one line of the table."""
     from distill import campaigns, hostile
     from distill.faults import contents
@@ -55,9 +56,9 @@ def campaign(name: str, whole: Path, root: Path) -> list:
     if name == "locks":
         return campaigns.second_runs(whole, root)
     if name == "damage":
-        return campaigns.damage(whole, root, ours)
+        return _in_turn(lambda n, w: campaigns.damage(whole, root, [n], w), ours, every)
     if name == "consumed":
-        return campaigns.consumed(whole, root, read)
+        return _in_turn(lambda n, w: campaigns.consumed(whole, root, [n], w), read, every)
     if name == "exported":
         return campaigns.loaded(whole, root, [n[3:] for n in files if n.startswith("hf/")])
     if name == "hostile":
@@ -67,6 +68,14 @@ def campaign(name: str, whole: Path, root: Path) -> list:
     fuzzed = hostile.fuzzed_settings(_made(root / "settings"), 300)
     fuzzed += hostile.fuzzed_flags(_made(root / "flags"), 300)
     return fuzzed + hostile.fuzzed_images(_made(root / "images"), 1000, SEED)
+
+
+def _in_turn(rows, names: list[str], every: bool) -> list:
+    """Each file in all ways, or in one, the ways taking turns."""
+    from distill.campaigns import WAYS
+
+    ways = [WAYS if every else (WAYS[k % len(WAYS)],) for k in range(len(names))]
+    return [row for n, w in zip(names, ways, strict=True) for row in rows(n, w)]
 
 
 def _made(folder: Path) -> Path:
@@ -82,13 +91,13 @@ def _mounted(rows) -> list:
         return []
 
 
-def measure(name: str) -> dict:
+def measure(name: str, every: bool = False) -> dict:
     """Counts of one campaign over a run of its own."""
     from distill.faults import finished
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        rows = campaign(name, finished(root / "whole"), root / "tried")
+        rows = campaign(name, finished(root / "whole"), root / "tried", every)
     counts = Counter((row.done, row.outcome) for row in rows)
     tries = [{"done": d, "outcome": o, "times": n} for (d, o), n in sorted(counts.items())]
     faults = [row._asdict() for row in rows if row.fault]
@@ -113,6 +122,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(TITLES))
+    parser.add_argument("--every-way", action="store_true")
     parser.add_argument("--readme", type=Path)
     arguments = parser.parse_args()
     if not arguments.readme:
@@ -120,7 +130,7 @@ if __name__ == "__main__":
 
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
         for name in arguments.only or TITLES:
-            found = measure(name)
+            found = measure(name, arguments.every_way)
             kept = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
             kept |= {"python": platform.python_version(), "seed": SEED}
             kept["campaigns"] = {**kept.get("campaigns", {}), name: found}

@@ -246,7 +246,9 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self.sums.end_part()
         self.close()
 
     def tidy(self) -> None:

@@ -111,6 +111,11 @@ class Sums:
         for part in self.folder.glob(PART + "*"):
             part.unlink(missing_ok=True)
 
+    def end_part(self) -> None:
+        """Remove the list that this process keeps beside that of another, when all is well."""
+        if self._list is not None and self._list.name.startswith(PART):
+            self._list.unlink(missing_ok=True)
+
     def _has(self, name: str) -> bool:
         return (self.folder / name).is_file()
 
