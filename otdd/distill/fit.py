@@ -113,11 +113,12 @@ def fit(
     """
     config, codec, target = config or FitConfig(), codec or PixelCodec(), Path(out)
     store = Store(target.parent)
-    store.probe()
+    store.probe(target.name)
     about = {"fit": _facts(data, config), **(info or {})}
     known = Generator.load(target) if target.exists() else None  # nothing else is ever replaced
     try:
         with locked(target.parent / f".{target.name}.lock"):
+            store.sweep(target.name, _checkpoint(target.name))
             if not (resume and known is not None and _same(known, about, codec)):
                 trainer = _trained(data, config, codec, store, target.name, resume, progress)
                 _generator(trainer, data, codec, about).save(target)

@@ -191,7 +191,10 @@ class Run:
         return any(loss != "ce" for loss in self.config.train.losses)
 
     def _teacher_facts(self) -> list[dict[str, Any]]:
-        if "teachers" not in self.__dict__:  # not asked for this time
+        lost = not self.store.has(METRICS) and any(
+            self.store.has(f"sets/{name}/labels") for name in self.config.sets
+        )
+        if "teachers" not in self.__dict__ and not lost:  # not asked for this time
             return self._known("teachers", [])
         return [{"name": t.name, "accuracy": t.accuracy} for t in self.teachers]
 

@@ -166,7 +166,8 @@ def _size(value: Any, known: dict[int, int] | None = None) -> int:
 
 def preset(name: str | None) -> dict[str, Any]:
     """Settings of a preset, its name among them; nothing for None."""
-    require(name is None or name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    ok = name is None or (isinstance(name, str) and name in PRESETS)
+    require(ok, "preset", name, f"one of {', '.join(PRESETS)}")
     return {} if name is None else {**PRESETS[name], "preset": name}
 
 

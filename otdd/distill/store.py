@@ -114,9 +114,9 @@ class Store:
         """Whether a file or folder of this name is there, hence complete."""
         return (self.path / name).exists()
 
-    def probe(self) -> None:
-        """Refuse a folder that cannot be written, before any work."""
-        name = _temp_name()
+    def probe(self, target: str) -> None:
+        """Refuse a folder in which this file cannot be written, before any work."""
+        name = _temp_name(target)
         with self._writing(name):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -217,7 +217,7 @@ class Store:
         target = self.path / name
         with self._writing(name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            temp = target.parent / _temp_name()
+            temp = target.parent / _temp_name(target.name)
             try:
                 _write_flushed(temp, data)
                 if name != SUMS:
@@ -234,6 +234,12 @@ class Store:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+    def sweep(self, *names: str) -> None:
+        """Remove what interrupted writes of these files left; only under a lock of them."""
+        for name in names:
+            for path in self.path.glob(_temp_start(name) + "*"):
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Put the list of hashes in order, and give the lock back."""
@@ -365,8 +371,13 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _temp_name() -> str:
-    return f"{TEMP}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+def _temp_name(name: str = "") -> str:
+    return f"{_temp_start(name)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _temp_start(name: str) -> str:
+    """How unfinished files of a name begin; long names are not repeated whole."""
+    return f"{TEMP}{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}-"
 
 
 def _write_flushed(path: Path, data: bytes) -> None:
