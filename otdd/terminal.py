@@ -6,10 +6,30 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from otdd.distill.config import HEADINGS
+from otdd.flags import Log
+from otdd.joblog import JsonLog
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
+NARROW = 60  # columns of a terminal that has no room for bars beside names and counts
+
+
+def shown(log: Log, quiet: bool, units: dict[str, str] | None = None) -> Bars | Pace | JsonLog:
+    """What tells of progress; a context manager, called as progress(text, done, total).
+
+    Args:
+        log: `--log`.
+        quiet: `--quiet`, which is stronger.
+        units: of long tasks that are counted in lines, by name, rather than shown as bars.
+    """
+    log = "quiet" if quiet else log
+    if log == "json":
+        return JsonLog()
+    if units is not None and log != "bars":
+        return Pace(units, log == "quiet")
+    return Bars(log)
 
 
 class Bars:
@@ -18,7 +38,7 @@ class Bars:
     Call it as progress(text, done, total); one bar per text, which becomes a line when it is full.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, log: Log = "auto") -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -27,16 +47,21 @@ class Bars:
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
 
-        console = Console(stderr=True)
-        self._quiet, self._shown = quiet, console.is_terminal and not quiet
+        console = Console(stderr=True, force_terminal=True if log == "bars" else None)
+        bars = log == "bars" or (log == "auto" and console.is_terminal)
+        self._quiet, self._shown = log == "quiet", bars and not console.is_dumb_terminal
+        text = Column(no_wrap=True, overflow="ellipsis", ratio=3)
+        bar = BarColumn(bar_width=None, table_column=Column(ratio=4))
         self._bars = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=text),
+            *([bar] if console.width >= NARROW else []),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
             disable=not self._shown,
+            expand=True,
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -78,6 +103,12 @@ class Pace:
         self._units, self._quiet, self._interval = units, quiet, interval
         self._since: dict[str, tuple[float, int]] = {}
         self._last = 0.0
+
+    def __enter__(self) -> Pace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def __call__(self, text: str, done: int, total: int) -> None:
         """Show that `done` of `total` are finished."""

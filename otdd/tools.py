@@ -6,13 +6,14 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from otdd.distill.config import ConfigError, require, require_path
-from otdd.flags import parse
+from otdd.flags import Log, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,12 @@ class DataFlags:
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    dry_run: bool = False
+    """Check everything, time some steps, print what it takes, and write nothing."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
-    """No progress bars."""
+    """As --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -47,6 +52,27 @@ class ExportFlags:
     license: str | None = None
     """Licence that the card names, as the Hugging Face Hub spells it (cc-by-4.0, mit, ...); by
     default that of an exported folder, or unknown."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Flags of `otdd report`."""
+
+    dir: str
+    """Folder of a run, finished or not; as the first argument it needs no --dir."""
+    out: str | None = None
+    """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
+    ends in .html, for the page alone. An earlier report is replaced."""
+    classes: int = 20
+    """Most classes whose images, costs and maps are shown, the first ones."""
+    pdf: bool = False
+    """Figures as PDF files too, but for the grid of images."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    quiet: bool = False
+    """No progress bars."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -81,54 +107,35 @@ def _flags(cls: type, flags: list[str], prog: str, about: str) -> Any:
     return given
 
 
-def fit(flags: list[str]) -> int:
-    """`otdd fit`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.fit import FitConfig, fit
-    from otdd.terminal import Bars
+def flags_class(command: str) -> type:
+    """The flags of a command, as a dataclass."""
+    made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
+    plain = {"export": ExportFlags, "report": ReportFlags, "push": PushFlags}
+    return made[command]() if command in made else plain[command]
+
+
+def _fit_flags() -> type:
+    from otdd.distill.fit import FitConfig
 
     @dataclass(frozen=True)
     class FitFlags(FitConfig, DataFlags):
         """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
 
-    about = "Train a small class-conditional generator; an interrupted one continues."
-    given = _flags(FitFlags, flags, "otdd fit", about)
-    if Path(given.out).is_dir():
-        raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
-        made = fit(data, _only(FitConfig, given), given.out, progress=bars)
-    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
-    return 0
+    return FitFlags
 
 
-def fit_surrogate(flags: list[str]) -> int:
-    """`otdd fit-surrogate`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
-    from otdd.terminal import Bars
+def _surrogate_flags() -> type:
+    from otdd.distill.surrogate import SurrogateConfig
 
     @dataclass(frozen=True)
     class SurrogateFlags(SurrogateConfig, DataFlags):
         """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
 
-    about = "Train the networks of influence guidance; an interrupted training continues."
-    given = _flags(SurrogateFlags, flags, "otdd fit-surrogate", about)
-    data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
-        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
-    shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
-    sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
-    return 0
+    return SurrogateFlags
 
 
-def encode(flags: list[str]) -> int:
-    """`otdd encode`."""
-    from otdd import _torchvision
-    from otdd.distill.encode import EncodeConfig, encode
-    from otdd.distill.stream import open_stream
-    from otdd.distill.workers import local_device
-    from otdd.terminal import Pace
+def _encode_flags() -> type:
+    from otdd.distill.encode import EncodeConfig
 
     @dataclass(frozen=True)
     class EncodeFlags(EncodeConfig, DataFlags):
@@ -139,8 +146,64 @@ def encode(flags: list[str]) -> int:
         device: Literal["cpu", "cuda"] = "cpu"
         """Where the codec runs."""
 
+    return EncodeFlags
+
+
+def fit(flags: list[str]) -> int:
+    """`otdd fit`."""
+    from otdd.distill.data import load_data
+    from otdd.distill.fit import FitConfig, fit
+    from otdd.terminal import shown
+
+    about = "Train a small class-conditional generator; an interrupted one continues."
+    given = _flags(_fit_flags(), flags, "otdd fit", about)
+    if Path(given.out).is_dir():
+        raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
+    data = load_data(given.data, resolution=given.resolution)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        cost = costs.fitting(data, _only(FitConfig, given))
+        sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
+        return 0
+    with shown(given.log, given.quiet) as bars:
+        made = fit(data, _only(FitConfig, given), given.out, progress=bars)
+    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
+    return 0
+
+
+def fit_surrogate(flags: list[str]) -> int:
+    """`otdd fit-surrogate`."""
+    from otdd.distill.data import load_data
+    from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
+    from otdd.terminal import shown
+
+    about = "Train the networks of influence guidance; an interrupted training continues."
+    given = _flags(_surrogate_flags(), flags, "otdd fit-surrogate", about)
+    data = load_data(given.data, resolution=given.resolution)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
+        return 0
+    with shown(given.log, given.quiet) as bars:
+        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
+    reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
+    sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
+    return 0
+
+
+def encode(flags: list[str]) -> int:
+    """`otdd encode`."""
+    from otdd import _torchvision
+    from otdd.distill.encode import EncodeConfig, encode
+    from otdd.distill.stream import open_stream
+    from otdd.distill.workers import local_device
+    from otdd.terminal import shown
+
     about = "Encode the training images once; an interrupted encoding continues."
-    given = _flags(EncodeFlags, flags, "otdd encode", about)
+    given = _flags(_encode_flags(), flags, "otdd encode", about)
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
     _torchvision.repair()
@@ -148,8 +211,19 @@ def encode(flags: list[str]) -> int:
 
     codec = load_generator(given.generator, data).codec
     codec.to(device)
-    pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
-    made = encode(data, codec, config, given.out, progress=pace)
+    if given.dry_run:
+        from otdd.distill import costs
+
+        cost = costs.encoding(data, codec, config.batch)
+        latent = codec.latent_shape(data.image_shape)
+        size = 2 * len(data) * math.prod(latent) / 2**20
+        shape = "x".join(map(str, latent))
+        about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        sys.stdout.write(costs.lines(about, cost))
+        return 0
+    units = {"encode": "images", "check": "images", "statistics": "classes"}
+    with shown(given.log, given.quiet, units) as pace:
+        made = encode(data, codec, config, given.out, progress=pace)
     size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
     shape = "x".join(map(str, made.latent_shape))
     sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")
@@ -172,6 +246,19 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
     )
+    return 0
+
+
+def report(flags: list[str]) -> int:
+    """`otdd report`."""
+    about = "Write a run as one HTML page that needs nothing else, and its figures."
+    given = parse(ReportFlags, _named(flags, "--dir"), "otdd report", about, {})
+    from otdd.distill.report import report
+    from otdd.terminal import shown
+
+    with shown(given.log, given.quiet) as bars:
+        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+    sys.stdout.write(f"written to {page}\n")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from otdd.distill.guidance_config import (
     ConfigError,
@@ -40,8 +40,17 @@ __all__ = [
     "require_path",
 ]
 
-SETS = ("otg", "unguided", "random", "kmeans", "kmeans-real")
-LOSSES = ("ce", "kl", "otm")
+SETS: Final = ("otg", "unguided", "random", "kmeans", "kmeans-real")
+LOSSES: Final = ("ce", "kl", "otm")
+# What pictures and tables call them.
+TITLES = {
+    "otg": "OT-guided",
+    "unguided": "unguided",
+    "random": "random real",
+    "kmeans": "k-means centroids",
+    "kmeans-real": "k-means, nearest real",
+}
+HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
 
 
 def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:
@@ -74,10 +83,16 @@ class SampleConfig:
     """All images of a class at once, or one after the other."""
     batch_classes: int = 64
     """Classes sampled together; a group is written as soon as it is finished."""
-    batch_images: int = 256
-    """Most images in one call of the denoiser."""
+    batch_images: int | Literal["auto"] = 256
+    """Most images in one call of the denoiser; `auto` finds by trial how many fit into `memory`."""
+    memory: float | None = None
+    """GiB that `auto` may fill; by default 80 % of what is free."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where sampling runs; of several processes on a machine each takes the GPU of its own rank."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the denoiser; guidance and scheduler stay in float32."""
+    compile: bool = False
+    """Compile the denoiser by torch.compile."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Optimal-transport guidance."""
     diversity: DiversityConfig = field(default_factory=DiversityConfig)
@@ -92,7 +107,12 @@ class SampleConfig:
         require(self.steps >= 1, "steps", self.steps, "an integer >= 1")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "a number >= 0")
         require(self.batch_classes >= 1, "batch_classes", self.batch_classes, "an integer >= 1")
-        require(self.batch_images >= 1, "batch_images", self.batch_images, "an integer >= 1")
+        size, memory = self.batch_images, self.memory
+        right = size == "auto" or (isinstance(size, int) and size >= 1)
+        require(right, "batch_images", size, "an integer >= 1, or auto")
+        require(memory is None or memory > 0, "memory", memory, "a number of GiB > 0")
+        alone = memory is None or size == "auto"
+        require(alone, "memory", memory, "none beside a number of batch_images: give auto there")
 
 
 @dataclass(frozen=True)

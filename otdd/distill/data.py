@@ -106,15 +106,15 @@ def gather_facts(
     for number, (labels, batches) in enumerate(parts):
         digest.update(labels.numpy().tobytes())
         for images in batches:
-            digest.update(memoryview(images.contiguous().numpy()).cast("B"))
+            digest.update(images.contiguous().numpy().data.cast("B"))
             if number == 0:
                 counts += _histogram(images)
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
-    rounded = (tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
-    return Facts(*rounded, digest.hexdigest())
+    rounded = [tuple(round(v, 6) for v in values.tolist()) for values in (mean, std)]
+    return Facts(rounded[0], rounded[1], digest.hexdigest())
 
 
 def load_data(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LABELS = {"ce": "hard", "kl": "soft", "otm": "soft"}
 REAL_LIMIT = 2000
+MAX_ITER, TOL = 500, 1e-4  # of the transport cost
 
 
 def train(
@@ -116,19 +117,30 @@ def transport_cost(
     Squared Euclidean cost between latents, uniform weights, eps at 1 % of the mean cost, so nearly
     the exact optimum. At most 2000 real images of a class are used.
     """
-    from otdd.ops import cost_matrix, sinkhorn
+    from otdd.ops import sinkhorn
 
     costs = []
     for label in sorted(set(labels.tolist())):
-        real = data.train.images[data.train.labels == label]
-        if len(real) > REAL_LIMIT:
-            real = real[torch.randperm(len(real), generator=generator("real", seed, label))]
         x = codec.encode(images[labels == label]).flatten(1).double()
-        y = codec.encode(real[:REAL_LIMIT]).flatten(1).double()
-        cost = cost_matrix(x, y, "sqeuclidean")
-        eps = 0.01 * float(cost.mean().clamp(min=1e-12))
-        costs.append(float(sinkhorn(cost, eps=eps, max_iter=500, tol=1e-4).cost))
+        C, eps = transport_problem(x, real_latents(data, codec, label, seed=seed))
+        costs.append(float(sinkhorn(C, eps=eps, max_iter=MAX_ITER, tol=TOL).cost))
     return statistics.fmean(costs)
+
+
+def real_latents(data: ImageData, codec: Codec, label: int, *, seed: int = 0) -> Tensor:
+    """Latents of the real training images of a class, at most 2000, float64 (M, D)."""
+    real = data.train.images[data.train.labels == label]
+    if len(real) > REAL_LIMIT:
+        real = real[torch.randperm(len(real), generator=generator("real", seed, label))]
+    return codec.encode(real[:REAL_LIMIT]).flatten(1).double()
+
+
+def transport_problem(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """Costs (N, M) between latents (N, D) and (M, D), and the eps to solve with."""
+    from otdd.ops import cost_matrix
+
+    C = cost_matrix(x, y, "sqeuclidean")
+    return C, 0.01 * float(C.mean().clamp(min=1e-12))
 
 
 def result_name(set_name: str, arch: str, loss: str, seed: int) -> str:

@@ -28,7 +28,7 @@ from otdd.distill.store import Store, StoreError
 
 Progress = Callable[[str, int, int], None]
 
-SCHEDULE = {
+SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -293,8 +293,9 @@ def transformer_config(
 
 def _zero_init(model: torch.nn.Module) -> None:
     """As in DiT: blocks start as identity and the output as zero."""
-    zeroed = [block.norm1.linear for block in model.transformer_blocks]
-    for layer in [*zeroed, model.proj_out_1, model.proj_out_2]:
+    parts: Any = model  # of diffusers, whose names a Module has not
+    zeroed = [block.norm1.linear for block in parts.transformer_blocks]
+    for layer in [*zeroed, parts.proj_out_1, parts.proj_out_2]:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
 

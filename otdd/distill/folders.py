@@ -7,7 +7,7 @@ import hashlib
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,8 +80,11 @@ class FolderFiles:
             test_root = None
         train = _class_files(train_root)
         test = _class_files(test_root) if test_root else None
-        problems = [] if test is None else _class_mismatch(train, test, test_root.name)
-        for part, files in ((train_root, train), (test_root, test or {})):
+        problems, parts = [], [(train_root, train)]
+        if test_root is not None and test is not None:
+            problems = _class_mismatch(train, test, test_root.name)
+            parts.append((test_root, test))
+        for part, files in parts:
             problems += [f"{part / name}: no image" for name, paths in files.items() if not paths]
         if test is None:
             problems += [
@@ -134,7 +137,7 @@ def _class_mismatch(
     ]
 
 
-def size_problems(sizes: set[tuple[int, ...]], resolution: int | None) -> list[str]:
+def size_problems(sizes: Set[tuple[int, ...]], resolution: int | None) -> list[str]:
     """What is wrong with images of these heights and widths if they are not resized."""
     if resolution is not None or (len(sizes) <= 1 and all(h == w for h, w in sizes)):
         return []

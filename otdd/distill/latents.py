@@ -128,6 +128,7 @@ class Latents:
                 raise ConfigError(
                     f"{where} was encoded from other images (among {first} to {stop - 1})"
                 )
+        assert stream.test is not None  # an encoded folder has both parts
         if stream.test.digest(0, len(stream.test)) != facts["test_files_sha256"]:
             raise ConfigError(f"{where} was encoded beside other test images")
         train, test = (

@@ -77,7 +77,11 @@ class Run:
         device = local_device(config.sample.device)
         made = prepare(config, only_sample=only_sample)
         if made.generator is not None:
-            made.generator.to(device)
+            import torch
+
+            made.generator.to(device, getattr(torch, config.sample.precision))
+            if config.sample.compile:
+                made.generator.transformer.compile()
         store = _open_store(config, made.known, made.data, workers)
         run = cls(config, store, made.data, made.generator, made.latents, workers, progress)
         if store.has(METRICS):
@@ -97,6 +101,7 @@ class Run:
                 continue
             with self._timed(f"sample {name}"):
                 if name in SAMPLED:
+                    assert self.generator is not None  # `prepare` has loaded it
                     sample.sample(
                         self.store,
                         self.data,
@@ -182,7 +187,7 @@ class Run:
         return self.generator.codec if self.generator is not None else PixelCodec()
 
     def _with_images(self) -> list[str]:
-        names = [name for name in self.config.sets if self.store.has_images(name)]
+        names: list[str] = [name for name in self.config.sets if self.store.has_images(name)]
         if not names:
             raise ConfigError(f"{self.config.out} holds no images yet; run `otdd sample` first")
         return names
@@ -235,11 +240,15 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def run_stages(
-    config: RunConfig, stages: tuple[str, ...], progress: Progress | None = None
+    config: RunConfig,
+    stages: tuple[str, ...],
+    progress: Progress | None = None,
+    on_stage: Callable[[str, float | None], None] | None = None,
 ) -> dict[str, Any]:
     """Some of the stages, in the order given; each continues where it was stopped.
 
     Of several processes all sample, and the first alone goes on; the others return nothing.
+    `on_stage` is called as on_stage(name, None) before a stage and with its seconds after it.
     """
     workers = Workers.join()
     work = Run.open(config, progress, workers, only_sample=stages == ("sample",))
@@ -247,7 +256,12 @@ def run_stages(
     with work.store:
         for stage in stages:
             if workers.first or stage == "sample":
+                start = time.perf_counter()
+                if on_stage is not None:
+                    on_stage(stage, None)
                 result = getattr(work, stage)()
+                if on_stage is not None:
+                    on_stage(stage, time.perf_counter() - start)
         workers.leave()
         if not workers.first:
             return {}

@@ -14,6 +14,7 @@ from otdd.distill.settings import identity
 from otdd.distill.store import Store
 
 if TYPE_CHECKING:
+    from otdd.distill.codec import Codec
     from otdd.distill.data import ImageData
     from otdd.distill.generator import Generator
     from otdd.distill.latents import Latents
@@ -50,7 +51,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     Store(config.out).check(known)
     _check_networks(config, data)
     generator = latents = None
-    if config.generator is not None or any(name in SAMPLED for name in config.sets):
+    if _has_generator(config):
         generator = _load_generator(config, data)
         try:
             generator.scheduler(config.sample.scheduler, config.sample.steps)
@@ -70,6 +71,28 @@ def outside(out: str | os.PathLike[str], spec: str | os.PathLike[str]) -> None:
     parts = [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else []
     if root.is_dir() and any(target.is_relative_to(part) for part in parts or [root]):
         raise ConfigError(f"out: {out} lies among the classes of the data folder {spec}")
+
+
+def real_images(config: RunConfig, fingerprint: str) -> tuple[ImageData, Codec]:
+    """The real images of a finished run and the codec of its transport costs.
+
+    Args:
+        config: settings of the run.
+        fingerprint: that the data had then.
+
+    Raises:
+        ConfigError, DataError, GeneratorError: data or generator are gone or others.
+    """
+    from otdd.distill.codec import PixelCodec
+
+    data = _load_data(config, only_sample=False)
+    if data.fingerprint != fingerprint:
+        raise ConfigError(f"data: {config.data!r} has other images than when the run was made")
+    return data, _load_generator(config, data).codec if _has_generator(config) else PixelCodec()
+
+
+def _has_generator(config: RunConfig) -> bool:
+    return config.generator is not None or any(name in SAMPLED for name in config.sets)
 
 
 def _check_networks(config: RunConfig, data: ImageData) -> None:
@@ -127,7 +150,8 @@ def _load_generator(config: RunConfig, data: ImageData) -> Generator:
 def _load_data(config: RunConfig, only_sample: bool) -> ImageData:
     from otdd.distill.data import BUILTIN, load_data
 
-    wanted = {"resolution": config.resolution, "seed": config.seed, "ipc": config.ipc}
+    names = "resolution", "seed", "ipc"
+    wanted: dict[str, Any] = {name: getattr(config, name) for name in names}
     if not only_sample or config.latents is None or config.data in BUILTIN:
         return load_data(config.data, **wanted)
     from otdd.distill.latents import Latents

@@ -61,12 +61,14 @@ def make_teachers(
 ) -> list[Teacher]:
     """Teachers of a run: loaded, or trained on the real training data and kept in the store."""
     teachers = []
+    network: torch.nn.Module
     names = teacher_names(config)
     for number, name in enumerate(names):
         if name.startswith("timm:"):
             network = students.pretrained(name.removeprefix("timm:"), data)
         elif "=" in name:
-            network = students.load_checkpoint(*name.split("=", 1), data)
+            arch, _, file = name.partition("=")
+            network = students.load_checkpoint(arch, file, data)
         else:
             seed = config.seed + 1000 * names[:number].count(name)
             network = _trained(store, data, config, name, seed, progress)
@@ -212,6 +214,15 @@ def shard_name(set_name: str, number: int) -> str:
     return f"sets/{set_name}/labels/{number:05d}.safetensors"
 
 
+def teacher_plan(data: ImageData, config: RunConfig, seed: int) -> Plan:
+    """The steps of a teacher over the real training images."""
+    batch, size = min(TEACHER.batch, len(data.train)), (data.image_shape[1], data.image_shape[2])
+    per_epoch = -(-len(data.train) // batch)
+    epochs = config.relabel.teacher_epochs or max(TEACHER_EPOCHS, -(-TEACHER_STEPS // per_epoch))
+    drawn = augmentation(config.relabel, data.name, size)
+    return Plan(drawn, len(data.train), batch, size, epochs, seed)
+
+
 def _trained(
     store: Store,
     data: ImageData,
@@ -225,11 +236,8 @@ def _trained(
     if store.has(file):
         network.load_state_dict(store.read_tensors(file))
         return network
-    batch, size = min(TEACHER.batch, len(data.train)), (data.image_shape[1], data.image_shape[2])
-    per_epoch = -(-len(data.train) // batch)
-    epochs = config.relabel.teacher_epochs or max(TEACHER_EPOCHS, -(-TEACHER_STEPS // per_epoch))
-    drawn = augmentation(config.relabel, data.name, size)
-    plan = Plan(drawn, len(data.train), batch, size, epochs, seed)
+    plan = teacher_plan(data, config, seed)
+    epochs = plan.epochs
 
     def steps() -> Iterator[Step]:
         for epoch in range(epochs):

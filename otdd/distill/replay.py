@@ -23,6 +23,10 @@ from otdd.distill.setfiles import SetFiles
 from otdd.distill.store import StoreError
 
 
+class IncompleteLabels(StoreError):
+    """Soft labels of which the last epochs are still to be made."""
+
+
 class Labelled(NamedTuple):
     """One batch as a student sees it.
 
@@ -69,7 +73,7 @@ class LabelShards:
             counts.append(steps)
             self.epochs = last
         if self.epochs != files.epochs:
-            raise StoreError(
+            raise IncompleteLabels(
                 f"{where} has soft labels of {self.epochs} epochs out of {files.epochs}; "
                 "run `otdd relabel` to make the rest"
             )

@@ -19,7 +19,7 @@ from otdd.distill.config import PRESETS, ConfigError, RunConfig, require
 MOST_VALUES = 10_000  # in a YAML file
 FREE_FIELDS = (
     *("out", "preset", "seeds", "sets", "generator", "latents", "train.losses", "train.archs"),
-    "sample.influence.surrogate",
+    *("sample.influence.surrogate", "sample.memory"),
 )
 
 
@@ -56,8 +56,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        out[key] = merge(old, value) if both else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merge(old, value)
+        out[key] = value
     return out
 
 
@@ -104,8 +105,11 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         require(value in args, key, value, f"one of {', '.join(map(str, args))}")
         return value
     if origin in (typing.Union, types.UnionType):
-        inner = [a for a in args if a is not type(None)]
-        return None if value is None else _convert(inner[0], value, key)
+        words = [w for a in args if typing.get_origin(a) is Literal for w in typing.get_args(a)]
+        if value in words or (value is None and type(None) in args):
+            return value
+        require(not words or not isinstance(value, str), key, value, f"a number or {words[:1]}")
+        return _convert(args[0], value, key)
     if origin is tuple:
         value = [value] if isinstance(value, str) else value
         require(isinstance(value, list | tuple), key, value, "a list")

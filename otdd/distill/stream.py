@@ -86,7 +86,8 @@ class Stream:
         wrong = [f"{p}: {r}" for p, r in zip(paths, read, strict=True) if isinstance(r, str)]
         if wrong:
             raise DataError(f"data folder {self.root} cannot be used:", wrong)
-        return torch.stack([image.expand(self.image_shape) for image in read])
+        images = [image for image in read if isinstance(image, Tensor)]
+        return torch.stack([image.expand(self.image_shape) for image in images])
 
     def digest(self, start: int, stop: int) -> str:
         """SHA-256 over names and sizes of files, or over the images themselves."""
@@ -153,19 +154,20 @@ def open_stream(
         image_shape, problems = (channels, *size), problems + wrong
     if problems:
         raise DataError(f"data folder {root} cannot be used:", problems)
-    made = None
+    made: Stream | None = None
     for part in reversed(listed.split(val_fraction, seed)):
         files = [path for name in listed.classes for path in part[name]]
         counts = torch.tensor([len(part[name]) for name in listed.classes])
         labels = torch.arange(len(counts)).repeat_interleave(counts)
         name, classes = root.resolve().name, listed.classes
         made = Stream(name, classes, labels, image_shape, resolution, files, root=root, test=made)
+    assert made is not None  # a split has two parts
     return made
 
 
 def pixel_digest(images: Tensor) -> str:
     """SHA-256 over uint8 images (n, C, H, W)."""
-    return hashlib.sha256(memoryview(images.contiguous().numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(images.contiguous().numpy().data.cast("B")).hexdigest()
 
 
 def _headers(
