@@ -40,7 +40,6 @@ def test_disk_full(whole, tmp_path):
         ("run/sets/otg/images.safetensors", "flipped"),
         ("run/sets/kmeans/images/00001/00001.png", "deleted"),
         ("run/sets/unguided/labels/00001.safetensors", "cut"),
-        ("run/teachers/convnet-0.safetensors", "flipped"),
         ("run/results/otg/convnet/soft-kl-0.json", "emptied"),
         ("run/otdd.json", "deleted"),
         ("run/config.json", "flipped"),
@@ -54,6 +53,11 @@ def test_disk_full(whole, tmp_path):
 def test_damaged_files_are_named_and_made_again(whole, tmp_path, name, way):
     ends = (campaigns.NAMED, campaigns.AGAIN)
     held(campaigns.damage(whole, tmp_path / "a", [name], [way]), ends, 1)
+
+
+def test_a_damaged_teacher_whose_labels_are_all_there_is_named(whole, tmp_path):
+    rows = campaigns.damage(whole, tmp_path / "a", ["run/teachers/convnet-0.safetensors"], ["cut"])
+    held(rows, [f"named in one line; {campaigns.ABSENT}"], 1)
 
 
 def test_damaged_latents_are_not_read(whole, tmp_path):
