@@ -8,14 +8,18 @@ import io
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from otdd import joblog
 from otdd.distill.config import ConfigError, RunConfig
-from otdd.flags import parse, value
+from otdd.distill.inputs.problems import DataError, DataWarning
+from otdd.flags import Log, flags_of, nearest, parse, value
 
 USAGE = """\
 usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a command
@@ -25,14 +29,17 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   relabel    stage 2: soft labels from teachers
   train      stage 3: students of every set
   evaluate   the table, transport costs and the picture of what is there
-  fit        train a small generator for a data set
+  fit        train a small generator for a data set, or a DiT further (--from)
   fit-surrogate  train the networks of influence guidance for a data set
   encode     the latents of a data set, once
+  report     a run as one HTML page with its figures: otdd report DIR
   export     a distilled set in the format of others: otdd export DIR --to hf --out OUT
   push       an exported set to the Hugging Face Hub: otdd push DIR OWNER/NAME
   env        versions, backends, and why some are missing
 
 first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
+completion: eval "$(otdd --print-completion bash)"   (or zsh; fish: ... fish | source)
+exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted
 """
 
 ABOUT = {
@@ -43,7 +50,7 @@ ABOUT = {
     "evaluate": "Gather the table, the transport costs and the picture of a folder.",
 }
 
-TOOLS = ("fit", "fit-surrogate", "encode", "export", "push")  # functions of otdd.tools
+TOOLS = ("fit", "fit-surrogate", "encode", "report", "export", "push")  # functions of otdd.tools
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,10 @@ class RunFlags(RunConfig):
     """YAML file of settings, under the flags."""
     dry_run: bool = False
     """Check everything, print what would be done, and write nothing."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
-    """No progress bars."""
+    """As --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -70,18 +79,59 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _guarded(arguments: list[str]) -> int:
+    as_json = value(arguments, "--log") == "json"
+    start = time.perf_counter()
+    if as_json:
+        from otdd import __version__
+
+        joblog.write("start", command=arguments[0], version=__version__)
+    code = _caught(arguments, as_json)
+    if as_json:
+        spent = round(time.perf_counter() - start, 3)
+        joblog.write("end", command=arguments[0], exit_code=code, seconds=spent)
+    return code
+
+
+def _caught(arguments: list[str], as_json: bool) -> int:
     try:
-        return _dispatch(arguments)
-    except KeyboardInterrupt:
-        _say("\notdd: stopped; what is finished is kept, and the same command continues from there")
-        return 130
+        with _noted(as_json):
+            return _dispatch(arguments)
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "what is finished is kept"
+        text = f"stopped; {kept}, and the same command continues from there"
+        code, text = 130, ("" if as_json else "\n") + f"otdd: {text}"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        return _report(error)
+        code, text = _explained(error)
+    if as_json:
+        joblog.write("error", "error", message=text.removeprefix("otdd: "), exit_code=code)
+    else:
+        sys.stderr.write(text + "\n")
+    return code
+
+
+@contextlib.contextmanager
+def _noted(as_json: bool) -> Iterator[None]:
+    """Remarks about the data as lines of otdd; other warnings as they are."""
+    show = warnings.showwarning
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
+
+    def told(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, DataWarning):
+            show(message, category, *where, **more)
+        elif as_json:
+            joblog.write("warning", "warning", message=str(message))
+        elif first:
+            sys.stderr.write(f"otdd: {message}\n")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        warnings.showwarning = told
+        yield
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -93,6 +143,8 @@ def _dispatch(arguments: list[str]) -> int:
 
         sys.stdout.write(f"otdd {__version__}\n")
         return 0
+    if arguments[0] == "--print-completion":
+        return _completion(arguments[1:])
     command, flags = arguments[0], arguments[1:]
     if command in ABOUT:
         return _run(command, flags)
@@ -102,17 +154,21 @@ def _dispatch(arguments: list[str]) -> int:
         from otdd import tools
 
         return getattr(tools, command.replace("-", "_"))(flags)
-    raise ConfigError(f"unknown command {command!r}; known: {', '.join([*ABOUT, *TOOLS, 'env'])}")
+    known = [*ABOUT, *TOOLS, "env"]
+    hint = nearest(command, known)
+    raise ConfigError(f"unknown command {command!r}; {hint or 'known: ' + ', '.join(known)}")
 
 
 def _run(command: str, flags: list[str]) -> int:
-    from otdd.distill.settings import load_yaml, merge, preset
+    from otdd.distill.settings import load_yaml, merge, named_protocol, preset, protocol
 
     file, name = value(flags, "--config"), value(flags, "--preset")
     filed = load_yaml(file) if file is not None else {}
     stored = {} if command == "run" else _stored(value(flags, "--out") or filed.get("out"))
     name = name or filed.get("preset")
-    base = merge(merge(stored, preset(name)), filed)
+    ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
+    how = protocol(value(flags, "--train.protocol") or named_protocol(filed), ipc)
+    base = merge(merge(merge(stored, preset(name)), how), filed)
     given = parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
     plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**plain)
@@ -120,17 +176,28 @@ def _run(command: str, flags: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if given.dry_run:
         return _preview(command, config)
-    from otdd.terminal import Bars, print_metrics
+    from otdd.terminal import print_metrics, shown
 
     first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
-    with Bars(given.quiet or not first) as bars:
+    with shown(given.log, given.quiet or not first) as bars:
         from otdd.distill.pipeline import STAGES, run_stages
 
         stages = STAGES if command == "run" else (command,)
-        metrics = run_stages(config, stages, bars)
+        told = _tell_stage if given.log == "json" and first else None
+        metrics = run_stages(config, stages, bars, told)
+    if first and given.log == "json":
+        kept = {k: metrics[k] for k in ("accuracy", "ot_cost", "timings")}
+        joblog.write("metrics", out=config.out, **kept)
     if first and command in ("run", "train", "evaluate"):
         print_metrics(metrics, config.out)
     return 0
+
+
+def _tell_stage(stage: str, seconds: float | None) -> None:
+    if seconds is None:
+        joblog.write("stage_start", stage=stage)
+    else:
+        joblog.write("stage_end", stage=stage, seconds=round(seconds, 3))
 
 
 def _preview(command: str, config: RunConfig) -> int:
@@ -139,6 +206,22 @@ def _preview(command: str, config: RunConfig) -> int:
 
     lines = preview(config, STAGES if command == "run" else (command,))
     sys.stdout.write("\n".join([*lines, "nothing was written (--dry_run)"]) + "\n")
+    return 0
+
+
+def _completion(shells: list[str]) -> int:
+    """Print the script that teaches a shell the commands, their flags and the words they take."""
+    from otdd import tools
+    from otdd.completion import SHELLS, script
+
+    if len(shells) != 1 or shells[0] not in SHELLS:
+        seen = " ".join(shells) or "nothing"
+        raise ConfigError(f"--print-completion: {seen} is not accepted; one of {', '.join(SHELLS)}")
+    classes: dict[str, type] = dict.fromkeys(ABOUT, RunFlags)
+    classes |= {name: tools.flags_class(name) for name in TOOLS}
+    commands = {name: {**dict(flags_of(cls)), "--help": ()} for name, cls in classes.items()}
+    commands["env"] = {"--json": (), "--help": ()}
+    sys.stdout.write(script(shells[0], commands))
     return 0
 
 
@@ -165,26 +248,18 @@ def _stored(out: str | None) -> dict[str, Any]:
         raise ConfigError(f"{out}/config.json cannot be read: {error}") from None
 
 
-def _report(error: Exception) -> int:
-    """Say in one line what is wrong; returns the exit code."""
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code, and one line that says what is wrong."""
     if isinstance(error, ModuleNotFoundError):
-        _say(f'otdd: {error}; this command needs: pip install "otdd[distill]"')
-        return 1
-    expected: list[type[Exception]] = [ConfigError]
+        return 1, f'otdd: {error}; this command needs: pip install "otdd[distill]"'
+    expected: list[type[Exception]] = [ConfigError, DataError]
     with contextlib.suppress(ImportError):
         from otdd.distill.store import StoreError
 
         expected.append(StoreError)
-    for module, name in (("data", "DataError"), ("generator", "GeneratorError")):
-        loaded = sys.modules.get(f"otdd.distill.{module}")
-        if loaded is not None:
-            expected.append(getattr(loaded, name))
+    loaded = sys.modules.get("otdd.distill.generator")
+    if loaded is not None:
+        expected.append(loaded.GeneratorError)
     if isinstance(error, tuple(expected)):
-        _say(f"otdd: {error}")
-        return 2
-    _say(f"otdd: failed: {type(error).__name__}: {error} (--debug shows where)")
-    return 1
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+        return 2, f"otdd: {error}"
+    return 1, f"otdd: failed: {type(error).__name__}: {error} (--debug shows where)"

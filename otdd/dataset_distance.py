@@ -1,6 +1,7 @@
 """`DatasetDistance`: optimal transport between labelled data sets."""
 
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,11 +97,13 @@ class DatasetDistance(nn.Module):
             number(eps_labels, "eps_labels")
         if lambda_y != 0:
             number(lambda_y, "lambda_y")
-        options = {"metric": metric, "max_iter": max_iter, "tol": tol, "backend": backend}
-        given = isinstance(labels, Tensor)
-        self.register_buffer("table", as_float(labels, "labels") if given else None)
+        options: dict[str, Any] = {"metric": metric, "max_iter": max_iter, "tol": tol}
+        options["backend"] = backend
+        self.table: Tensor | None
+        self.register_buffer("table", None)
         self.distance: classes.Distance | None = None
-        if given:
+        if isinstance(labels, Tensor):
+            self.table = as_float(labels, "labels")
             _check_table(labels, debias)
             require(num_classes is None, "num_classes", num_classes, "None beside a cost of labels")
         elif labels == "gaussian":
@@ -111,9 +114,9 @@ class DatasetDistance(nn.Module):
             by = eps if eps_labels is None else eps_labels
             self.distance = classes.Sinkhorn(debias_labels, eps=by, **options)
         self.num_classes = _numbers(num_classes)
-        self.labels = "given" if given else labels
+        self.labels = "given" if isinstance(labels, Tensor) else labels
         self.eps, self.lambda_x, self.lambda_y, self.debias = eps, lambda_x, lambda_y, debias
-        self.options = {"eps": eps / lambda_x, **options}
+        self.options: dict[str, Any] = {"eps": eps / lambda_x, **options}
 
     def forward(self, x: Tensor, labels_x: Tensor, y: Tensor, labels_y: Tensor) -> Tensor:
         x, y = clouds_of(x, y)
@@ -141,16 +144,24 @@ class DatasetDistance(nn.Module):
         return self.lambda_x * (value - half_x - half_y)
 
     def _solve(
-        self, x: Tensor, lx: Tensor, y: Tensor, ly: Tensor, W: Tensor, start: Tensor | None = None
+        self,
+        x: Tensor,
+        lx: Tensor,
+        y: Tensor,
+        ly: Tensor,
+        W: Tensor | None,
+        start: Tensor | None = None,
     ) -> PointsResult:
-        labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
         init = None if start is None else (None, start)
-        return sinkhorn_points(x, y, init=init, **labels, **self.options)
+        return sinkhorn_points(
+            x, y, labels_x=lx, labels_y=ly, label_cost=W, init=init, **self.options
+        )
 
     def _tables(
         self, x: Tensor, lx: Tensor, K: int, y: Tensor, ly: Tensor, L: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """W between the data sets, and with `debias` within each: ``(..., K, L)`` and so on."""
+        assert self.distance is not None  # else there is a table
         batch = x.shape[:-2]
         x, y = (t.reshape(-1, *t.shape[-2:]) for t in (x, y))
         lx, ly = (labels.reshape(-1, labels.shape[-1]) for labels in (lx, ly))

@@ -61,8 +61,8 @@ def environment() -> dict[str, Any]:
         return info | {"error": f"torch does not load: {error}"}
     info["backends"] = backends.available()
     info["cpu"] |= {"threads": torch.get_num_threads()}
-    variables = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OTDD_BACKEND", "OTDD_CPU_ISA"
-    variables = *variables, "TRITON_INTERPRET"
+    variables = ["OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OTDD_BACKEND", "OTDD_CPU_ISA"]
+    variables += ["TRITON_INTERPRET"]
     info["variables"] = {name: os.environ[name] for name in variables if name in os.environ}
     try:
         native = backends.native()
@@ -92,10 +92,10 @@ def report(info: dict[str, Any]) -> str:
         lines += ["", f"CPU      {threads}, instruction set {cpu.get('isa', 'unknown')}"]
         lines += [f"         {name}={value}" for name, value in info["variables"].items()]
     if native := info.get("native"):
-        cuda = f"CUDA {native['cuda']} for {native['cuda_archs']}"
-        cuda = cuda if native["cuda"] else f"no CUDA ({native['cuda_reason']})"
+        built = f"CUDA {native['cuda']} for {native['cuda_archs']}"
+        built = built if native["cuda"] else f"no CUDA ({native['cuda_reason']})"
         openmp = "OpenMP" if native["openmp"] == "yes" else "no OpenMP"
-        lines.append(f"Native   {native['compiler']}; CPU {native['isas']}; {openmp}; {cuda}")
+        lines.append(f"Native   {native['compiler']}; CPU {native['isas']}; {openmp}; {built}")
     if cuda := info.get("cuda"):
         lines.append(
             f"CUDA     driver {_cuda_version(cuda['driver'])}, "

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, Literal
 
 from otdd.distill.config import ConfigError
+
+Log = Literal["auto", "bars", "lines", "json", "quiet"]
 
 
 def parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, Any]) -> Any:
     """Flags over `base` over defaults, as an object of `cls`; refusals become `ConfigError`."""
+    _refuse_unknown(flags, cls, prog)
     import tyro
 
     errors = io.StringIO()
@@ -35,12 +42,53 @@ def parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, An
         raise ConfigError(_one_line(errors.getvalue(), prog)) from None
 
 
+def _refuse_unknown(flags: list[str], cls: type, prog: str) -> None:
+    known = [name for name, _ in flags_of(cls)]
+    for flag in flags:
+        name = flag.split("=", 1)[0].replace("-", "_").replace("__", "--", 1)
+        if not name.startswith("--") or name == "--help" or name in known:
+            continue
+        hint = nearest(name, known) or f"{prog} --help lists all"
+        raise ConfigError(f"unknown flag {flag.split('=', 1)[0]}; {hint}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question about the likeliest of the known words, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def flags_of(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Dotted flags of a config dataclass, each with the words that it takes; () for any."""
+    hints, extras = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        notes = getattr(extras[field.name], "__metadata__", ())
+        renamed = next((n.name for n in notes if getattr(n, "name", None)), field.name)
+        name, kind = f"{prefix}{renamed}", hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from flags_of(typing.cast(type, kind), f"{name}.")
+            continue
+        yield f"--{name}", tuple(_choices(kind))
+        if kind is bool:
+            *groups, last = name.split(".")
+            yield "--" + ".".join([*groups, f"no_{last}"]), ()
+
+
+def _choices(kind: Any) -> Iterator[str]:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        yield from map(str, typing.get_args(kind))
+    elif origin in (tuple, typing.Union, types.UnionType):
+        for part in typing.get_args(kind):
+            yield from _choices(part)
+
+
 def _unchecked(cls: type, values: dict[str, Any], required: Any) -> Any:
     """An object of `cls` in which settings that are still missing are marked for the parser."""
     from otdd.distill.settings import convert_fields
 
     made = convert_fields(cls, values)
-    default = object.__new__(cls)
+    default: Any = object.__new__(cls)
     for field in dataclasses.fields(cls):
         value = required
         if field.name in made:

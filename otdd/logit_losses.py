@@ -21,7 +21,7 @@ from otdd.ops.checks import (
     solver_options,
     values_are_checked,
 )
-from otdd.ops.sinkhorn import GRADS, MARGINALS
+from otdd.ops.sinkhorn import GRADS, MARGINALS, Grad, Marginals
 
 SOFT = ("mse", "kl")
 # Weight of the transport term when none is given: the same for a batch of 100.
@@ -54,8 +54,8 @@ class OTLogitLoss(nn.Module):
         max_iter: int = 20,
         reduction: str = "mean",
         *,
-        marginals: str = "measure",
-        grad: str = "envelope",
+        marginals: Marginals = "measure",
+        grad: Grad = "envelope",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -199,6 +199,7 @@ class OTDistillationLoss(nn.Module):
         terms: dict[str, Tensor] = {}
         weighted = []
         if self.kappa_1:
+            assert labels is not None  # else `_check` has refused
             terms["ce"] = F.cross_entropy(student, labels)
             weighted.append(self.kappa_1 * terms["ce"])
         if self.kappa_2:

@@ -1,5 +1,7 @@
 """Losses built on the ops, as `nn.Module`s."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from otdd.backends import NAMES
@@ -8,7 +10,7 @@ from otdd.logit_losses import OTDistillationLoss, OTLogitLoss
 from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence, sinkhorn_points
 from otdd.ops.checks import number, solver_options
 from otdd.ops.points import clouds_of, placed
-from otdd.ops.sinkhorn import GRADS
+from otdd.ops.sinkhorn import GRADS, Grad
 
 __all__ = ["DatasetDistance", "OTDistillationLoss", "OTLogitLoss", "SinkhornLoss"]
 
@@ -46,7 +48,7 @@ class SinkhornLoss(nn.Module):
         tol: float = 0.0,
         rho_a: float | None = None,
         rho_b: float | None = None,
-        grad: str = "envelope",
+        grad: Grad = "envelope",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -59,8 +61,8 @@ class SinkhornLoss(nn.Module):
             if rho is not None:
                 number(rho, name, or_inf=True)
         self.metric, self.eps, self.debias = metric, eps, debias
-        self.options = {"eps": eps, "max_iter": max_iter, "tol": tol, "rho_a": rho_a}
-        self.options |= {"rho_b": rho_b, "grad": grad, "backend": backend}
+        self.options: dict[str, Any] = {"eps": eps, "max_iter": max_iter, "tol": tol}
+        self.options |= {"rho_a": rho_a, "rho_b": rho_b, "grad": grad, "backend": backend}
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None

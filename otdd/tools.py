@@ -6,13 +6,17 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from otdd.distill.config import ConfigError
-from otdd.flags import parse
+from otdd.flags import Log, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +24,21 @@ class DataFlags:
     """Flags that these commands share."""
 
     data: str
-    """digits, textures, or an ImageFolder with train/."""
+    """digits, textures, an image folder with train/ (and val/), a table of paths and labels (.csv,
+    .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME). Settings
+    of the input follow it: photos.csv,label_column=breed."""
     out: str
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of the data."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, named on the terminal."""
+    dry_run: bool = False
+    """Check everything, time some steps, print what it takes, and write nothing."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
     quiet: bool = False
-    """No progress bars."""
+    """As --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -52,6 +64,27 @@ class ExportFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Flags of `otdd report`."""
+
+    dir: str
+    """Folder of a run, finished or not; as the first argument it needs no --dir."""
+    out: str | None = None
+    """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
+    ends in .html, for the page alone. An earlier report is replaced."""
+    classes: int = 20
+    """Most classes whose images, costs and maps are shown, the first ones."""
+    pdf: bool = False
+    """Figures as PDF files too, but for the grid of images."""
+    log: Log = "auto"
+    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the stack trace of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushFlags:
     """Flags of `otdd push`."""
 
@@ -68,54 +101,40 @@ class PushFlags:
     """Show the stack trace of an error."""
 
 
-def fit(flags: list[str]) -> int:
-    """`otdd fit`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.fit import FitConfig, fit
-    from otdd.terminal import Bars
+def flags_class(command: str) -> type:
+    """The flags of a command, as a dataclass."""
+    made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
+    plain = {"export": ExportFlags, "report": ReportFlags, "push": PushFlags}
+    return made[command]() if command in made else plain[command]
+
+
+def _fit_flags() -> type:
+    from otdd.distill.fit_config import FitConfig
 
     @dataclass(frozen=True)
     class FitFlags(FitConfig, DataFlags):
-        """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
+        """Flags of `otdd fit`; --out is the file of the generator, with --from a new folder."""
 
-    about = "Train a small class-conditional generator; an interrupted one continues."
-    given = parse(FitFlags, flags, "otdd fit", about, {})
-    if Path(given.out).is_dir():
-        raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
-        made = fit(data, _only(FitConfig, given), given.out, progress=bars)
-    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
-    return 0
+        base: Annotated[str | None, tyro.conf.arg(name="from")] = None
+        """Folder of a DiTPipeline to train further, on the classes of the data."""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the model is trained."""
+
+    return FitFlags
 
 
-def fit_surrogate(flags: list[str]) -> int:
-    """`otdd fit-surrogate`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
-    from otdd.terminal import Bars
+def _surrogate_flags() -> type:
+    from otdd.distill.surrogate import SurrogateConfig
 
     @dataclass(frozen=True)
     class SurrogateFlags(SurrogateConfig, DataFlags):
         """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
 
-    about = "Train the networks of influence guidance; an interrupted training continues."
-    given = parse(SurrogateFlags, flags, "otdd fit-surrogate", about, {})
-    data = load_data(given.data, resolution=given.resolution)
-    with Bars(given.quiet) as bars:
-        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
-    shown = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
-    sys.stdout.write(f"written to {given.out}: test accuracy {shown}\n")
-    return 0
+    return SurrogateFlags
 
 
-def encode(flags: list[str]) -> int:
-    """`otdd encode`."""
-    from otdd import _torchvision
-    from otdd.distill.encode import EncodeConfig, encode
-    from otdd.distill.stream import open_stream
-    from otdd.distill.workers import local_device
-    from otdd.terminal import Pace
+def _encode_flags() -> type:
+    from otdd.distill.encode import EncodeConfig
 
     @dataclass(frozen=True)
     class EncodeFlags(EncodeConfig, DataFlags):
@@ -126,17 +145,113 @@ def encode(flags: list[str]) -> int:
         device: Literal["cpu", "cuda"] = "cpu"
         """Where the codec runs."""
 
+    return EncodeFlags
+
+
+def fit(flags: list[str]) -> int:
+    """`otdd fit`."""
+    import time
+
+    from otdd.terminal import shown
+
+    about = "Train a class-conditional generator; an interrupted training continues."
+    given = parse(_fit_flags(), flags, "otdd fit", about, {})
+    if given.base is None and Path(given.out).is_dir():
+        raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
+    data, train = _training(given)
+    from otdd.distill import costs
+
+    if given.dry_run:
+        cost = costs.fitting(train, given.steps)
+        sys.stdout.write(_found(data, data.train))
+        sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
+        return 0
+    since, cpu = time.perf_counter(), time.process_time()
+    with shown(given.log, given.quiet, {"fit": "steps"}) as progress:
+        made = train(given.out, progress)
+    wall, cpu = time.perf_counter() - since, time.process_time() - cpu
+    loss, trained, weights = (made.info[k] for k in ("loss", "trained", "weights"))
+    sys.stdout.write(
+        f"written to {given.out}: loss {loss:.4f}; {trained:,} of {weights:,} weights trained in "
+        f"{wall / 60:.1f} min, {cpu / 60:.1f} of the processor, "
+        f"peak memory {costs.peak_memory() / 2**30:.2f} GiB\n"
+    )
+    return 0
+
+
+def _training(given: Any) -> tuple[Any, Callable[..., Any]]:
+    """The data, and the training asked for as a function of --out and progress; all is checked."""
+    from otdd.distill.data import BUILTIN, load_data
+    from otdd.distill.fit import fit
+    from otdd.distill.fit_config import FitConfig
+    from otdd.distill.tune import load_base, tune
+    from otdd.distill.workers import local_device
+
+    config, device = _only(FitConfig, given), local_device(given.device, "--device")
+    base = load_base(given.base) if given.base is not None else None
+    side = None if base is None or given.data in BUILTIN else base.image_shape[1]
+    data = load_data(given.data, **{**_reading(given), "resolution": given.resolution or side})
+    rest: dict[str, Any] = {"device": device}
+    if base is None:
+        return data, lambda out, progress: fit(data, config, out, progress=progress, **rest)
+    return data, lambda out, progress: tune(data, base, config, out, progress=progress, **rest)
+
+
+def fit_surrogate(flags: list[str]) -> int:
+    """`otdd fit-surrogate`."""
+    from otdd.distill.data import load_data
+    from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
+    from otdd.terminal import shown
+
+    about = "Train the networks of influence guidance; an interrupted training continues."
+    given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
+    data = load_data(given.data, **_reading(given))
+    if given.dry_run:
+        from otdd.distill import costs
+
+        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        sys.stdout.write(_found(data, data.train))
+        sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
+        return 0
+    with shown(given.log, given.quiet) as bars:
+        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
+    reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
+    sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
+    return 0
+
+
+def encode(flags: list[str]) -> int:
+    """`otdd encode`."""
+    from otdd import _torchvision
+    from otdd.distill.encode import EncodeConfig, encode
+    from otdd.distill.stream import open_stream
+    from otdd.distill.workers import local_device
+    from otdd.terminal import shown
+
     about = "Encode the training images once; an interrupted encoding continues."
-    given = parse(EncodeFlags, flags, "otdd encode", about, {})
+    given = parse(_encode_flags(), flags, "otdd encode", about, {})
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
-    data = open_stream(given.data, resolution=given.resolution, seed=given.seed)
+    data = open_stream(given.data, seed=given.seed, decode_all=given.dry_run, **_reading(given))
     _torchvision.repair()
     from otdd.distill.generator import load_generator
 
     codec = load_generator(given.generator, data).codec
+    if given.dry_run:
+        from otdd.distill import costs
+
+        codec.to(device)
+        cost = costs.encoding(data, codec, config.batch)
+        latent = codec.latent_shape(data.image_shape)
+        size = 2 * len(data) * math.prod(latent) / 2**20
+        shape = "x".join(map(str, latent))
+        about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        sys.stdout.write(_found(data, data))
+        sys.stdout.write(costs.lines(about, cost))
+        return 0
     codec.to(device)
-    pace = Pace({"encode": "images", "check": "images", "statistics": "classes"}, given.quiet)
-    made = encode(data, codec, config, given.out, progress=pace)
+    units = {"encode": "images", "check": "images", "statistics": "classes"}
+    with shown(given.log, given.quiet, units) as pace:
+        made = encode(data, codec, config, given.out, progress=pace)
     size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
     shape = "x".join(map(str, made.latent_shape))
     sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")
@@ -157,6 +272,19 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
     )
+    return 0
+
+
+def report(flags: list[str]) -> int:
+    """`otdd report`."""
+    about = "Write a run as one HTML page that needs nothing else, and its figures."
+    given = parse(ReportFlags, _named(flags, "--dir"), "otdd report", about, {})
+    from otdd.distill.report import report
+    from otdd.terminal import shown
+
+    with shown(given.log, given.quiet) as bars:
+        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+    sys.stdout.write(f"written to {page}\n")
     return 0
 
 
@@ -184,6 +312,19 @@ def _named(flags: list[str], *names: str) -> list[str]:
             break
         named += [name, flag]
     return named + flags[len(named) // 2 :]
+
+
+def _reading(given: DataFlags) -> dict[str, Any]:
+    """How the data is to be read."""
+    return {"resolution": given.resolution, "skip_bad_images": given.skip_bad_images}
+
+
+def _found(data: Any, train: Sized) -> str:
+    """What a --dry-run has found."""
+    test = "" if data.test is None else f" and {len(data.test)} test"
+    shape = "x".join(map(str, data.image_shape))
+    count = f"{len(data.classes)} classes, {len(train)} training{test} images of {shape}"
+    return f"data     {data.name}: {count}\n"
 
 
 def _only(cls: type, given: Any) -> Any:

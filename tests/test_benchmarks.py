@@ -1,8 +1,15 @@
 """The benchmarks keep working: a tiny problem of each kind, by all contenders installed."""
 
+import json
 import math
+import sys
 
+import ablation
+import ablation_guidance
+import ablation_labels
+import ablation_report
 import cases
+import fit_textures
 import floors
 import label_formats
 import measure
@@ -11,7 +18,11 @@ import report
 import student_step
 import torch
 from contender import DISAGREES
+from distill import tiny
 from peers import CONTENDERS
+
+from otdd.distill.fit import FitConfig, fit
+from otdd.distill.relabel import Teacher
 
 TINY = [
     cases.Case("given", "given", 2, 6, 5, iterations=4),
@@ -111,3 +122,98 @@ def test_step_of_a_student_is_measured():
 def test_differences_of_formats_are_taken_student_by_student():
     row = label_formats.compared([90.0, 80.0], [91.0, 82.0])
     assert (row["mean"], row["difference"], row["standard_error"]) == (85.0, -1.5, 0.5)
+
+
+def cells(monkeypatch, module, out, *flags):
+    """The cells of a file after a command of one epoch at one image per class."""
+    monkeypatch.setattr(sys, "argv", [
+        "prog", "--ipc", "1", "--epochs", "1", "--out", str(out), *flags
+    ])  # fmt: skip
+    module.main()
+    return json.loads(out.read_text())["cells"]
+
+
+def test_guidance_ablation_goes_on_and_its_variants_differ(monkeypatch, tmp_path):
+    out = tmp_path / "cells.json"
+    few = ["--variants", "default", "target-z_t", "kmeans", "--seeds"]
+    first = cells(monkeypatch, ablation_guidance, out, *few, "3")
+    both = cells(monkeypatch, ablation_guidance, out, *few, "3", "4")
+    assert both[:3] == first
+    assert [row["seed"] for row in both] == [3] * 3 + [4] * 3
+    for part in (both[:3], both[3:]):
+        assert len({row["digest"] for row in part}) == 3
+    assert ablation_report.guidance_table(both, range(10)).count("\n") == 4
+
+
+def test_label_ablation_goes_on_and_its_arms_differ(monkeypatch, tmp_path):
+    monkeypatch.setattr("otdd.distill.relabel.TEACHER_STEPS", 1)
+    monkeypatch.setattr("otdd.distill.relabel.TEACHER_EPOCHS", 1)
+    out, work = tmp_path / "cells.json", ["--work", str(tmp_path / "work"), "--archs", "convnet"]
+    some = [*work, "--seeds", "0", "1", "--arms", "full", "no-otm"]
+    first = cells(monkeypatch, ablation_labels, out, *some, "no-lia", "batch-10")
+    assert len(first) == 4  # no-lia and batch-10 are `full` itself at IPC 1
+    rows = cells(monkeypatch, ablation_labels, out, *some, "no-otg", "hard-no-otg", "share-0.3")
+    assert rows[:4] == first
+    by_arm = {row["arm"]: row for row in rows if row["seed"] == 0}
+    assert set(by_arm) == {"full", "no-otm", "no-otg", "hard-no-otg", "share-0.3"}
+    assert len({row["student"] for row in by_arm.values()}) == 5
+    sets = {arm: row["digest"] for arm, row in by_arm.items()}
+    assert sets["full"] == sets["no-otm"] == sets["share-0.3"]
+    assert sets["full"] != sets["no-otg"] == sets["hard-no-otg"]
+    assert by_arm["full"]["shares"][0] > 0 == by_arm["no-otm"]["shares"][0]
+    text = ablation_report.labels_table(rows, ["no-lia", "no-otg"], lambda arm: "full")
+    assert text.splitlines()[3] == "| `no-lia` | the same |"
+    ablation_report.plot_arms(rows, tmp_path / "arms.png")
+    assert (tmp_path / "arms.png").stat().st_size > 1000
+
+
+def test_arms_of_the_sweep_change_what_they_name():
+    usual = ablation_labels.objective("full")
+    assert (usual.ot.tau, usual.ot.eps, usual.beta_2) == (2.0, 0.1, 0.08)
+    for arm, value in {"tau-4": 4.0, "eps-0.02": 0.02, "beta_2-8": 8.0}.items():
+        made = ablation_labels.objective(arm)
+        seen = {"tau": made.ot.tau, "eps": made.ot.eps, "beta_2": made.beta_2}
+        assert seen == {"tau": 2.0, "eps": 0.1, "beta_2": 0.08} | {arm.split("-")[0]: value}
+    assert ablation_labels.objective("no-otm-batch-10").beta_2 == 0
+    assert ablation_labels.objective("share-0.3").beta_2_share == 0.3
+
+
+def test_intervals_are_paired_by_seed():
+    got = ablation.paired({1: 91.0, 2: 72.0, 3: 53.0, 7: 0.0}, {3: 50.0, 2: 70.0, 1: 90.0})
+    assert got["n"] == 3
+    assert got["mean"] == pytest.approx(2)
+    # The 97.5 % quantile of Student's t with two degrees of freedom is 4.3027.
+    assert got["high"] - 2 == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
+    assert 2 - got["low"] == pytest.approx(got["high"] - 2)
+    same = dict.fromkeys(range(3), 1.0)
+    assert ablation_report.difference(same, same, 3) == "+0.0 ± 0.0"
+    assert ablation_report.difference({1: 3.0, 2: 2.0}, same, 3) == "+1.5 (2)"
+
+
+def test_a_continued_fit_forgets_what_it_does_again(tmp_path):
+    report = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
+    report.begin(0)
+    for step, right in ((10, 50.0), (20, 85.0), (30, 90.0)):
+        report.add({"step": step, "cpu_minutes": step / 10, "wall_minutes": 1.0, "right": right})
+    again = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
+    again.begin(20)
+    assert [row["step"] for row in again.rows] == [10, 20]
+    spent = again.spent()
+    assert 2.0 <= spent["cpu_minutes"] < 2.5
+    again.add({"step": 30, **spent, "right": 70.0})
+    content = json.loads((tmp_path / "fit.json").read_text())
+    assert content["cpu_minutes_to_80"] == 2.0
+
+
+def test_samples_are_judged_by_class(tmp_path):
+    data = tiny.images()
+    config = FitConfig(width=32, layers=1, steps=1, batch=4, grid_every=0)
+    made = fit(data, config, tmp_path / "g.safetensors")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    torch.nn.init.zeros_(network[1].weight)
+    network[1].bias.data = torch.tensor([0.0, 1.0, 0.0])  # says c1 of everything
+    teacher = Teacher("toy", network, "", 0.0)
+    seen = fit_textures.judged(made, teacher, count=2)
+    assert seen["by_class"] == {"c0": 0.0, "c1": 100.0, "c2": 0.0}
+    assert seen["images"] == 6
+    assert seen["right"] == pytest.approx(33.33)

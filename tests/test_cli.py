@@ -40,6 +40,7 @@ def test_help_is_quick_and_imports_no_torch():
         "fit",
         "fit-surrogate",
         "encode",
+        "report",
         "export",
         "push",
         "env",
@@ -97,6 +98,9 @@ def test_help_of_run_imports_no_torch():
         (["export"], "missing: --dir, --to, --out"),
         (["export", "none", "--to", "hf", "--out", "x"], "none: no such folder"),
         (["export", "none", "--to", "csv", "--out", "x"], "'csv'.*--to.*'hf'"),
+        (["report"], "missing: --dir"),
+        (["report", "none"], "none: no such folder"),
+        (["report", "none", "--classes", "0"], "classes: 0 is not accepted; expected"),
         (["push", "none"], "missing: --repo_id"),
         (["push", "none", "me/set"], "none: no such folder"),
         (["env", "--jsno"], "unknown flag --jsno"),
@@ -157,7 +161,8 @@ def test_files_of_a_run(capsys, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     (row,) = metrics["accuracy"]
     assert (row["set"], row["labels"], row["loss"], len(row["runs"])) == ("random", "hard", "ce", 2)
-    assert set(metrics) == {"accuracy", "ot_cost", "teachers", "timings", "versions", "config"}
+    about = {"accuracy", "comparisons", "dd_ranking", "ot_cost", "geometry", "teachers"}
+    assert set(metrics) == {*about, "timings", "versions", "config"}
     assert metrics["ot_cost"].keys() == {"random"}
     assert metrics["config"]["train"]["epochs"] == 2
     assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")

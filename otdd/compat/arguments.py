@@ -11,7 +11,7 @@ from torch import Tensor
 
 from otdd.ops.checks import require
 
-Array: TypeAlias = Tensor | np.ndarray | list | tuple
+Array: TypeAlias = Tensor | np.ndarray | list[Any] | tuple[Any, ...]
 
 
 def tensors(**arrays: Array | None) -> tuple[list[Tensor | None], Callable[[Tensor], Any]]:

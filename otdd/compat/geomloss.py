@@ -15,6 +15,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class SamplesLoss(nn.Module):
         if x.dim() == 2:
             a, x, b, y = (t.unsqueeze(0) for t in (a, x, b, y))
         between = self._transport(a, x, b, y)
-        within = ()
+        within: tuple[ops.SinkhornResult | ops.PointsResult, ...] = ()
         if self.debias:
             within = self._transport(a, x, a, x), self._transport(b, y, b, y)
         if self.potentials:
@@ -151,18 +152,20 @@ class SamplesLoss(nn.Module):
         self, a: Tensor, x: Tensor, b: Tensor, y: Tensor
     ) -> ops.SinkhornResult | ops.PointsResult:
         rho = None if self.reach is None else self._unit * self.reach**self.p
-        options = {"eps": self._unit * self.blur**self.p, "rho_a": rho, "rho_b": rho}
+        eps = self._unit * self.blur**self.p
+        options: dict[str, Any] = {"eps": eps, "rho_a": rho, "rho_b": rho}
         options |= {"max_iter": _MAX_ITER, "tol": _TOL[x.dtype] * _least_mass(a)}
         metric = "sqeuclidean" if self.p == 2 else "l2"
         large = self.backend == "auto" and x.shape[-2] * y.shape[-2] > _DENSE
+        solved: ops.SinkhornResult | ops.PointsResult
         with named(C="cost", eps="blur", rho_a="reach", rho_b="reach"):
             if self.cost is None and (large or self.backend == "online"):
                 start = self._anneal(a, x, b, y, metric, rho)
                 solved = ops.sinkhorn_points(x, y, a, b, metric=metric, init=start, **options)
             else:
                 C = self.cost(x, y) if self.cost else ops.cost_matrix(x, y, metric)
-                shortcuts = {"schedule": self.scaling**self.p, "accelerate": "anderson"}
-                solved = ops.sinkhorn(C, a, b, **shortcuts, **options)
+                options |= {"schedule": self.scaling**self.p, "accelerate": "anderson"}
+                solved = ops.sinkhorn(C, a, b, **options)
         _report(solved, self.verbose)
         return solved
 
@@ -174,7 +177,8 @@ class SamplesLoss(nn.Module):
         both = torch.cat([x, y], -2).flatten(0, 1)
         size = self.diameter or float((both.amax(0) - both.amin(0)).norm()) if len(both) else 0
         tol = _LEVEL_TOL * _least_mass(a)
-        options = {"metric": metric, "rho_a": rho, "rho_b": rho, "max_iter": _LEVEL_ITER}
+        options: dict[str, Any] = {"metric": metric, "rho_a": rho, "rho_b": rho}
+        options["max_iter"] = _LEVEL_ITER
         solved = None
         while self.blur < size < math.inf:  # else the solver tells which points are not finite
             eps = self._unit * size**self.p

@@ -178,14 +178,14 @@ def solve(
     rho = pair(unbalanced, "unbalanced")
     choice(reg_type, "reg_type", _REG_TYPES if rho is None else ("kl",))
     choice(grad, "grad", _GRADS)
-    (M, a, b), give = problem(M, a, b, "(N, M)")
-    start = column_start(potentials_init, "potentials_init", M, b, reg, weighted=rho is None)
-    options = {
+    (C, p, q), give = problem(M, a, b, "(N, M)")
+    start = column_start(potentials_init, "potentials_init", C, q, reg, weighted=rho is None)
+    limits: dict[str, Any] = {
         "max_iter": 1000 if max_iter is None else max_iter,
         "tol": 1e-9 if tol is None else tol,
     }
     names = {"rho_a": "unbalanced", "rho_b": "unbalanced", "init": "potentials_init"}
-    solved = run(M, a, b, reg, rho, start=start, grad=grad, names=names, **options)
+    solved = run(C, p, q, reg, rho, start=start, grad=grad, names=names, **limits)
     report(solved, verbose, warn=True)
     return _result(solved, reg_type, rho, give)
 
@@ -226,8 +226,8 @@ def solve_batch(
     choice(reg_type, "reg_type", _REG_TYPES)
     choice(grad, "grad", _GRADS)
     without_meaning("sinkhorn", inner_iter=(inner_iter, 1), inner_reg=(inner_reg, 1e-3))
-    (M, a, b), give = problem(M, a, b, "(B, N, M)")
-    solved = run(M, a, b, reg, max_iter=max_iter, tol=tol, grad=grad)
+    (C, p, q), give = problem(M, a, b, "(B, N, M)")
+    solved = run(C, p, q, reg, max_iter=max_iter, tol=tol, grad=grad)
     return _result(solved, reg_type, None, give)
 
 
@@ -243,14 +243,14 @@ def _entropic(
 ) -> tuple[SinkhornResult, dict[str, Any], Callable[[Tensor], Any]]:
     """The solve of `sinkhorn` and `sinkhorn2`, its log, and what gives results their kind."""
     choice(method, "method", _METHODS)
-    (M, a, b), give = problem(M, a, b, "(N, M)")
-    many = b is not None and b.dim() == 2  # histograms with the same a and M
-    if many:
-        b = b.mT
-        M = M.expand(b.shape[0], *M.shape)
+    (C, p, q), give = problem(M, a, b, "(N, M)")
+    many = q is not None and q.dim() == 2  # histograms with the same a and M
+    if q is not None and many:
+        q = q.mT
+        C = C.expand(q.shape[0], *C.shape)
     stabilized = method.lower() == "sinkhorn_stabilized"
-    start = column_start(warmstart, "warmstart", M, b, reg, weighted=True, scaled=stabilized)
-    solved = run(M, a, b, reg, max_iter=numItermax, tol=stopThr, start=start, names=OLD_NAMES)
+    start = column_start(warmstart, "warmstart", C, q, reg, weighted=True, scaled=stabilized)
+    solved = run(C, p, q, reg, max_iter=numItermax, tol=stopThr, start=start, names=OLD_NAMES)
     u, v = (t.mT if many else t for t in log_scalings(solved, weighted=True))
     if stabilized:
         ends = give(reg * u), give(reg * v)

@@ -117,10 +117,10 @@ def _unbalanced(
     without_meaning("the solver", c=(c, None))
     rho = pair(reg_m, "reg_m")
     require(rho is not None, "reg_m", None, "a number > 0, inf, or a pair")
-    (M, a, b), give = problem(M, a, b, "(N, M)")
-    start = column_start(warmstart, "warmstart", M, b, reg, weighted=False)
+    (C, p, q), give = problem(M, a, b, "(N, M)")
+    start = column_start(warmstart, "warmstart", C, q, reg, weighted=False)
     names = OLD_NAMES | {"rho_a": "reg_m", "rho_b": "reg_m"}
-    solved = run(M, a, b, reg, rho, max_iter=numItermax, tol=stopThr, start=start, names=names)
+    solved = run(C, p, q, reg, rho, max_iter=numItermax, tol=stopThr, start=start, names=names)
     u, v = log_scalings(solved, weighted=False)
     record = {"err": [largest_error(solved)], "logu": give(u), "logv": give(v)}
     return solved, record | {"cost": give(solved.cost), "total_cost": give(solved.value)}, give

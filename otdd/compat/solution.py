@@ -67,7 +67,7 @@ def run(
     M: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    reg: float,
+    reg: float | None,
     rho: tuple[float, float] | None = None,
     *,
     max_iter: int,
@@ -91,7 +91,8 @@ def run(
         names: The op's argument=the caller's, for errors.
     """
     if grad == "detach":
-        M, a, b = (None if t is None else t.detach() for t in (M, a, b))
+        M = M.detach()
+        a, b = (None if t is None else t.detach() for t in (a, b))
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (M, a, b))
     rho_a, rho_b = rho or (None, None)
     with named(**{"C": "M", "eps": "reg"} | (names or {})):
@@ -99,7 +100,7 @@ def run(
             M,
             a,
             b,
-            eps=reg,
+            eps=reg,  # type: ignore[arg-type]  # None is refused there, under its name here
             max_iter=max_iter,
             tol=tol,
             init=None if start is None else (torch.zeros_like(M[..., 0]), start),
@@ -114,7 +115,7 @@ def column_start(
     name: str,
     M: Tensor,
     b: Tensor | None,
-    reg: float,
+    reg: float | None,
     *,
     weighted: bool,
     scaled: bool = False,
@@ -132,12 +133,15 @@ def column_start(
     """
     if pair is None:
         return None
+    if reg is None:
+        raise TypeError("reg: got NoneType; accepted: a number or a torch.Tensor")
     positive(reg, "reg", M.dtype)
     two = isinstance(pair, tuple | list) and len(pair) == 2
     require(two, name, type(pair).__name__, "a pair (u, v)")
     name = f"{name}, its v"
     (v,), _ = tensors(**{name: pair[1]})
-    require(v is not None, name, "nothing", "potentials of the columns")
+    if v is None:
+        raise ValueError(f"{name}: got nothing; accepted: potentials of the columns")
     require(not v.is_complex(), name, f"dtype {v.dtype}", "real numbers")
     M = as_float(M, "M")
     v = v.to(M.dtype) if isinstance(pair[1], Tensor) else v.to(M)
@@ -197,13 +201,13 @@ def objective(solved: ops.SinkhornResult, reg_type: str) -> Tensor:
 
 def problem(
     M: Array, a: Array | None, b: Array | None, shape: str
-) -> tuple[list[Tensor | None], Callable[[Tensor], Any]]:
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Callable[[Tensor], Any]]:
     """M, a and b as tensors, M of as many dimensions as `shape` names."""
-    problem, give = tensors(M=M, a=a, b=b)
-    M = problem[0]
-    found = "nothing" if M is None else f"shape {tuple(M.shape)}"
-    require(M is not None and M.dim() == shape.count(",") + 1, "M", found, shape)
-    return problem, give
+    (costs, *weights), give = tensors(M=M, a=a, b=b)
+    if costs is None or costs.dim() != shape.count(",") + 1:
+        found = "nothing" if costs is None else f"shape {tuple(costs.shape)}"
+        raise ValueError(f"M: got {found}; accepted: {shape}")
+    return (costs, weights[0], weights[1]), give
 
 
 def choice(seen: str, name: str, accepted: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
 """Generative dataset distillation guided by optimal transport.
 
 Stages are functions from store to store: `sample` makes images, `relabel` soft labels, `evaluate`
-trains students; `otdd.distill.pipeline.run` does all of them. `OTDiTPipeline` and the guidance
-objects are for sampling of one's own; they import torch and diffusers when they are first used.
+trains students; `run` does all of them. `OTDiTPipeline` and the guidance objects are for sampling
+of one's own. What needs torch or diffusers loads when it is first used.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from otdd.distill.guidance import OTGuidance
     from otdd.distill.influence import InfluenceGuidance
     from otdd.distill.modes import ModeGuidance
+    from otdd.distill.pipeline import run
     from otdd.distill.task import OTDistillationTask
     from otdd.distill.terms import Guidance
 
@@ -46,6 +47,7 @@ _LAZY = {
     "OTDistillationTask": "task",
     "OTGuidance": "guidance",
     "denoise": "denoising",
+    "run": "pipeline",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "TrainConfig",
     "denoise",
     "resolve",
+    "run",
 ]
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -75,11 +75,12 @@ class AutoencoderCodec:
     bounded = False
 
     def __init__(self, vae: torch.nn.Module, *, batch_size: int = 32) -> None:
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae: Any = vae.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.grey = False
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        settings = cast(Any, vae).config  # of diffusers; a Module has none
+        self.scale = float(settings.scaling_factor)
+        self.shift = float(getattr(settings, "shift_factor", None) or 0.0)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

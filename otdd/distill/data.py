@@ -1,30 +1,35 @@
-"""Real images to distil: two bundled data sets and any ImageFolder, checked before any work.
+"""Real images to distil, of any input, checked before any work.
 
-Everything is held as uint8 tensors in memory. A folder is read completely first, so that every
-offending file or class is named in one `DataError` and nothing has been done yet.
+Everything is held as uint8 tensors in memory. All images are read first, so that every offending
+file or class is named in one `DataError` and nothing has been done yet.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from otdd.distill.folders import THREADS, DataError, FolderFiles, decode, size_problems
+from otdd.distill.inputs.builtin import SIDES
+from otdd.distill.inputs.check import Skipped, check
+from otdd.distill.inputs.listing import read_all
+from otdd.distill.inputs.pictures import size_problems
+from otdd.distill.inputs.problems import DataError, DataWarning
+from otdd.distill.inputs.spec import BUILTIN, open_listing
 
-__all__ = ["BUILTIN", "DataError", "ImageData", "LabeledImages", "check_ipc", "load_data"]
-
-BUILTIN = ("digits", "textures")
-# PNG only: decoded to the same bytes by every version of every decoder.
-TEXTURES = ("brick", "chelsea", "coffee", "coins", "grass", "gravel", "ihc", "motorcycle_left")
-TEXTURE_SIZE = 32
+__all__ = [
+    "BUILTIN",
+    "DataError",
+    "DataWarning",
+    "ImageData",
+    "LabeledImages",
+    "check_ipc",
+    "load_data",
+]
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: `classes[k]` names label k; `facts` are gathered here unless they are known."""
+    """A data set: `classes[k]` names label k; `facts` are gathered here unless they are known.
+
+    `skipped` has the images that were left out because they cannot be read, and why.
+    """
 
     name: str
     classes: list[str]
     train: LabeledImages
     test: LabeledImages
     facts: Facts | None = field(default=None, repr=False)
+    skipped: Skipped = ()
     mean: tuple[float, ...] = field(init=False)
     std: tuple[float, ...] = field(init=False)
     fingerprint: str = field(init=False)
@@ -99,15 +108,15 @@ def gather_facts(
     for number, (labels, batches) in enumerate(parts):
         digest.update(labels.numpy().tobytes())
         for images in batches:
-            digest.update(memoryview(images.contiguous().numpy()).cast("B"))
+            digest.update(images.contiguous().numpy().data.cast("B"))
             if number == 0:
                 counts += _histogram(images)
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
-    rounded = (tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
-    return Facts(*rounded, digest.hexdigest())
+    rounded = [tuple(round(v, 6) for v in values.tolist()) for values in (mean, std)]
+    return Facts(rounded[0], rounded[1], digest.hexdigest())
 
 
 def load_data(
@@ -117,33 +126,58 @@ def load_data(
     val_fraction: float = 0.2,
     seed: int = 0,
     ipc: int | None = None,
+    skip_bad_images: bool = False,
 ) -> ImageData:
     """Loads a data set.
 
     Args:
-        spec: `digits`, `textures`, or a folder: either `train/<class>/*` with `val/` or `test/`
-            beside it, or `<class>/*`, split here with `seed`.
+        spec: `digits`, `textures`; a folder: either `train/<class>/*` with `val/` or `test/`
+            beside it, or `<class>/*`, split here with `seed`; a table of paths and labels (`.csv`,
+            `.tsv`, `.parquet`); arrays (`.npz`); or `hf:FOLDER`, `hf:OWNER/NAME`, a Hugging Face
+            data set. Settings of an input follow it (`photos.csv,label_column=breed`); they and
+            the rules of each are in the modules of `otdd.distill.inputs`.
         resolution: side of the square images; needed when a folder holds several sizes.
-        val_fraction: part of each class kept for testing where the folder has no split.
+        val_fraction: part of each class kept for testing where the data has no split.
         seed: seed of that split.
         ipc: images per class that will be asked for; a class with fewer is an error.
+        skip_bad_images: leave out images that cannot be read, as if they were not there; they are
+            in `skipped`, and told as a `DataWarning`.
 
     Raises:
         DataError: what cannot be used, with every offending file or class.
     """
+    check_settings(spec, resolution, val_fraction)
+    listing, split = open_listing(spec), (val_fraction, seed)
+    read = [read_all(part.images, resolution) for part in listing.parts]
+    bad = [{k: why for k, why in enumerate(part) if isinstance(why, str)} for part in read]
+    images = [[image for image in part if isinstance(image, Tensor)] for part in read]
+    everything = [image for part in images for image in part]
+    sizes = size_problems({tuple(image.shape[1:]) for image in everything}, resolution)
+    left, skipped = check(listing, bad, sizes, skip=skip_bad_images, ipc=ipc, split=split)
+    channels = max(len(image) for image in everything)  # colour in any makes all of them colour
+    train, test = (
+        LabeledImages(
+            torch.stack([images[number][k].expand(channels, -1, -1) for k in chosen]),
+            left.parts[number].labels[chosen],
+        )
+        for number, chosen in left.divide(*split)
+    )
+    data = ImageData(listing.name, list(listing.classes), train, test, skipped=skipped)
+    if ipc is not None:
+        check_ipc(data, ipc)
+    return data
+
+
+def check_settings(
+    spec: str | os.PathLike[str], resolution: int | None, val_fraction: float
+) -> None:
+    """Raises `DataError` for a resolution or a fraction that no data can have."""
     if resolution is not None and resolution < 1:
         raise DataError(f"resolution must be a positive integer, got {resolution}")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
-    if spec in BUILTIN:
-        if resolution not in (None, 8 if spec == "digits" else TEXTURE_SIZE):
-            raise DataError(f"resolution={resolution} does not fit the built-in data {spec!r}")
-        data = _digits() if spec == "digits" else _textures()
-    else:
-        data = _folder(Path(spec), resolution, val_fraction, seed, ipc)
-    if ipc is not None:
-        check_ipc(data, ipc)
-    return data
+    if spec in SIDES and resolution not in (None, SIDES[str(spec)]):
+        raise DataError(f"resolution={resolution} does not fit the built-in data {spec!r}")
 
 
 def check_ipc(data: ImageData, ipc: int) -> None:
@@ -164,94 +198,3 @@ def _histogram(images: Tensor) -> Tensor:
     return torch.stack(
         [torch.bincount(c.reshape(-1), minlength=256) for c in images.transpose(0, 1)]
     ).double()
-
-
-def _digits() -> ImageData:
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    order = np.random.RandomState(0).permutation(len(raw.target))
-    pixels = np.rint(raw.images[order] * (255 / 16)).astype(np.uint8)[:, None]
-    images, labels = torch.from_numpy(pixels), torch.from_numpy(raw.target[order]).long()
-    train, test = (LabeledImages(images[s], labels[s]) for s in (slice(1297), slice(1297, None)))
-    return ImageData("digits", [str(k) for k in range(10)], train, test)
-
-
-def _textures() -> ImageData:
-    try:
-        import skimage.data
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(f"data 'textures' needs scikit-image: {error}") from error
-    folder = Path(skimage.data.__file__).parent
-    missing = [f"{name}.png" for name in TEXTURES if not (folder / f"{name}.png").is_file()]
-    if missing:
-        raise DataError(f"this scikit-image does not bundle, in {folder}:", missing)
-    parts: dict[str, list[Tensor]] = {"train": [], "test": []}
-    for name in TEXTURES:
-        with Image.open(folder / f"{name}.png") as file:
-            picture = torch.from_numpy(np.array(file.convert("L")))
-        border = int(picture.shape[1] * 0.6)  # left: train, right: test, no pixel in both
-        parts["train"].append(_patches(picture[:, :border], stride=8, count=400))
-        parts["test"].append(_patches(picture[:, border:], stride=16, count=60))
-    train, test = (_stack(parts[part]) for part in ("train", "test"))
-    return ImageData("textures", list(TEXTURES), train, test)
-
-
-def _patches(picture: Tensor, stride: int, count: int) -> Tensor:
-    tiles = picture.unfold(0, TEXTURE_SIZE, stride).unfold(1, TEXTURE_SIZE, stride)
-    tiles = tiles.reshape(-1, 1, TEXTURE_SIZE, TEXTURE_SIZE)
-    keep = torch.linspace(0, len(tiles) - 1, min(count, len(tiles))).round().long()
-    return tiles[keep].contiguous()
-
-
-def _stack(per_class: Sequence[Tensor]) -> LabeledImages:
-    counts = torch.tensor([len(images) for images in per_class])
-    return LabeledImages(
-        torch.cat(list(per_class)), torch.arange(len(counts)).repeat_interleave(counts)
-    )
-
-
-def _folder(
-    root: Path, resolution: int | None, val_fraction: float, seed: int, ipc: int | None
-) -> ImageData:
-    files = FolderFiles.of(check_folder(root))
-    images, unreadable = _read(files.train, files.test or {}, resolution)
-    parts = files.split(val_fraction, seed)
-    if files.problems or unreadable:
-        left = {name: sum(p in images for p in paths) for name, paths in parts[0].items()}
-        short = [
-            f"class {name!r}: {n} readable training images, fewer than ipc={ipc}"
-            for name, n in left.items()
-            if ipc is not None and n < ipc
-        ]
-        raise DataError(f"data folder {root} cannot be used:", files.problems + unreadable + short)
-    train, test = (
-        _stack([torch.stack([images[path] for path in part[name]]) for name in files.classes])
-        for part in parts
-    )
-    return ImageData(root.resolve().name, files.classes, train, test)
-
-
-def check_folder(spec: str | os.PathLike[str]) -> Path:
-    """The folder of a data set that is not built in."""
-    root = Path(spec)
-    if not root.is_dir():
-        accepted = ", ".join(repr(name) for name in BUILTIN)
-        raise DataError(f"data {str(root)!r} is no folder; accepted: {accepted} or an image folder")
-    return root
-
-
-def _read(
-    train: dict[str, list[Path]], test: dict[str, list[Path]], resolution: int | None
-) -> tuple[dict[Path, Tensor], list[str]]:
-    """Decodes every file; returns the images that could be read and what is wrong with the rest."""
-    paths = [p for files in (train, test) for per_class in files.values() for p in per_class]
-    with ThreadPoolExecutor(THREADS) as pool:
-        read = dict(zip(paths, pool.map(lambda p: decode(p, resolution), paths), strict=True))
-    problems = [f"{path}: {image}" for path, image in read.items() if isinstance(image, str)]
-    images = {path: image for path, image in read.items() if isinstance(image, Tensor)}
-    if any(image.shape[0] == 3 for image in images.values()):
-        images = {path: image.expand(3, -1, -1) for path, image in images.items()}
-    sizes = {tuple(image.shape[1:]) for image in images.values()}
-    return images, problems + size_problems(sizes, resolution)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Conditions = Mapping[str, Any]
 
@@ -64,7 +65,9 @@ class Denoiser:
     ) -> tuple[Tensor, Tensor | None]:
         """What the model predicts, with classifier-free guidance.
 
-        Guidance acts on the channels of the latents; learned variances stay conditional.
+        Guidance acts on the channels of the latents; learned variances stay conditional. Where
+        gradients are kept and `batch` splits the latents, each part is computed again in the
+        backward pass, so that memory is that of one part.
 
         Args:
             z: noisy latents, (B, c, h, w).
@@ -78,8 +81,12 @@ class Denoiser:
         """
         t = torch.as_tensor(t, device=z.device).expand(len(z))
         size = batch or len(z)
-        calls = zip(z.split(size), t.split(size), class_labels.split(size), strict=True)
-        parts = [self._predict(*call, guidance_scale) for call in calls]
+        calls = list(zip(z.split(size), t.split(size), class_labels.split(size), strict=True))
+        again = torch.is_grad_enabled() and z.requires_grad and len(calls) > 1
+        if again:
+            parts = [self._recomputed(*call, guidance_scale) for call in calls]
+        else:
+            parts = [self._predict(*call, guidance_scale) for call in calls]
         predicted = torch.cat([p for p, _ in parts])
         rest = [r for _, r in parts if r is not None]
         return predicted, torch.cat(rest) if rest else None
@@ -113,6 +120,10 @@ class Denoiser:
             conditional, free = out.chunk(2)
             out = free + scale * (conditional - free)
         return out, rest if rest.shape[1] == channels else None
+
+    def _recomputed(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        # Nothing here is random, and models are in evaluation mode: no random state to keep.
+        return checkpoint(self._predict, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def _call(self, model_input: Tensor, arguments: dict[str, Any]) -> Tensor:
         named = dict(self.model.named_parameters()) if torch.is_grad_enabled() else {}

@@ -1,7 +1,7 @@
 """The denoising loop: predict x0_hat, correct it (or z_t), rebuild the output, `scheduler.step`.
 
 Every way of sampling goes through `denoise`: the stages, `OTDiTPipeline`, and other models by
-`Denoiser`. It runs the denoiser once per step, with gradients only at steps of a term that carries
+`Denoiser`. It calls the denoiser once per step, with gradients only at steps of a term that carries
 its correction through it. A step that nothing corrects hands the scheduler what was predicted.
 
 With z_t = sqrt(abar) x0 + sqrt(1 - abar) noise, the scheduler's own latents are scale * z_t: 1 for
@@ -90,7 +90,7 @@ def denoise(
             corrector = _Corrector(levels[step], _prediction_type(scheduler), t)
             limit = 1.0 if clamp else _limit(scheduler)
             corrector.predict(predict, z, limit, grad=any(a.target == "through" for a in active))
-            if active:
+            if active and guides is not None:
                 move = corrector.correct(active, guides)
             output, rest = corrector.output(always=clamp)
         else:
@@ -133,7 +133,8 @@ class _Corrector:
         """
         alpha_bar, x0, z = self.level.alpha_bar, self.x0, self.z.detach().float()
         carried = sum(term.target == "through" for term in terms)
-        on_x0, on_z = [], []
+        on_x0: list[Tensor] = []
+        on_z: list[Tensor] = []
         for term in terms:
             at = z if term.target in ("z_t", "q_sample") else x0
             move = term.direction(

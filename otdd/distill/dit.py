@@ -21,14 +21,12 @@ from otdd.distill.terms import Guidance, Memory, check_latents
 import_diffusers()
 
 # diffusers reads the annotations of __init__: real types, so no `annotations` of the future here.
-from diffusers import (  # noqa: E402
-    AutoencoderKL,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    ImagePipelineOutput,
-)
+from diffusers import ImagePipelineOutput  # noqa: E402
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback  # noqa: E402
-from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel  # noqa: E402
+from diffusers.pipelines.dit.pipeline_dit import DiTPipeline  # noqa: E402
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers  # noqa: E402
 from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -68,7 +66,7 @@ class OTDiTPipeline(DiTPipeline):
         return self._interrupt
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # type: ignore[override]  # two arguments more, given by name
         self,
         class_labels: Sequence[int] | Tensor,
         guidance_scale: float = 4.0,
@@ -101,8 +99,10 @@ class OTDiTPipeline(DiTPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        several = guidance is None or isinstance(guidance, Sequence)
-        terms = list(guidance or ()) if several else [guidance]
+        if guidance is None:
+            terms = []
+        else:
+            terms = list(guidance) if isinstance(guidance, Sequence) else [guidance]
         denoiser = Denoiser(self.transformer)
         scale = guidance_scale if guidance_scale > 1 else 1.0
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)

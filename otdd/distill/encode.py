@@ -93,6 +93,8 @@ def encode(
             "data": _facts(store, data, config, progress),
             "shards": shards,
         }
+        if data.skipped:
+            index["skipped"] = [list(pair) for pair in data.skipped]
         store.write_json(INDEX, index)
     return Latents(out)
 
@@ -133,7 +135,7 @@ def _encoded(
     first, stop = span
     files, pixels, parts = data.digest(first, stop), hashlib.sha256(), []
     for images in _ahead(data, first, stop, config.batch):
-        pixels.update(memoryview(images.contiguous().numpy()).cast("B"))
+        pixels.update(images.contiguous().numpy().data.cast("B"))
         parts.append(codec.encode(images).half())
         yield sum(map(len, parts))
     latents = torch.cat(parts)

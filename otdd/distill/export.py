@@ -16,6 +16,7 @@ import torch
 from otdd import __version__
 from otdd.distill.artefact import DistilledSet, load
 from otdd.distill.config import require
+from otdd.distill.inputs.spec import published
 from otdd.distill.setfiles import CONFIG, EXPORTED, LAYOUTS
 from otdd.distill.store import MANIFEST, TEMP, Store, StoreError
 
@@ -28,7 +29,7 @@ FORMATS = {
     "webdataset": ("formats", None),
     "ddranking": ("formats", None),
 }
-_PATHS = ("data", "generator", "latents", "surrogate", "sample.influence.surrogate")
+_PATHS = ("generator", "latents", "surrogate", "sample.influence.surrogate")
 
 
 def export(
@@ -102,6 +103,8 @@ def without_paths(value: Any, key: str = "") -> Any:
         return {k: without_paths(v, k) for k, v in value.items() if k != "out"}
     if isinstance(value, list):
         return [without_paths(v, key) for v in value]
+    if isinstance(value, str) and key == "data":
+        return published(value)
     if isinstance(value, str) and key in _PATHS:
         return _base(value)
     if isinstance(value, str) and "=" in value and key in ("teachers", "relabel.teachers", "name"):
@@ -132,7 +135,7 @@ def _manifest(
         "format": EXPORTED if layout else f"otdd-{to}-1",
         "set": loaded.name,
         "license": license or old.get("license", "unknown"),
-        "data": loaded.files.data,
+        "data": {k: v for k, v in loaded.files.data.items() if k != "skipped"},  # names of files
         "counts": counts,
         "layout": layout,
         "epochs": loaded.files.epochs,

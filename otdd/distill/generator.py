@@ -6,6 +6,7 @@ codec and the names of its classes. `otdd.distill.fit.fit` trains small ones.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from otdd.distill.store import Store, StoreError
 
 if TYPE_CHECKING:
     from otdd.distill.data import ImageData
+    from otdd.distill.stream import Stream
 
 FORMAT = 1
 UNNAMED = (
@@ -59,7 +61,7 @@ class Generator:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = self.transformer.config.num_embeds_ada_norm
+        known = self._config.num_embeds_ada_norm
         if len(self.classes) != known:
             raise GeneratorError(f"{len(self.classes)} class names for {known} class embeddings")
         if len(set(self.classes)) != len(self.classes):
@@ -74,6 +76,11 @@ class Generator:
         return len(self.classes)
 
     @property
+    def _config(self) -> Any:
+        """What diffusers keeps of how the transformer was made."""
+        return self.transformer.config
+
+    @property
     def denoiser(self) -> Denoiser:
         """The transformer with its class embeddings."""
         return Denoiser(self.transformer)
@@ -83,16 +90,16 @@ class Generator:
         """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
-    def to(self, device: str | torch.device) -> Generator:
-        """Moves transformer and codec; returns itself."""
-        self.transformer.to(device)
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Generator:
+        """Moves transformer and codec, the former to `dtype` as well; returns itself."""
+        self.transformer.to(device, dtype)
         self.codec.to(device)
         return self
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of one latent."""
-        config = self.transformer.config
+        config = self._config
         return config.in_channels, config.sample_size, config.sample_size
 
     @property
@@ -103,8 +110,8 @@ class Generator:
     @property
     def learned_sigma(self) -> bool:
         """Whether the upper half of the output channels holds variances."""
-        config = self.transformer.config
-        return (config.out_channels or config.in_channels) == 2 * config.in_channels
+        config = self._config
+        return bool((config.out_channels or config.in_channels) == 2 * config.in_channels)
 
     def predict(
         self, x: Tensor, t: Tensor | int, labels: Tensor, guidance_scale: float = 1.0
@@ -159,7 +166,7 @@ class Generator:
         tensors = {f"transformer.{k}": v for k, v in self.transformer.state_dict().items()}
         tensors |= {f"codec.{k}": v for k, v in self.codec.tensors().items()}
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-        config = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}
+        config = {k: v for k, v in self._config.items() if not k.startswith("_")}
         meta = {
             "format": FORMAT,
             "transformer": config,
@@ -242,7 +249,7 @@ def build_transformer(config: dict[str, Any]) -> torch.nn.Module:
     return import_diffusers().DiTTransformer2DModel(**config)
 
 
-def load_generator(spec: str | os.PathLike[str] | None, data: ImageData) -> Generator:
+def load_generator(spec: str | os.PathLike[str] | None, data: ImageData | Stream) -> Generator:
     """The generator for a data set, checked against it.
 
     Args:
@@ -265,8 +272,9 @@ def load_generator(spec: str | os.PathLike[str] | None, data: ImageData) -> Gene
             "`otdd fit --data DATA --out GEN` and give it as --generator GEN"
         )
     generator.class_indices(data.classes)
-    grey = data.image_shape[0] == 1 and isinstance(generator.codec, AutoencoderCodec)
-    if grey:
+    grey = False
+    if data.image_shape[0] == 1 and isinstance(generator.codec, AutoencoderCodec):
+        grey = True
         generator.codec.grey = True
     shape = generator.image_shape
     if tuple(shape[1:]) != data.image_shape[1:] or (shape[0] != data.image_shape[0] and not grey):
@@ -275,6 +283,18 @@ def load_generator(spec: str | os.PathLike[str] | None, data: ImageData) -> Gene
             " (channels, height, width)"
         )
     return generator
+
+
+def generator_digest(generator: Generator) -> str:
+    """SHA-256 over what the samples of a generator depend on."""
+    digest = hashlib.sha256()
+    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -39,6 +39,23 @@ class _Padded:
     slots: Tensor  # of the input rows, in the flattened (K * N)
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """Costs (K, L, M) from the finished latents of a call, which stay where they are, and weights.
+
+    They are made once for all the denoising steps of the same `memory` and classes.
+    """
+
+    costs: Tensor
+    weights: Tensor
+    key: tuple[object, ...]
+
+    def serves(self, key: tuple[object, ...]) -> bool:
+        """Whether the costs are those of the very same tensors and values."""
+        pairs = zip(self.key, key, strict=True)
+        return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs)
+
+
 class OTGuidance(Guidance):
     """Guides latents of each class towards the distribution of its real latents.
 
@@ -52,6 +69,7 @@ class OTGuidance(Guidance):
         self.seed = seed
         self._classes: list[int] = []
         self._reference: _Padded | None = None
+        self._finished: _Finished | None = None
 
     def set_reference(self, latents: Tensor, class_labels: Tensor) -> None:
         """Takes the real latents.
@@ -65,6 +83,7 @@ class OTGuidance(Guidance):
         latents, class_labels = latents[keep], class_labels[keep]
         self._classes, groups = group_classes(class_labels)
         self._reference = _pad(latents.flatten(1).float(), groups, len(self._classes))
+        self._finished = None
         self._shape = tuple(latents.shape[1:])
 
     @property
@@ -95,50 +114,58 @@ class OTGuidance(Guidance):
         check_latents(x, class_labels, "x")
         self.check(class_labels, tuple(x.shape[1:]))
         present, groups = group_classes(class_labels)
-        rows = x.detach().flatten(1).float()
-        if memory is not None and len(memory[0]):
-            past = self._recent(memory, present)
-            rows = torch.cat([rows, past[0]])
-            groups = torch.cat([groups, past[1]])
-        sources = _pad(rows, groups, len(present))
-        index = torch.tensor([self._classes.index(k) for k in present], device=x.device)
-        y, b = self._reference.rows[index].to(x.device), self._reference.weights[index].to(x.device)
+        moving = _pad(x.detach().flatten(1).float(), groups, len(present))
+        y, b = self._real(present, x.device)
         if self.config.target == "q_sample":
             y = self._noised(y, present, int(t), alpha_bar)
-        move = self._solve(sources, y, b)
-        return move.flatten(0, 1)[sources.slots[: len(x)]].view_as(x).to(x.dtype)
+        finished = self._finish(memory, present, y)
+        move = self._solve(moving, finished, y, b)
+        return move.flatten(0, 1)[moving.slots].view_as(x).to(x.dtype)
 
     def transport_cost(self, x: Tensor, class_labels: Tensor) -> Tensor:
         """Cost <P, C> of each class present, in the order of their labels; (K,)."""
         present, groups = group_classes(class_labels)
         sources = _pad(x.detach().flatten(1).float(), groups, len(present))
-        index = [self._classes.index(k) for k in present]
-        y, b = self._reference.rows[index], self._reference.weights[index]
+        y, b = self._real(present, x.device)
         C = cost_matrix(sources.rows, y, self.config.metric)
         eps = self._eps(C, sources.weights, b)
         return sinkhorn(C, sources.weights, b, eps=eps, max_iter=self.config.max_iter).cost
 
-    def _solve(self, sources: _Padded, y: Tensor, b: Tensor) -> Tensor:
-        x, kappa = sources.rows, self.config.repulsion if len(y) > 1 else 0.0
-        gradient = self.config.form == "gradient"
+    def _real(self, present: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Real latents (K, M, D) of the classes present, and their weights (K, M)."""
+        assert self._reference is not None  # `check` has seen to it
+        rows, weights = self._reference.rows, self._reference.weights
+        if present != self._classes:  # else no copy: a run refers to just the classes in flight
+            index = torch.tensor([self._classes.index(k) for k in present], device=rows.device)
+            rows, weights = rows[index], weights[index]
+        return rows.to(device), weights.to(device)
+
+    def _solve(self, moving: _Padded, finished: _Finished | None, y: Tensor, b: Tensor) -> Tensor:
+        x, kappa = moving.rows, self.config.repulsion if len(y) > 1 else 0.0
+        gradient, count = self.config.form == "gradient", x.shape[1]
         with torch.set_grad_enabled(gradient):
             x = x.detach().requires_grad_(gradient)
             C = cost_matrix(x, y, self.config.metric)
-            eps = self._eps(C.detach(), sources.weights, b)
-            result = sinkhorn(
-                C.detach(), sources.weights, b, eps=eps, max_iter=self.config.max_iter
-            )
+            costs, a = C.detach(), moving.weights
+            if finished is not None:
+                costs = torch.cat([costs, finished.costs], 1)
+                a = (torch.cat([a, finished.weights], 1) > 0).to(a.dtype)
+                a = a / a.sum(1, keepdim=True)
+            eps = self._eps(costs, a, b)
+            result = sinkhorn(costs, a, b, eps=eps, max_iter=self.config.max_iter)
+            a = a[:, :count]
             if not gradient:
-                image = barycentric(result, y)
+                potentials = result.f[:, :count], result.g
+                image = barycentric(potentials, y, C=costs[:, :count], eps=eps, a=a, b=b)
                 if kappa:
                     others, near = self._others(image, y, b, eps / self.config.lambda_1)
                     image = image + kappa * (image - near @ others)
                 return x - image
-            objective = (result.plan * C).sum()
+            objective = (result.plan[:, :count] * C).sum()
             if kappa:
                 others, near = self._others(x.detach(), y, b, eps / self.config.lambda_1)
                 away = near * cost_matrix(x, others, self.config.metric)
-                objective = objective - kappa * (sources.weights[..., None] * away).sum()
+                objective = objective - kappa * (a[..., None] * away).sum()
             return torch.autograd.grad(objective, x)[0]
 
     def _others(self, x: Tensor, y: Tensor, b: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,12 +198,28 @@ class OTGuidance(Guidance):
         ]
         return alpha_bar**0.5 * y + (1 - alpha_bar) ** 0.5 * torch.stack(noise).to(y.device)
 
+    def _finish(self, memory: Memory | None, present: list[int], y: Tensor) -> _Finished | None:
+        """Costs from the latents finished before to the real ones, if there are any."""
+        if memory is None or len(memory[0]) == 0:
+            return None
+        versions = tuple(t._version for t in memory)
+        noised = y if self.config.target == "q_sample" else None  # other targets at every step
+        key = (*memory, *versions, tuple(present), noised)
+        if self._finished is None or not self._finished.serves(key):
+            rows, groups = self._recent(memory, present)
+            if len(rows) == 0:
+                return None
+            padded = _pad(rows, groups, len(present))
+            costs = cost_matrix(padded.rows, y, self.config.metric)
+            self._finished = _Finished(costs, padded.weights, key)
+        return self._finished
+
     def _recent(self, memory: Memory, present: list[int]) -> tuple[Tensor, Tensor]:
         latents, labels = memory
         rows, groups = [], []
         for group, label in enumerate(present):
             own = latents[labels == label][-self.config.memory :]
-            rows.append(own.flatten(1).float())
+            rows.append(own.detach().flatten(1).float())
             groups.append(torch.full((len(own),), group, device=labels.device))
         return torch.cat(rows), torch.cat(groups)
 
@@ -202,7 +245,7 @@ def _pad(rows: Tensor, groups: Tensor, count: int) -> _Padded:
     slots = torch.empty_like(order)
     slots[order] = groups[order] * width + rank
     # Padding repeats a real row, so that every cost (cosine too) stays finite there.
-    first = order[(sizes.cumsum(0) - sizes)]
+    first = order[(sizes.cumsum(0) - sizes).clamp_max(len(order) - 1)]  # of none: any row
     index = first[:, None].expand(-1, width).reshape(-1).clone()
     index[slots] = torch.arange(len(groups), device=rows.device)
     weights = rows.new_zeros(count * width)

@@ -16,8 +16,9 @@ from torch import Tensor
 from otdd.distill.codec import Codec, codec_digest
 from otdd.distill.config import ConfigError
 from otdd.distill.data import Facts, ImageData, LabeledImages, check_ipc
+from otdd.distill.inputs.listing import pixel_digest
 from otdd.distill.store import Store, StoreError
-from otdd.distill.stream import StreamedImages, open_stream, pixel_digest
+from otdd.distill.stream import Known, StreamedImages, open_stream
 
 INDEX = "latents.json"
 LABELS = "labels.safetensors"
@@ -101,11 +102,18 @@ class Latents:
                 )
 
     def data(
-        self, spec: str | os.PathLike[str], *, resolution: int | None, seed: int, ipc: int
+        self,
+        spec: str | os.PathLike[str],
+        *,
+        resolution: int | None,
+        seed: int,
+        ipc: int,
+        skip_bad_images: bool = False,
     ) -> ImageData:
-        """The folder that was encoded, as `load_data` gives it, with images left in their files.
+        """The data that was encoded, as `load_data` gives it, with images left in their files.
 
-        Every file is compared by name and size with what was encoded; none is opened.
+        Every file is compared by name and size with what was encoded, and none is opened; rows of
+        a Hugging Face data set are compared by their bytes.
 
         Raises:
             ConfigError: it is another folder, or has changed.
@@ -115,8 +123,14 @@ class Latents:
         if facts is None or resolution != self.index["resolution"]:
             there = "a built-in data set" if facts is None else self.index["resolution"]
             raise ConfigError(f"{where} was encoded at resolution {there}, not {resolution}")
+        skipped = tuple((key, why) for key, why in self.index.get("skipped", ()))
+        if skipped and not skip_bad_images:
+            raise ConfigError(
+                f"{where} was encoded without {len(skipped)} images that cannot be read: "
+                "give --skip-bad-images here too"
+            )
         shape = tuple(self.index["image_shape"])
-        stream = open_stream(spec, resolution=resolution, seed=seed, image_shape=shape)
+        stream = open_stream(spec, resolution=resolution, seed=seed, known=Known(shape, skipped))
         if stream.classes != self.index["classes"] or not torch.equal(stream.labels, self.labels):
             raise ConfigError(f"{where} was encoded from other classes or numbers of images")
         spans = [(s["first"], s["first"] + s["count"], s["files_sha256"]) for s in self._shards]
@@ -125,6 +139,7 @@ class Latents:
                 raise ConfigError(
                     f"{where} was encoded from other images (among {first} to {stop - 1})"
                 )
+        assert stream.test is not None  # an encoded folder has both parts
         if stream.test.digest(0, len(stream.test)) != facts["test_files_sha256"]:
             raise ConfigError(f"{where} was encoded beside other test images")
         train, test = (
@@ -132,7 +147,7 @@ class Latents:
             for part in (stream, stream.test)
         )
         known = Facts(tuple(facts["mean"]), tuple(facts["std"]), facts["fingerprint"])
-        made = ImageData(facts["name"], stream.classes, train, test, known)
+        made = ImageData(facts["name"], stream.classes, train, test, known, stream.skipped)
         check_ipc(made, ipc)
         return made
 

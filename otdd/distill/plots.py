@@ -9,54 +9,52 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from otdd.distill.config import TITLES
+
 CELL = 48
 GAP = 4
 MAX_CLASSES = 20
 MAX_IMAGES = 10
-TITLES = {
-    "otg": "OT-guided",
-    "unguided": "unguided",
-    "random": "random real",
-    "kmeans": "k-means centroids",
-    "kmeans-real": "k-means, nearest real",
-}
 
 
-def grid(sets: Mapping[str, tuple[Tensor, Tensor]], classes: Sequence[str]) -> bytes:
+def grid(
+    sets: Mapping[str, tuple[Tensor, Tensor]], classes: Sequence[str], *, scale: int = 1
+) -> bytes:
     """PNG with the images of every set: a block of rows per set, a column per class.
 
     Args:
         sets: name -> (images uint8 (N, C, H, W), labels (N,)).
         classes: class names; at most 20 classes and 10 images of each are shown.
+        scale: pixels of the page to a side of one; 2 for print.
     """
     columns = list(range(min(len(classes), MAX_CLASSES)))
     side = max(CELL, *(max(images.shape[-2:]) for images, _ in sets.values()))
-    side = min(side, 128)
+    side, gap, edge = min(side, 128) * scale, GAP * scale, 12 * scale
     rows = {
         name: min(MAX_IMAGES, max(int((labels == k).sum()) for k in columns))
         for name, (_, labels) in sets.items()
     }
-    font = ImageFont.load_default(size=15)
-    left, top, head = 175, 46, 8
-    width = left + len(columns) * (side + GAP) + 12
-    height = top + sum(n * (side + GAP) + 2 * head for n in rows.values()) + 8
+    font = ImageFont.load_default(size=15 * scale)
+    left, top, head = 175 * scale, 46 * scale, 8 * scale
+    width = left + len(columns) * (side + gap) + edge
+    height = top + sum(n * (side + gap) + 2 * head for n in rows.values()) + head
     page = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(page)
     for column in columns:
         text = _fit(classes[column], font, side)
-        x = left + column * (side + GAP) + side / 2
-        pen.text((x, top - 20), text, fill="#222222", font=font, anchor="mm")
+        x = left + column * (side + gap) + side / 2
+        pen.text((x, top - 20 * scale), text, fill="#222222", font=font, anchor="mm")
     y = top
     for name, (images, labels) in sets.items():
-        pen.line([(12, y), (width - 12, y)], fill="#cccccc")
-        middle = y + head + rows[name] * (side + GAP) / 2
-        title = _fit(TITLES.get(name, name), font, left - 24)
-        pen.text((12, middle), title, fill="#222222", font=font, anchor="lm")
+        pen.line([(edge, y), (width - edge, y)], fill="#cccccc", width=scale)
+        middle = y + head + rows[name] * (side + gap) / 2
+        title = _fit(TITLES.get(name, name), font, left - 2 * edge)
+        pen.text((edge, middle), title, fill="#222222", font=font, anchor="lm")
         for column in columns:
             for row, image in enumerate(images[labels == column][: rows[name]]):
-                corner = (left + column * (side + GAP), y + head + row * (side + GAP))
+                corner = (left + column * (side + gap), y + head + row * (side + gap))
                 page.paste(_picture(image, side), corner)
-        y += rows[name] * (side + GAP) + 2 * head
+        y += rows[name] * (side + gap) + 2 * head
     buffer = io.BytesIO()
     page.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -76,3 +74,18 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
+
+
+def strip(images: Tensor, side: int = 96) -> bytes:
+    """PNG with images uint8 (N, C, H, W) one under the other, transparent between them.
+
+    Small ones are enlarged a whole number of times, large ones reduced to `side`.
+    """
+    longest = max(images.shape[-2:])
+    side = longest * max(1, CELL // longest) if longest < side else side
+    page = Image.new("RGBA", (side, len(images) * (side + GAP) - GAP))
+    for number, image in enumerate(images):
+        page.paste(_picture(image, side), (0, number * (side + GAP)))
+    buffer = io.BytesIO()
+    page.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.config import ConfigError, RunConfig, require
+from otdd.distill.logs import check_tensorboard
 from otdd.distill.settings import identity
 from otdd.distill.store import Store
 
 if TYPE_CHECKING:
+    from otdd.distill.codec import Codec
     from otdd.distill.data import ImageData
     from otdd.distill.generator import Generator
     from otdd.distill.latents import Latents
@@ -41,6 +41,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     Raises:
         ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
     """
+    check_tensorboard(config.train.tensorboard)
     known = {k: v for k, v in identity(config).items() if k != "data"}
     Store(config.out).check(known)
     data = _load_data(config, only_sample)
@@ -48,13 +49,15 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     Store(config.out).check(known)
     _check_networks(config, data)
     generator = latents = None
-    if config.generator is not None or any(name in SAMPLED for name in config.sets):
+    if _has_generator(config):
         generator = _load_generator(config, data)
         try:
             generator.scheduler(config.sample.scheduler, config.sample.steps)
         except ValueError as error:
             raise ConfigError(f"sample.steps: {error}") from None
-        known["generator_sha256"] = _digest(generator)
+        from otdd.distill.generator import generator_digest
+
+        known["generator_sha256"] = generator_digest(generator)
         known |= _check_terms(config, data)
         if config.latents is not None and "otg" in config.sets:
             latents = _load_latents(config, data, generator)
@@ -62,14 +65,40 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     return Prepared(data, generator, latents, known)
 
 
+def real_images(config: RunConfig, fingerprint: str) -> tuple[ImageData, Codec]:
+    """The real images of a finished run and the codec of its transport costs.
+
+    Args:
+        config: settings of the run.
+        fingerprint: that the data had then.
+
+    Raises:
+        ConfigError, DataError, GeneratorError: data or generator are gone or others.
+    """
+    from otdd.distill.codec import PixelCodec
+
+    data = _load_data(config, only_sample=False)
+    if data.fingerprint != fingerprint:
+        raise ConfigError(f"data: {config.data!r} has other images than when the run was made")
+    return data, _load_generator(config, data).codec if _has_generator(config) else PixelCodec()
+
+
+def _has_generator(config: RunConfig) -> bool:
+    return config.generator is not None or any(name in SAMPLED for name in config.sets)
+
+
 def _check_networks(config: RunConfig, data: ImageData) -> None:
     from otdd.distill.labels import LabelFormat
-    from otdd.distill.relabel import teacher_names
+    from otdd.distill.relabel import MEASURED, teacher_names
     from otdd.distill.students import check_network
 
     LabelFormat.of(config.relabel, len(data.classes))
     for arch in config.train.archs:
         check_network(arch, data)
+    if MEASURED in config.relabel.teachers:
+        few = int(data.train.labels.bincount(minlength=data.num_classes).min())
+        accepted = f"fewer than the {few} training images of the smallest class, with {MEASURED}"
+        require(config.ipc < few, "ipc", config.ipc, accepted)
     for teacher in teacher_names(config):
         arch, _, file = teacher.partition("=")
         if file and not Path(file).is_file():
@@ -117,7 +146,8 @@ def _load_generator(config: RunConfig, data: ImageData) -> Generator:
 def _load_data(config: RunConfig, only_sample: bool) -> ImageData:
     from otdd.distill.data import BUILTIN, load_data
 
-    wanted = {"resolution": config.resolution, "seed": config.seed, "ipc": config.ipc}
+    keys = ("resolution", "seed", "ipc", "skip_bad_images")
+    wanted: dict[str, Any] = {key: getattr(config, key) for key in keys}
     if not only_sample or config.latents is None or config.data in BUILTIN:
         return load_data(config.data, **wanted)
     from otdd.distill.latents import Latents
@@ -131,14 +161,3 @@ def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> L
     latents = Latents(config.latents or "")
     latents.check(data, generator.codec)
     return latents
-
-
-def _digest(generator: Generator) -> str:
-    digest = hashlib.sha256()
-    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -7,9 +7,12 @@ from math import prod
 
 from torch import Tensor
 
+from otdd.distill import costs
 from otdd.distill.config import RunConfig
+from otdd.distill.costs import Cost, duration
+from otdd.distill.evaluate import LABELS, Student
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
-from otdd.distill.relabel import Plan, shard_name, teacher_names
+from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
 from otdd.distill.surrogate import SurrogateConfig
@@ -43,9 +46,61 @@ def preview(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
         rows.append(("relabel", _labelling(config, made, store)))
     if "train" in stages:
         rows.append(("train", _training(config, made)))
-    rows.append(("memory", f"{real / MIB:.1f} MiB of real images, and networks"))
+    spent = [(stage, *row) for stage in stages for row in _costs(config, made, store, stage)]
+    rows += [("time", f"{stage} {what}: {cost}") for stage, what, cost in spent]
+    total = sum(cost.count * cost.step for *_, cost in spent)
+    if spent:
+        rows.append(("time", f"{duration(total)} in all, on this machine as busy as it is now"))
+    rows.append(("memory", _memory(real, bool(spent))))
     rows.append(("disk", f"about {disk_bytes(config, made, stages) / MIB:.1f} MiB in all"))
     return [f"{name:<9}{text}" for name, text in rows]
+
+
+def _costs(
+    config: RunConfig, made: Prepared, store: Store, stage: str
+) -> Iterator[tuple[str, Cost]]:
+    """What is still to be done in a stage, timed on a few steps of it."""
+    count = config.ipc * made.data.num_classes
+    if stage == "sample":
+        own = _own_surrogate(config)  # its networks would have to be trained first
+        for name in config.sets:
+            if name in SAMPLED and not store.has_images(name) and not (own and name == "otg"):
+                steps = denoising_steps(config, made, name)
+                if (cost := costs.denoising(config, made, name, steps)) is not None:
+                    yield name, cost
+    if stage == "relabel" and _soft(config):
+        here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
+        plan = _plan(config, made)
+        batches = plan.labelled * plan.steps_per_epoch
+        batches *= len(config.sets) * config.relabel.store_labels
+        for arch in dict.fromkeys(here):
+            taught = costs.teaching(config, made, arch)
+            if not list(store.path.glob(f"teachers/{arch}-*")):
+                yield f"teachers {arch}", Cost(taught.count * here.count(arch), taught.step)
+            left = 0 if all(_labelled(config, made, store)) else batches
+            if left:
+                label = costs.labelling(config, made, arch)
+                yield f"labels of {arch}", Cost(left * here.count(arch), label)
+    if stage == "train":
+        for arch in config.train.archs:
+            for loss in config.train.losses:
+                done = sum(
+                    store.has(Student(arch, loss, seed).file("results", name))
+                    for name in config.sets
+                    for seed in range(config.seeds)
+                )
+                left = (len(config.sets) * config.seeds - done) * Plan.of(
+                    config, made.data, count
+                ).total
+                if left:
+                    yield f"{arch}, {loss}", costs.training(config, made, arch, loss, left)
+
+
+def _memory(real: int, was_timed: bool) -> str:
+    held = f"{real / MIB:.1f} MiB of real images"
+    if not was_timed:
+        return held
+    return f"about {costs.peak_memory() / MIB:.0f} MiB at the peak of the timed steps, {held}"
 
 
 def denoising_steps(config: RunConfig, made: Prepared, name: str) -> int:
@@ -60,7 +115,7 @@ def label_bytes(config: RunConfig, made: Prepared) -> int:
     """Size of the soft labels of one set: float16 logits, and the augmentation they belong to."""
     plan = _plan(config, made)
     row = 2 * made.data.num_classes + 4 * 6 + 2 * 8
-    return plan.total * (plan.batch * row + 4 * 8)
+    return plan.labelled * plan.steps_per_epoch * (plan.batch * row + 4 * 8)
 
 
 def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> int:
@@ -113,14 +168,21 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
     if not config.relabel.store_labels:
         return "nothing is stored: teachers label while students train"
     plan, names = _plan(config, made), teacher_names(config)
-    shards = -(-plan.epochs // plan.epochs_per_shard(made.data.num_classes))
-    parts = [store.has(shard_name(name, i)) for name in config.sets for i in range(shards)]
+    count = f"1 to {len(names)}" if MEASURED in config.relabel.teachers else len(names)
+    parts = _labelled(config, made, store)
     done = f", {sum(parts)} of {len(parts)} shards finished" if any(parts) else ""
     return (
-        f"{len(config.sets)} sets by {len(names)} teachers ({', '.join(names)}), {plan.epochs} "
+        f"{len(config.sets)} sets by {count} teachers ({', '.join(names)}), {plan.labelled} "
         f"epochs of {plan.steps_per_epoch} batches of {plan.batch}: "
         f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
     )
+
+
+def _labelled(config: RunConfig, made: Prepared, store: Store) -> list[bool]:
+    """Which shards of labels are there."""
+    plan = _plan(config, made)
+    shards = -(-plan.labelled // plan.epochs_per_shard(made.data.num_classes))
+    return [store.has(shard_name(name, i)) for name in config.sets for i in range(shards)]
 
 
 def _training(config: RunConfig, made: Prepared) -> str:
@@ -133,7 +195,7 @@ def _training(config: RunConfig, made: Prepared) -> str:
 
 
 def _soft(config: RunConfig) -> bool:
-    return any(loss != "ce" for loss in config.train.losses)
+    return any(LABELS[loss] == "soft" for loss in config.train.losses)
 
 
 def _plan(config: RunConfig, made: Prepared) -> Plan:

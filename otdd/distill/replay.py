@@ -18,9 +18,14 @@ from torch.utils.data import Dataset
 
 from otdd.distill.augment import unstack
 from otdd.distill.labels import LabelFormat
-from otdd.distill.match import Step, reproducible
+from otdd.distill.match import reproducible
 from otdd.distill.setfiles import SetFiles
 from otdd.distill.store import StoreError
+from otdd.distill.training import Step
+
+
+class IncompleteLabels(StoreError):
+    """Soft labels of which the last epochs are still to be made."""
 
 
 class Labelled(NamedTuple):
@@ -69,7 +74,7 @@ class LabelShards:
             counts.append(steps)
             self.epochs = last
         if self.epochs != files.epochs:
-            raise StoreError(
+            raise IncompleteLabels(
                 f"{where} has soft labels of {self.epochs} epochs out of {files.epochs}; "
                 "run `otdd relabel` to make the rest"
             )

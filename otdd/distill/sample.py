@@ -8,7 +8,7 @@ is the same bytes whatever was interrupted and whoever made the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from otdd.distill.update import Update, Updates, surrogate_for
 from otdd.distill.workers import Workers
 
 Progress = Callable[[str, int, int], None]
+BATCH = "batch_images.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def sample(
     groups = [range(k, min(k + size, data.num_classes)) for k in range(0, data.num_classes, size)]
     names = [f"sets/{set_name}/groups/{n:05d}.safetensors" for n in range(len(groups))]
     missing = workers.share([n for n, name in enumerate(names) if not store.has(name)])
+    if missing and config.sample.batch_images == "auto":
+        config = _with_batch(store, generator, config, min(size, data.num_classes), workers)
     mine = workers.part(missing)
     updates = None
     if guided:
@@ -84,6 +87,28 @@ def sample(
     workers.wait()
     if workers.first:
         _gather(store, generator, config, set_name, names)
+
+
+def _with_batch(
+    store: Store, generator: Generator, config: RunConfig, classes: int, workers: Workers
+) -> RunConfig:
+    """The settings with the number of images that the first process finds, once for the folder.
+
+    Bytes of an image depend on how many are computed together, so those of a run keep to one.
+    """
+    if workers.first and not store.has(BATCH):
+        from otdd.distill.capacity import find_batch
+
+        settings = config.sample
+        terms = settings.guidance, settings.influence, settings.diversity
+        grad = any(term.strength > 0 and term.target == "through" for term in terms)
+        joint = settings.order == "joint" or "unguided" in config.sets
+        most = classes * (config.ipc if joint else 1)
+        found = find_batch(generator, settings, most, grad=grad and "otg" in config.sets)
+        store.write_json(BATCH, {"batch_images": found})
+    workers.wait()
+    found = store.read_json(BATCH)["batch_images"]
+    return replace(config, sample=replace(config.sample, batch_images=found, memory=None))
 
 
 def _gather(
@@ -115,13 +140,15 @@ def run_batch(
         memory: finished latents and their data labels, for the terms.
         on_step: called after each step.
     """
+    size = config.batch_images
+    if size == "auto":
+        raise ValueError("batch_images: 'auto' is found by `sample`; give a number here")
     scheduler = generator.scheduler(config.scheduler, config.steps)
     denoiser = generator.denoiser
     noise = [torch.randn(generator.latent_shape, generator=s) for s in batch.streams]
 
     def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, size = config.guidance_scale, config.batch_images
-        return denoiser.predict(z, t, batch.labels, scale, batch=size)
+        return denoiser.predict(z, t, batch.labels, config.guidance_scale, batch=size)
 
     def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
         if on_step is not None:
@@ -181,19 +208,21 @@ def _best_start(
     on_step: Callable[[], None],
 ) -> Tensor:
     """Of `starts` joint samplings, for each class the one of least transport cost."""
-    best, least = None, None
+    best: Tensor | None = None
+    least: Tensor | None = None
     for start in range(config.sample.starts):
         now = batch(range(config.ipc), start)
         latents = run_batch(generator, now, config.sample, update.terms, on_step=on_step)
         if update.judge is None:
             return latents.cpu()
         cost = update.judge.transport_cost(latents, now.data_labels)
-        if best is None:
+        if best is None or least is None:
             best, least = latents, cost
             continue
         better = cost < least  # by class, in the order of the labels
         keep = better.repeat_interleave(config.ipc).view(-1, *[1] * (latents.ndim - 1))
         best, least = torch.where(keep, latents, best), torch.where(better, cost, least)
+    assert best is not None  # there is at least one start
     return best.cpu()
 
 

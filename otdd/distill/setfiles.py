@@ -25,6 +25,7 @@ _LABELS = re.compile(r"labels(-\d{5}-of-\d{5})?\.safetensors")
 
 def describe(data: ImageData) -> dict[str, Any]:
     """What a set takes over from the data it was distilled from, as plain values."""
+    skipped = [{"image": image, "problem": why} for image, why in data.skipped]
     return {
         "name": data.name,
         "classes": list(data.classes),
@@ -32,6 +33,7 @@ def describe(data: ImageData) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "sha256": data.fingerprint,
+        **({"skipped": skipped} if skipped else {}),
     }
 
 
@@ -115,7 +117,9 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
     labels: list[str] = []
     while store.has(file := f"sets/{name}/labels/{len(labels):05d}.safetensors"):
         labels.append(file)
-    epochs = store.read_json(CONFIG)["train"]["epochs"]
+    config = store.read_json(CONFIG)
+    epochs = config["train"]["epochs"]
+    epochs = min(epochs, config["relabel"].get("label_epochs") or epochs)
     data = store.read_json(DATA)
     return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False)
 

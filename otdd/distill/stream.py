@@ -6,19 +6,28 @@ are looked at first, so that what is wrong is told, with every name, before any 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from otdd.distill.data import BUILTIN, check_folder, load_data
-from otdd.distill.folders import GREY, THREADS, DataError, FolderFiles, decode, size_problems
+from otdd.distill.data import check_settings
+from otdd.distill.inputs.check import Skipped, check
+from otdd.distill.inputs.listing import THREADS, Source, read_all
+from otdd.distill.inputs.pictures import size_problems
+from otdd.distill.inputs.problems import DataError
+from otdd.distill.inputs.spec import BUILTIN, open_listing
+
+
+class Known(NamedTuple):
+    """What was found out about images before: (C, H, W), and those that were left out."""
+
+    image_shape: tuple[int, int, int]
+    skipped: Skipped = ()
 
 
 @dataclass(frozen=True)
@@ -30,22 +39,22 @@ class Stream:
         classes: names, by label.
         labels: int64, (N,).
         image_shape: (C, H, W).
+        source: the images.
         resolution: side that images are resized to, or None.
-        files: of the images, in order; empty if `images` holds them.
-        images: uint8 (N, C, H, W) of a built-in data set.
-        root: folder of the files.
-        test: the test part of a folder.
+        where: what messages call the data.
+        test: the test part, but for built-in data.
+        skipped: images that were left out, and why.
     """
 
     name: str
     classes: list[str]
     labels: Tensor
     image_shape: tuple[int, int, int]
+    source: Source
     resolution: int | None = None
-    files: Sequence[Path] = ()
-    images: Tensor | None = None
-    root: Path = field(default_factory=Path)
+    where: str = "data"
     test: Stream | None = None
+    skipped: Skipped = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,38 +65,32 @@ class Stream:
         Raises:
             DataError: naming every file that cannot be decoded.
         """
-        if self.images is not None:
-            return self.images[start:stop]
-        return self._decode(self.files[start:stop])
+        return self._decode(range(start, stop))
 
     def take(self, indices: Tensor) -> Tensor:
         """Images at these indices (n,), in their order."""
-        if self.images is not None:
-            return self.images[indices]
-        return self._decode([self.files[k] for k in indices.tolist()])
+        return self._decode(indices.tolist())
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images in order."""
         for start in range(0, len(self), size):
             yield self.read(start, min(start + size, len(self)))
 
-    def _decode(self, paths: Sequence[Path]) -> Tensor:
-        with ThreadPoolExecutor(THREADS) as pool:
-            read = list(pool.map(lambda path: decode(path, self.resolution), paths))
-        wrong = [f"{p}: {r}" for p, r in zip(paths, read, strict=True) if isinstance(r, str)]
+    def _decode(self, indices: Sequence[int]) -> Tensor:
+        read = read_all(self.source.select(indices), self.resolution)
+        wrong = [
+            f"{self.source.name(k)}: {r}"
+            for k, r in zip(indices, read, strict=True)
+            if isinstance(r, str)
+        ]
         if wrong:
-            raise DataError(f"data folder {self.root} cannot be used:", wrong)
-        return torch.stack([image.expand(self.image_shape) for image in read])
+            raise DataError(f"{self.where} cannot be used:", wrong)
+        images = [image for image in read if isinstance(image, Tensor)]
+        return torch.stack([image.expand(self.image_shape) for image in images])
 
     def digest(self, start: int, stop: int) -> str:
-        """SHA-256 over names and sizes of files, or over the images themselves."""
-        if self.images is not None:
-            return pixel_digest(self.images[start:stop])
-        names = [
-            [os.path.relpath(path, self.root), path.stat().st_size]
-            for path in self.files[start:stop]
-        ]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        """SHA-256 that changes with images start..stop-1; see `Source.digest`."""
+        return self.source.digest(start, stop)
 
 
 class StreamedImages:
@@ -116,72 +119,69 @@ def open_stream(
     resolution: int | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
-    image_shape: tuple[int, int, int] | None = None,
+    skip_bad_images: bool = False,
+    decode_all: bool = False,
+    known: Known | None = None,
 ) -> Stream:
     """The training images of `load_data` with the same arguments, one range at a time.
 
     Args:
-        spec: as for `load_data`, as the next three.
+        spec: as for `load_data`, as the next four.
         resolution: side of the images.
-        val_fraction: part kept for testing where a folder has no split.
+        val_fraction: part kept for testing where the data has no split.
         seed: of that split.
-        image_shape: (C, H, W) of images that were looked at before; else every header is read.
+        skip_bad_images: leave out what cannot be read; every image is decoded once to find it.
+        decode_all: decode every image once, to find those of which only the header is sound.
+        known: of images that were looked at before; else every header is read.
 
     Raises:
         DataError: what cannot be used, with every file whose header says so.
     """
-    if spec in BUILTIN:
-        data = load_data(spec, resolution=resolution)
-        shape = data.image_shape
-        return Stream(data.name, data.classes, data.train.labels, shape, images=data.train.images)
-    root = check_folder(spec)
-    listed = FolderFiles.of(root)
-    problems = list(listed.problems)
-    if image_shape is None:
-        parts = [listed.train, listed.test or {}]  # colour in any file makes all of them colour
-        everything = [path for part in parts for paths in part.values() for path in paths]
-        channels, size, wrong = _headers(everything, resolution)
-        image_shape, problems = (channels, *size), problems + wrong
-    if problems:
-        raise DataError(f"data folder {root} cannot be used:", problems)
-    made = None
-    for part in reversed(listed.split(val_fraction, seed)):
-        files = [path for name in listed.classes for path in part[name]]
-        counts = torch.tensor([len(part[name]) for name in listed.classes])
-        labels = torch.arange(len(counts)).repeat_interleave(counts)
-        name, classes = root.resolve().name, listed.classes
-        made = Stream(name, classes, labels, image_shape, resolution, files, root=root, test=made)
-    return made
+    check_settings(spec, resolution, val_fraction)
+    listing, split = open_listing(spec), (val_fraction, seed)
+    if known is None:
+        whole = skip_bad_images or decode_all
+        seen = [_look(part.images, resolution, whole=whole) for part in listing.parts]
+        bad = [{k: h for k, h in enumerate(part) if isinstance(h, str)} for part in seen]
+        headers = [h for part in seen for h in part if not isinstance(h, str)]
+        sizes = {(height, width) for _, height, width in headers}
+        side = (resolution, resolution) if resolution is not None else next(iter(sizes), (0, 0))
+        problems = size_problems(sizes, resolution)
+        left, skipped = check(listing, bad, problems, skip=skip_bad_images, split=split)
+        shape = (max(c for c, _, _ in headers), *side)  # colour in any makes all of them colour
+    else:
+        gone = dict(known.skipped)
+        bad = [_named(part.images, gone) if gone else {} for part in listing.parts]
+        left, skipped = check(listing, bad, skip=True, split=split)
+        shape = known.image_shape
+
+    def stream(number: int, chosen: list[int], test: Stream | None = None) -> Stream:
+        part = left.parts[number]
+        source, labels = part.images.select(chosen), part.labels[chosen]
+        about = left.name, left.classes, labels, shape
+        return Stream(*about, source, resolution, left.where, test, skipped)
+
+    train, test = left.divide(*split)
+    return stream(*train, None if spec in BUILTIN else stream(*test))
 
 
-def pixel_digest(images: Tensor) -> str:
-    """SHA-256 over uint8 images (n, C, H, W)."""
-    return hashlib.sha256(memoryview(images.contiguous().numpy()).cast("B")).hexdigest()
+def _named(source: Source, reasons: Mapping[str, str]) -> dict[int, str]:
+    """Numbers of the images whose keys have a reason."""
+    keys = ((k, source.key(k)) for k in range(len(source)))
+    return {k: reasons[key] for k, key in keys if key in reasons}
 
 
-def _headers(
-    paths: Sequence[Path], resolution: int | None
-) -> tuple[int, tuple[int, int], list[str]]:
-    """Channels and size of the images, and what is wrong with them."""
+def _look(
+    source: Source, resolution: int | None, *, whole: bool
+) -> list[tuple[int, int, int] | str]:
+    """Channels, height and width of every image, or what is wrong with it."""
+
+    def one(index: int) -> tuple[int, int, int] | str:
+        header = source.header(index)
+        if whole and not isinstance(header, str):
+            made = source.decode(index, resolution)
+            return made if isinstance(made, str) else header
+        return header
+
     with ThreadPoolExecutor(THREADS) as pool:
-        seen = list(pool.map(_header, paths))
-    problems = [f"{p}: {h}" for p, h in zip(paths, seen, strict=True) if isinstance(h, str)]
-    headers = [h for h in seen if not isinstance(h, str)]
-    sizes = {(height, width) for _, height, width in headers}
-    problems += size_problems(sizes, resolution)
-    channels = max((c for c, _, _ in headers), default=1)
-    side = (resolution, resolution) if resolution is not None else next(iter(sizes), (0, 0))
-    return channels, side, problems
-
-
-def _header(path: Path) -> tuple[int, int, int] | str:
-    from PIL import Image
-
-    if not path.exists():
-        return "link to a file that does not exist"
-    try:
-        with Image.open(path) as file:
-            grey = file.mode in GREY or file.mode.startswith("I;16")
-            return 1 if grey else 3, file.height, file.width
-    except Exception as error:
-        return f"unreadable image ({type(error).__name__}: {error})"
+        return list(pool.map(one, range(len(source))))

@@ -115,7 +115,7 @@ def load_surrogates(folder: str | os.PathLike[str], data: ImageData) -> list[nn.
             f"{tuple(about['image_shape'])}; the data has {data.num_classes}, {data.image_shape}, "
             "or other names"
         )
-    networks = []
+    networks: list[torch.nn.Module] = []
     for number in range(len(about["checkpoints"])):
         network = students.make_network(about["arch"], data, seed=0)
         network.load_state_dict(store.read_tensors(_name(number)))

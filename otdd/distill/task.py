@@ -13,6 +13,7 @@ from otdd.logit_losses import OTDistillationLoss
 
 if TYPE_CHECKING:
     from timm.task import TrainingTask
+    from timm.task import TrainingTask as _Base
 
 
 def _base() -> type[TrainingTask]:
@@ -26,7 +27,11 @@ def _base() -> type[TrainingTask]:
     return TrainingTask
 
 
-class OTDistillationTask(_base()):
+if not TYPE_CHECKING:
+    _Base = _base()
+
+
+class OTDistillationTask(_Base):
     """Train a student on hard labels and the mean logits of its teachers.
 
     A `timm.task.TrainingTask`: `setup_ema`, `prepare_distributed`, `compile` and the checkpoints of
@@ -95,12 +100,13 @@ class OTDistillationTask(_base()):
         )
         return self
 
-    def compile(
+    def compile(  # type: ignore[override]  # timm's, which is not a Module's
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
         """Compile the student, for training and evaluation, and the teachers."""
         options = {"backend": backend, "mode": mode, **compile_kwargs}
-        self.trainable_module = torch.compile(self.trainable_module, **options)
+        compiled: Any = torch.compile(self.trainable_module, **options)
+        self.trainable_module = compiled
         self.eval_model = self.trainable_module
         for teacher in self.teachers:
             teacher.compile(**options)

@@ -63,7 +63,8 @@ class Updates:
 
     def of(self, group: range) -> Update:
         """Terms with the references of some classes; only images that they need are encoded."""
-        settings, seed, terms = self.config.sample, self.config.seed, []
+        settings, seed = self.config.sample, self.config.seed
+        terms: list[Guidance] = []
         guided, judged = settings.guidance.strength > 0, wants_judge(settings)
         transport = OTGuidance(settings.guidance, seed=seed)
         if guided or judged:

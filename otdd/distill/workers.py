@@ -52,7 +52,7 @@ class Workers:
         store, rank, size = next(rendezvous("env://", timeout=JOIN))
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore(_agree(store, rank, size), store),
+            store=dist.distributed_c10d.PrefixStore(_agree(store, rank, size), store),
             rank=rank,
             world_size=size,
             timeout=PATIENCE,

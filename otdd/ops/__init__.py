@@ -4,7 +4,8 @@ from otdd.ops.barycentric import barycentric
 from otdd.ops.cost import METRICS, cost_matrix
 from otdd.ops.divergence import Divergence, sinkhorn_divergence
 from otdd.ops.partial import PartialResult, partial
-from otdd.ops.points import PointsResult, sinkhorn_points
+from otdd.ops.points import sinkhorn_points
+from otdd.ops.points.result import PointsResult
 from otdd.ops.sinkhorn import SinkhornResult, sinkhorn
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,10 +11,10 @@ from otdd import backends
 from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
 from otdd.ops.partial import PartialResult
-from otdd.ops.points import PointsResult
+from otdd.ops.points.result import PointsResult
 from otdd.ops.sinkhorn import SinkhornResult, problem_tensors
+from otdd.ops.sinkhorn.implicit import over
 from otdd.ops.sinkhorn.op import equal_weights, plan_op
-from otdd.ops.sinkhorn.reference import over
 
 _CHUNK = 1 << 20  # entries of the plan that exist at a time
 
@@ -56,7 +57,7 @@ def barycentric(
         checks.require(not given, "potentials", f"a result beside {given}", "one or the other")
         r, detach = potentials, potentials.grad == "envelope"
         C, f, g, a, b = (t.detach() if detach else t for t in (r.C, r.f, r.g, r.a, r.b))
-        eps, chosen = r.eps, backend or r.backend
+        eps, backend = r.eps, backend or r.backend
     else:
         pair = isinstance(potentials, tuple | list) and not any(t is None for t in potentials)
         accepted = "a SinkhornResult, or tensors (f, g)"
@@ -65,9 +66,11 @@ def barycentric(
         elif isinstance(potentials, PartialResult):
             accepted += "; here result.extended, with a row of y for the slack point too"
         checks.require(pair, "potentials", type(potentials).__name__, accepted)
-        checks.require(C is not None and eps is not None, "C and eps", "None", "both, with (f, g)")
-        C, (f, g), a, b, eps = problem_tensors(C, eps, potentials, a, b)
-        equal, chosen = equal_weights(C), backend
+        if C is None or eps is None:
+            raise ValueError("C and eps: got None; accepted: both, with (f, g)")
+        C, start, a, b, eps = problem_tensors(C, eps, potentials, a, b)
+        f, g = cast(tuple[Tensor, Tensor], start)
+        equal = equal_weights(C)
         a, b = equal[0] if a is None else a, equal[1] if b is None else b
     y = checks.as_float(y, "y")
     checks.same_kind(y, "y", f, "the solve")
@@ -79,7 +82,7 @@ def barycentric(
     except RuntimeError:
         fits = False
     checks.require(fits, "y", f"shape {tuple(y.shape)}", f"{(*batch, M)} + (D,) or broadcastable")
-    chosen = backends.choose("barycentric", pointers.refusals(C), chosen)
+    chosen = backends.choose("barycentric", pointers.refusals(C), backend)
     C = pointers.as_read(C, chosen)
     return _barycentric(C, f, g, a, b, eps, y, chosen)
 
@@ -106,7 +109,8 @@ def _image(
     return image
 
 
-def _fake_image(C, f, g, a, b, eps, y, backend):  # noqa: ANN001, ANN202
+def _fake_image(C: Tensor, *others: Any) -> Tensor:
+    y = others[5]
     return y.new_empty(*C.shape[:-1], y.shape[-1])
 
 
@@ -136,7 +140,8 @@ def _image_backward(
     return dC, df, dg, over(dg * e, b), dy
 
 
-def _fake_image_backward(grad, C, f, g, a, b, eps, y, through_plan, backend):  # noqa: ANN001, ANN202
+def _fake_image_backward(grad: Tensor, C: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    f, g, _, b, _, y, through_plan, _ = others
     dC = C.new_empty(C.shape if through_plan else (*C.shape[:-1], 0))
     return (
         dC,
@@ -160,13 +165,13 @@ def _chunks(
         yield rows, plan_op(*part, eps, None, False, False, backend)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 @checks.outside_autocast
-def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     through_plan = any(ctx.needs_input_grad[:5])
     run = _once if torch.is_grad_enabled() else _image_backward_op
     dC, df, dg, db, dy = run(grad.contiguous(), *ctx.saved_tensors, through_plan, ctx.backend)

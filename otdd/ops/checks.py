@@ -10,9 +10,13 @@ import math
 import numbers
 import os
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
@@ -169,7 +173,9 @@ def number(value: float, name: str, *, or_inf: bool = False) -> None:
     positive(value, name, torch.float32, or_inf=or_inf)
 
 
-def solver_options(max_iter: int, tol: float, **choices: tuple[object, tuple[str, ...]]) -> None:
+def solver_options(
+    max_iter: int, tol: float, **choices: tuple[object, tuple[str | None, ...]]
+) -> None:
     """Raises unless the options of a solve are accepted; choices are name=(seen, accepted)."""
     for name, (seen, accepted) in choices.items():
         if seen not in accepted:
@@ -180,15 +186,15 @@ def solver_options(max_iter: int, tol: float, **choices: tuple[object, tuple[str
     require(number and 0 <= tol < float("inf"), "tol", tol, "a finite number >= 0")
 
 
-def outside_autocast(body: Callable) -> Callable:
+def outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
     """An op's body, or its backward, that keeps its precision inside ``torch.autocast``."""
 
     @functools.wraps(body)
-    def run(*args):  # noqa: ANN002, ANN202
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next((t.device.type for t in args if isinstance(t, Tensor)), "cpu")
         if device == "meta" or not torch.is_autocast_enabled(device):
-            return body(*args)
+            return body(*args, **kwargs)
         with torch.autocast(device, enabled=False):
-            return body(*args)
+            return body(*args, **kwargs)
 
     return run

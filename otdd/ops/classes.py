@@ -6,7 +6,7 @@ class against all of a tensor. Padding at most doubles the points, and no pair o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -197,7 +197,7 @@ class Gaussian:
 
     def between(self, row: Group, group: Group) -> Tensor:
         (m, R, trace), (m_, R_, trace_) = row.tensors, group.tensors
-        shared = _SingularValues.apply(R @ R_.mT)
+        shared = _singular_values(R @ R_.mT)
         return (m - m_).square().sum(-1) + trace + trace_ - 2 * shared
 
 
@@ -217,7 +217,7 @@ class _SingularValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _NoSecond.apply(grad, *ctx.saved_tensors)
+        return _no_second(grad, *ctx.saved_tensors)
 
 
 class _NoSecond(torch.autograd.Function):
@@ -232,3 +232,7 @@ class _NoSecond(torch.autograd.Function):
         raise NotImplementedError(
             "DatasetDistance: labels='gaussian' has no second derivatives; 'sinkhorn' has them"
         )
+
+
+_singular_values: Callable[[Tensor], Tensor] = _SingularValues.apply
+_no_second: Callable[..., Tensor] = _NoSecond.apply

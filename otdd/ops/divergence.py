@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,23 +111,24 @@ def sinkhorn_divergence(
         checks.weights(b, "b")
         if not soft:
             _check_masses(a, b)
-    pairs = (x, y), (x, _again(x)), (y, _again(y))
+    pairs = [(x, y), (x, x.expand(x.shape)), (y, y.expand(y.shape))]
     if metric == "cosine":
         pairs, metric = [on_sphere(*pair) for pair in pairs], "sqeuclidean"
     longer = x if x.shape[-2] > y.shape[-2] else y
     chosen, kept = placed("sinkhorn_divergence", longer, longer, backend)
-    limits = {"max_iter": max_iter, "tol": tol, "schedule": None, "grad": grad}
-    rest = metric, chosen, kept, limits
-    (of_x, of_y), weights, penalties = pairs[1:], (a, b), (rho_x, rho_y)
-    between, C = Clouds(*pairs[0], *weights, strength, *penalties, None, None, None), None
+    limits: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "schedule": None, "grad": grad}
+    rest: tuple[Any, ...] = soft, metric, chosen, kept, limits
+    of_x, of_y = pairs[1:]
+    clouds = Clouds(*pairs[0], a, b, strength, rho_x, rho_y, None, None, None)
+    C = None
     if kept:  # first, since its check of values names the sides
-        C = costs_of(between, metric, chosen)
+        C = costs_of(clouds, metric, chosen)
     elif checks.values_are_checked(x):
         checks.finite(x, "x")
         checks.finite(y, "y")
-    within_x, half_x, p = _within(*of_x, a, strength, rho_x, soft, *rest)
-    within_y, half_y, q = _within(*of_y, b, strength, rho_y, soft, *rest)
-    between = solve_clouds(between, q, metric, "highest", chosen, limits, C)
+    within_x, half_x, p = _within(*of_x, a, strength, rho_x, *rest)
+    within_y, half_y, q = _within(*of_y, b, strength, rho_y, *rest)
+    between = solve_clouds(clouds, q, metric, "highest", chosen, limits, C)
     value = between.value - half_x - half_y
     if soft:
         value = value + eps / 2 * (between.a.sum(-1) - between.b.sum(-1)).square()
@@ -144,7 +146,7 @@ def _within(
     metric: str,
     backend: str,
     kept: bool,
-    limits: dict,
+    limits: dict[str, Any],
 ) -> tuple[PointsResult, Tensor, Tensor]:
     """A cloud's transport to itself, half of its value, and the mean of its potentials.
 
@@ -160,8 +162,8 @@ def _within(
             some = None, quarter, tol, 0.0, "", "envelope", False
             f, g, *_, n_iter, _ = solve_costs(C, *cloud[2:7], *some, backend)
         else:
-            some = None, metric, quarter, tol, 0.0, "highest"
-            f, g, *_, n_iter = solve_points(*cloud, *some, backend)
+            how = None, metric, quarter, tol, 0.0, "highest"
+            f, g, *_, n_iter = solve_points(*cloud, *how, backend)
         start = (f + g) / 2
     rest = max(1, limits["max_iter"] - quarter) if tol else quarter
     limits = limits | {"max_iter": rest}
@@ -207,7 +209,7 @@ def half_within(
         p = (solved.f + solved.g) / 2
         a, mass = solved.a, solved.a.sum(-1)
         if C is None:
-            at_mean = replace(solved, f=p, g=_again(p), grad="envelope")
+            at_mean = replace(solved, f=p, g=p.expand(p.shape), grad="envelope")
             total = at_mean.apply(p.new_ones(p.shape[-1], 1)).sum((-1, -2))
         else:
             total = plan_op(C, p, p, a, a, solved.eps, None, False, False, solved.backend).sum(

@@ -1,5 +1,7 @@
 """`matmul`: a matrix product that keeps its precision inside ``torch.autocast``, backwards too."""
 
+from typing import Any
+
 from torch import Tensor
 
 from otdd.ops import checks
@@ -11,11 +13,11 @@ def _matmul(p: Tensor, q: Tensor) -> Tensor:
     return p @ q
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     p, q = ctx.saved_tensors
     need_p, need_q = ctx.needs_input_grad
     return matmul(grad, q.mT) if need_p else None, matmul(p.mT, grad) if need_q else None

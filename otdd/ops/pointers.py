@@ -66,7 +66,7 @@ def triton_kernels(op: str) -> ModuleType:
     return importlib.import_module(f"otdd.ops.{op}.triton")
 
 
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of `t`."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 

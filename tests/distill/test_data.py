@@ -1,11 +1,14 @@
 """Built-in data and image folders: what is accepted, and what is refused with every name."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from otdd.distill.data import DataError, load_data
+from otdd.distill.data import DataError, DataWarning, load_data
+from otdd.distill.inputs.pictures import decode, header
 
 
 def picture(path, value: int = 0, size: tuple = (8, 8), mode: str = "L") -> None:
@@ -134,3 +137,170 @@ def test_fewer_images_than_ipc_and_bad_numbers(tmp_path):
         load_data("digits", val_fraction=0)
     with pytest.raises(DataError, match="resolution=16"):
         load_data("digits", resolution=16)
+
+
+def test_fingerprint_of_a_folder_stays_what_it_was(tmp_path):
+    """Pixels by formula: finished runs and generators name this hash."""
+    for k, name in enumerate(("a", "é b")):
+        for n in range(4):
+            path = tmp_path / name / f"{n}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((4, 4), 10 * k + n, np.uint8)).save(path)
+    known = "ddc8cee08a444f11a915b457f54a304e084257cbe0416d349adbf45812459de5"
+    assert load_data(tmp_path).fingerprint == known
+
+
+def test_names_with_blanks_accents_and_emoji_keep_their_order(tmp_path):
+    names = ["Zebra", "été d'or", "a b", "🦊 fox", "10", "9"]
+    folder(tmp_path, classes=[unicodedata.normalize("NFD", name) for name in names])
+    data = load_data(tmp_path)
+    assert data.classes == sorted(names)
+    assert data.classes[0] == "10"
+
+
+def test_names_that_look_alike(tmp_path):
+    folder(tmp_path / "case", classes=("cat", "Cat", "dog"))
+    with pytest.warns(DataWarning, match="'Cat', 'cat' differ only in case"):
+        assert load_data(tmp_path / "case").classes == ["Cat", "cat", "dog"]
+    spellings = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    folder(tmp_path / "form", classes=[*spellings, "b"])
+    with pytest.raises(DataError, match=r"'e\\u0301', '\\xe9' are one name"):
+        load_data(tmp_path / "form")
+    folder(tmp_path / "bytes", classes=("a", "b\udcff", "c\nd"))
+    with pytest.raises(DataError, match="no control characters") as caught:
+        load_data(tmp_path / "bytes")
+    assert all(name in str(caught.value) for name in (r"'b\udcff'", r"'c\nd'"))
+
+
+def test_what_lies_between_images(tmp_path):
+    folder(tmp_path, split=False)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "labels.csv", "._0.png", ".x/0.png"):
+        path = tmp_path / "a" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    (tmp_path / "__MACOSX").mkdir()
+    assert len(load_data(tmp_path).train) == 6
+    for name in ("a/photo.HEIC", "b/vector.svg"):
+        (tmp_path / name).write_bytes(b"an image of another kind")
+    with pytest.raises(DataError) as caught:
+        load_data(tmp_path)
+    assert [p.split(":")[0] for p in caught.value.problems] == [
+        str(tmp_path / name) for name in ("a/photo.HEIC", "b/vector.svg")
+    ]
+
+
+def test_folders_of_other_kinds_are_pointed_at(tmp_path):
+    picture(tmp_path / "flat" / "0.png")
+    with pytest.raises(DataError, match="found 1 images outside any"):
+        load_data(tmp_path / "flat")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (tmp_path / "hub" / "data" / "train.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="give it as hf:"):
+        load_data(tmp_path / "hub")
+
+
+def made(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def several(path, **options):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    return made(path, frames[0], save_all=True, append_images=frames[1:], **options)
+
+
+def linked(path, target):
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: several(p / "a.gif"), "2 frames or pages"),
+        (lambda p: several(p / "a.webp", lossless=True), "2 frames"),
+        (lambda p: several(p / "a.tiff"), "2 frames"),
+        (lambda p: several(p / "a.png"), "2 frames"),
+        (lambda p: made(p / "a.tiff", Image.new("F", (8, 8))), "image of mode F"),
+        (lambda p: p / "none.png", "no such file"),
+        (lambda p: p, "not a file"),
+        (lambda p: linked(p / "a.png", p / "none"), "link to a file that does not exist"),
+    ],
+)
+def test_files_that_are_no_image(tmp_path, make, says):
+    path = make(tmp_path)
+    assert says in decode(path, 8)
+    assert says in header(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.png", b"", r"empty \(0 bytes\)"),
+        ("a.jpg", b"plain text", "unreadable image .none of PNG, JPEG"),
+        # PostScript, which Pillow would hand to another program.
+        ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "unreadable image .none"),
+    ],
+)
+def test_bytes_that_are_no_image(tmp_path, name, content, says):
+    folder(tmp_path)
+    (tmp_path / "train" / "a" / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: {says}"):
+        load_data(tmp_path, resolution=8)
+
+
+def test_modes_become_grey_or_rgb(tmp_path):
+    blue = np.zeros((8, 8, 4), np.uint8)
+    blue[..., 2], blue[..., 3] = 200, 10
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    alpha = Image.fromarray(blue, "RGBA")
+    solid = alpha.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+    files = {
+        "cmyk.jpg": (cmyk, (255, 0, 0)),
+        "alpha.png": (alpha, (0, 0, 200)),
+        "palette.png": (solid, (0, 0, 200)),
+        "one.png": (Image.new("1", (8, 8), 1), (255,)),
+        "grey-alpha.png": (Image.new("LA", (8, 8), (7, 0)), (7,)),
+    }
+    for name, (image, colour) in files.items():
+        got = decode(made(tmp_path / name, image), None)
+        assert header(tmp_path / name) == tuple(got.shape)
+        want = torch.tensor(colour).view(-1, 1, 1).expand(-1, 8, 8)
+        assert (got.int() - want).abs().max() <= 3, name
+    clear = made(tmp_path / "clear.png", solid, transparency=solid.getpixel((0, 0)))
+    assert decode(clear, None)[:, 0, 0].tolist() == [0, 0, 200]  # the colour below
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_cameras_is_applied(tmp_path, name, orientation):
+    from PIL import ImageOps
+
+    image = Image.new("RGB", (16, 8))
+    image.paste((250, 250, 250), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = made(tmp_path / name, image, exif=exif)
+    got = decode(path, None)
+    with Image.open(path) as file:
+        want = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), want)
+    assert tuple(got.shape) == header(path)
+    assert (got.shape[1] > got.shape[2]) == (orientation >= 5)
+
+
+def test_a_jpeg_with_a_second_picture_and_one_with_damaged_exif(tmp_path):
+    first = Image.new("RGB", (8, 8), (200, 0, 0))
+    second = Image.new("RGB", (4, 4))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert decode(tmp_path / "a.jpg", None).shape == (3, 8, 8)
+    first.save(tmp_path / "b.jpg", exif=b"Exif\x00\x00broken")
+    assert decode(tmp_path / "b.jpg", None).shape == (3, 8, 8)
+    assert header(tmp_path / "b.jpg") == (3, 8, 8)
+
+
+def test_a_message_has_an_end(tmp_path):
+    with pytest.raises(DataError) as caught:
+        raise DataError("wrong:", [f"file {k}" for k in range(1000)])
+    assert len(caught.value.problems) == 1000
+    assert str(caught.value).endswith("file 199\n  ... and 800 more")

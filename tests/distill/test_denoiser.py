@@ -124,6 +124,36 @@ def test_the_loop_of_a_user_gives_the_same():
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_parts_are_computed_again_for_gradients_and_keep_nothing(family, scale):
+    denoiser = FAMILIES[family]()
+    z, labels, calls, kept = random(5, *SHAPE).requires_grad_(), torch.arange(5) % 3, [], []
+    denoiser.model.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+
+    def gradient(batch):
+        kept.append(0)
+
+        def pack(tensor):
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = denoiser.predict(z, 500, labels, scale, batch=batch)[0]
+        return out, torch.autograd.grad(out.square().sum(), z)[0]
+
+    (whole, want), (parts, seen) = gradient(None), gradient(2)
+    copies = 1 if scale == 1.0 else 2
+    assert calls[:4] == [copies * n for n in (5, 2, 2, 1)]
+    assert len(calls) == 7  # each part once more
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(seen, want)
+    assert kept[1] < 0.2 * kept[0]
+    with torch.no_grad():
+        denoiser.predict(z, 500, labels, scale, batch=2)
+    assert len(calls) == 10
+
+
 def test_through_is_the_gradient_by_z_and_terms_add_up():
     denoiser, labels = Denoiser(transformer(CLASSES, side=8)), torch.tensor([0, 1])
     terms = []

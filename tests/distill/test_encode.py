@@ -214,8 +214,9 @@ def encoded(root, tmp_path):
 
 
 def test_sampling_leaves_the_images_of_an_encoded_folder_alone(encoded, tmp_path, monkeypatch):
-    monkeypatch.setattr("otdd.distill.stream.decode", lambda *_: pytest.fail("an image was opened"))
-    monkeypatch.setattr("otdd.distill.data.decode", lambda *_: pytest.fail("an image was opened"))
+    for name in ("decode", "header"):
+        opened = f"otdd.distill.inputs.pictures.{name}"
+        monkeypatch.setattr(opened, lambda *_: pytest.fail("an image was opened"))
     assert call("sample", *encoded, "--out", tmp_path / "lazy") == 0
     monkeypatch.undo()
     images = "sets/otg/images.safetensors"

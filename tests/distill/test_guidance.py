@@ -103,6 +103,47 @@ def test_finished_latents_take_their_share_of_the_plan():
     torch.testing.assert_close(short.direction(z, 0, labels, memory=memory), kept)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", ["projection", "gradient"])
+@pytest.mark.parametrize("target", ["x0", "q_sample"])
+def test_costs_of_finished_latents_are_kept_and_are_right(metric, form, target, monkeypatch):
+    settings = {"metric": metric, "form": form, "target": target, "repulsion": 0.3, "memory": 3}
+    guidance = guided(**settings)
+    labels, past_labels = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([1, 0, 0, 0, 0])
+    z, past = latents(labels), reference((5,))[0]
+
+    def fresh(memory, t, z=z, labels=labels):
+        return guided(**settings).direction(z, t, labels, alpha_bar=0.5, memory=memory)
+
+    def check(memory, t, z=z, labels=labels):
+        seen = guidance.direction(z, t, labels, alpha_bar=0.5, memory=memory)
+        assert torch.equal(seen, fresh(memory, t, z, labels))
+
+    memory = (past, past_labels)
+    check(memory, 5)
+    check(memory, 4, 2 * z)  # the next step: references of q_sample have other noise
+    check(memory, 4, z[labels == 1], labels[labels == 1])  # other classes of the same memory
+    check(memory, 4)
+    past[0] += 1.0  # in place
+    check(memory, 4)
+    check((past.clone(), 1 - past_labels), 4)
+    check((past[1:], past_labels[1:]), 4)  # nothing of class 1
+    check((past[:0], past_labels[:0]), 4)
+    assert torch.equal(fresh((past[:0], past_labels[:0]), 4), fresh(None, 4))
+    guidance.set_reference(*(t[:40] for t in reference()))
+    seen = guidance.direction(z, 4, labels, alpha_bar=0.5, memory=memory)
+    assert not torch.equal(seen, fresh(memory, 4))
+
+    calls = []
+    counted = lambda x, *rest: calls.append(x.shape[1]) or cost_matrix(x, *rest)  # noqa: E731
+    monkeypatch.setattr("otdd.distill.guidance.cost_matrix", counted)
+    plain = guided(**{**settings, "repulsion": 0.0})
+    for t in (3, 2, 1):
+        plain.direction(z, t, labels, alpha_bar=0.5, memory=memory)
+    kept = target == "x0"
+    assert sum(calls) == 3 * 3 + (3 if kept else 9)  # rows of the largest class, moving and not
+
+
 def test_repulsion_moves_away_from_the_other_class():
     labels = torch.tensor([0, 0, 1, 1])
     z = latents(labels)

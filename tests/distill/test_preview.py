@@ -100,3 +100,48 @@ def test_a_finished_folder_is_previewed_by_its_own_settings(tmp_path, capsys):
     assert "sample" not in said
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert json.loads((out / "config.json").read_text())["seeds"] == 1
+
+
+def test_costs_are_measured_and_go_with_what_is_done(tmp_path, monkeypatch):
+    from otdd.distill import costs
+
+    monkeypatch.setattr(costs, "BUDGET", 0.0)
+    config = settings(tmp_path / "run", sets=["unguided"], sample={"steps": 6})
+    lines = preview(config, STAGES)
+    told = [line.removeprefix("time     ") for line in lines if line.startswith("time")]
+    assert [line.split(":")[0] for line in told[:-1]] == [
+        "sample unguided",
+        "relabel teachers convnet",
+        "relabel labels of convnet",
+        *(f"train convnet, {loss}" for loss in config.train.losses),
+    ]
+    assert all("one step timed at" in line for line in told[:-1])
+    assert told[-1].endswith("in all, on this machine as busy as it is now")
+    (memory,) = [line for line in lines if line.startswith("memory")]
+    assert int(memory.split()[2]) > 50
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_first_interval_is_not_timed(monkeypatch):
+    from otdd.distill import costs
+
+    now = iter([0.0, 10.0, 11.0, 12.0, 13.0, 14.0])
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(now))
+    watch = costs.Watch(budget=12.0)
+    while not watch.enough:
+        watch.tick()
+    assert watch.step == 1.0
+    assert str(costs.Cost(180, watch.step)) == "about 3 min (one step timed at 1 s)"
+
+
+@pytest.mark.parametrize("command", ["fit", "fit-surrogate", "encode"])
+def test_tools_tell_what_they_take_and_write_nothing(tmp_path, capsys, monkeypatch, command):
+    from otdd.distill import costs
+
+    monkeypatch.setattr(costs, "BUDGET", 0.0)
+    out = tmp_path / "out"
+    code, told, err = call(capsys, command, "--data", "digits", "--out", out, "--dry-run")
+    assert code == 0, err
+    assert "one step timed at" in told
+    assert "MiB at the peak of the timed steps" in told
+    assert not out.exists()

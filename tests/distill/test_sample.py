@@ -62,6 +62,28 @@ def test_every_target_order_and_scheduler(tmp_path, data, generator, target, ord
     assert not torch.equal(guided["latents"], free["latents"])
 
 
+def test_a_batch_found_once_is_kept_for_the_folder(tmp_path, data, generator, monkeypatch):
+    calls = []
+    found = lambda *given, grad: calls.append((given[2], grad)) or 3  # noqa: E731
+    monkeypatch.setattr("otdd.distill.capacity.find_batch", found)
+    auto = settings(ipc=3, batch_images="auto", guidance={"target": "through"})
+    three = settings(ipc=3, batch_images=3, guidance={"target": "through"})
+    made = run(tmp_path / "auto", data, generator, auto)
+    assert torch.equal(made["latents"], run(tmp_path / "3", data, generator, three)["latents"])
+    assert calls == [(2 * 3, True)]  # two classes at once
+    assert Store(tmp_path / "auto").read_json(stage.BATCH) == {"batch_images": 3}
+    run(tmp_path / "auto", data, generator, auto, "unguided")
+    assert len(calls) == 1
+    plain = settings(ipc=3, batch_images="auto")
+    run(tmp_path / "plain", data, generator, plain)
+    assert calls[1:] == [(6, False)]
+    monkeypatch.undo()
+    real = run(tmp_path / "real", data, generator, plain)
+    torch.testing.assert_close(
+        real["latents"], run(tmp_path / "whole", data, generator, settings(ipc=3))["latents"]
+    )
+
+
 @pytest.mark.parametrize("order", ["joint", "sequential"])
 def test_guidance_on_x0_lowers_the_transport_cost(tmp_path, data, generator, order):
     config = settings(ipc=3, steps=10, order=order)

@@ -1,6 +1,7 @@
 """`cost_matrix`: pairwise ground costs, differentiable, without an ``(N, M, D)`` buffer."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,18 +109,20 @@ def _gradients(
     return run(grad, x, y, metric, need_x, need_y)
 
 
-def _fake_gradients(grad, x, y, metric, need_x, need_y, backend):  # noqa: ANN001, ANN202
+def _fake_gradients(
+    grad: Tensor, x: Tensor, y: Tensor, metric: str, need_x: bool, need_y: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(*x.shape[:-1], x.shape[-1] if need_x else 0)
     return dx, y.new_empty(*y.shape[:-1], y.shape[-1] if need_y else 0)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, y, ctx.metric, ctx.backend = inputs
     ctx.save_for_backward(x, y, *([output] if ctx.metric == "l2" else []))
 
 
 @checks.outside_autocast
-def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, y = ctx.saved_tensors[:2]
     need_x, need_y = ctx.needs_input_grad[:2]
     if ctx.metric == "cosine":
@@ -136,13 +139,13 @@ def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
     return dx if need_x else None, dy if need_y else None, None, None
 
 
-def _setup_second(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     grad, x, y, ctx.metric, ctx.need_x, ctx.need_y, ctx.backend = inputs
     ctx.save_for_backward(grad, x, y)
 
 
 @checks.outside_autocast
-def _second_backward(ctx, u: Tensor, v: Tensor):  # noqa: ANN001, ANN202
+def _second_backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
     """Of ``<u, dx> + <v, dy> = 2 sum_ij G_ij <x_i - y_j, u_i - v_j>``, for ``sqeuclidean``."""
     if ctx.metric == "l1":
         raise NotImplementedError("cost_matrix with metric l1 has no second derivative")

@@ -1,7 +1,7 @@
 """`sinkhorn_points`: entropic OT between point clouds, without their cost matrix."""
 
 import math
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from otdd.ops.points.dense import cuda_refusal
 from otdd.ops.points.gradients import solve, solve_implicit
 from otdd.ops.points.op import equal_weights
 from otdd.ops.points.reference import Clouds
-from otdd.ops.points.result import PointsResult, costs_of
+from otdd.ops.points.result import Labels, PointsResult, costs_of
 from otdd.ops.sinkhorn import (
     GRADS,
     Grad,
@@ -44,7 +44,7 @@ def sinkhorn_points(
     eps: float | Tensor,
     max_iter: int = 100,
     tol: float = 0.0,
-    init: tuple[Tensor, Tensor] | SinkhornResult | PointsResult | None = None,
+    init: tuple[Tensor | None, Tensor] | SinkhornResult | PointsResult | None = None,
     grad: Grad = "envelope",
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
@@ -148,7 +148,7 @@ def solve_clouds(
     metric: str,
     precision: str,
     backend: str | None,
-    options: dict,
+    options: dict[str, Any],
     C: Tensor | None = None,
     done: Tensor | int = 0,
 ) -> PointsResult:
@@ -174,6 +174,7 @@ def solve_clouds(
         r = sinkhorn(C, p.a, p.b, eps=p.eps, rho_a=p.rho_a, rho_b=p.rho_b, **given)
         out, backend = (r.f, r.g, r.value, r.cost, r.marginal_error, r.n_iter), r.backend
     elif C is not None:
+        assert backend is not None
         out = solve_costs(C, *p[2:7], g, *limits, "", grad, False, backend)
     else:
         found = refusals(p.x, p.y, options["schedule"])
@@ -181,10 +182,10 @@ def solve_clouds(
         run = solve_implicit if grad == "implicit" else solve
         out = run(*p, g, metric, *limits, precision, backend)
     f, g, value, cost, marginal_error, n_iter = out[:6]
-    labels = None if p.label_cost is None else (p.labels_x, p.labels_y, p.label_cost)
+    labels = None if p.label_cost is None else cast(Labels, p[-3:])
     solved = value, cost, f, g, n_iter + done, marginal_error, p.x, p.y
-    how = metric, tol, grad, precision, backend
-    return PointsResult(*solved, *equal_weights(*p[:4]), p.eps, *how, labels)
+    a, b = equal_weights(*p[:4])
+    return PointsResult(*solved, a, b, p.eps, metric, tol, grad, precision, backend, labels)
 
 
 def placed(op: str, x: Tensor, y: Tensor, backend: str | None) -> tuple[str, bool]:
@@ -211,8 +212,9 @@ def _labels(
     missing = [name for name, t in given.items() if t is None]
     if len(missing) == 3:
         return None, None, None
-    together = "labels_x, labels_y and label_cost, all or none"
-    checks.require(not missing, missing[0] if missing else "", "None beside the others", together)
+    if labels_x is None or labels_y is None or label_cost is None:
+        together = "labels_x, labels_y and label_cost, all or none"
+        raise ValueError(f"{missing[0]}: got None beside the others; accepted: {together}")
     label_cost = checks.as_float(label_cost, "label_cost")
     checks.same_kind(label_cost, "label_cost", x, "x")
     *batch, N, M = shape.shape

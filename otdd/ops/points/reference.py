@@ -34,11 +34,11 @@ class Clouds(NamedTuple):
 
     x: Tensor  # (..., N, D)
     y: Tensor  # (..., M, D)
-    a: Tensor  # (..., N)
-    b: Tensor  # (..., M)
+    a: Tensor | None  # (..., N); None until `op.filled` puts equal weights there
+    b: Tensor | None  # (..., M)
     eps: Tensor  # (...), float64
-    rho_a: Tensor  # (...), float64; inf where the marginal is to be met
-    rho_b: Tensor
+    rho_a: Tensor | None  # (...), float64; None, once filled inf, where the marginal is to be met
+    rho_b: Tensor | None
     labels_x: Tensor | None  # (..., N), int64
     labels_y: Tensor | None  # (..., M)
     label_cost: Tensor | None  # (..., K, L)

@@ -1,6 +1,7 @@
 """`PointsResult`: a solution between point clouds, and what is made of its plan."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from otdd.ops.points.gradients import transport
 from otdd.ops.points.reference import Clouds, label_costs
 from otdd.ops.sinkhorn.implicit import over
 from otdd.ops.sinkhorn.reference import plan_from_potentials
+
+Labels: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -57,7 +60,7 @@ class PointsResult:
     grad: str
     precision: str
     backend: str
-    labels: tuple[Tensor, Tensor, Tensor] | None = None
+    labels: Labels | None = None
 
     @property
     def converged(self) -> Tensor:
@@ -73,6 +76,8 @@ class PointsResult:
         """
         p, f, g = self._problem()
         C = costs_of(p, self.metric, self.backend)
+        assert p.a is not None  # a result has its weights
+        assert p.b is not None
         return plan_from_potentials(C, f, g, p.a, p.b, self.eps)
 
     def apply(self, z: Tensor, *, transpose: bool = False) -> Tensor:
@@ -116,17 +121,18 @@ class PointsResult:
         Returns:
             ``(..., N, K)``.
         """
-        return over(self.apply(z), self._problem()[0].a.unsqueeze(-1))
+        a = self.a.detach() if self.grad == "envelope" else self.a
+        return over(self.apply(z), a.unsqueeze(-1))
 
     def _problem(self) -> tuple[Clouds, Tensor, Tensor]:
         """The problem and its potentials; constants under ``envelope``."""
         labels = self.labels or (None, None, None)
         points = self.x, self.y, self.a, self.b, self.eps, None, None, *labels
-        tensors = *points, self.f, self.g
+        problem, f, g = Clouds(*points), self.f, self.g
         if self.grad == "envelope":
-            tensors = (None if t is None else t.detach() for t in tensors)
-        *problem, f, g = tensors
-        return Clouds(*problem), f, g
+            problem = Clouds._make(None if t is None else t.detach() for t in problem)
+            f, g = f.detach(), g.detach()
+        return problem, f, g
 
 
 def costs_of(p: Clouds, metric: str, backend: str | None) -> Tensor:

@@ -94,7 +94,7 @@ def sinkhorn(
     eps: float | Tensor,
     max_iter: int = 100,
     tol: float = 0.0,
-    init: tuple[Tensor, Tensor] | SinkhornResult | None = None,
+    init: tuple[Tensor | None, Tensor] | SinkhornResult | None = None,
     grad: Grad = "envelope",
     marginals: Marginals = "measure",
     rho_a: float | Tensor | None = None,
@@ -213,7 +213,7 @@ def check_shortcuts(schedule: float | None, accelerate: str | None, grad: str) -
 def problem_tensors(
     C: Tensor,
     eps: float | Tensor,
-    potentials: tuple[Tensor, Tensor] | SinkhornResult | None,
+    potentials: tuple[Tensor | None, Tensor] | SinkhornResult | None,
     a: Tensor | None,
     b: Tensor | None,
     potentials_name: str = "potentials",
@@ -241,7 +241,9 @@ def problem_tensors(
     return C, (f, g), a, b, _per_problem(eps, "eps", C)
 
 
-def _pair(potentials: tuple[Tensor, Tensor] | SinkhornResult, name: str) -> tuple[Tensor, Tensor]:
+def _pair(
+    potentials: tuple[Tensor | None, Tensor] | SinkhornResult, name: str
+) -> tuple[Tensor | None, Tensor]:
     if isinstance(potentials, SinkhornResult):
         return potentials.f, potentials.g
     pair = isinstance(potentials, tuple | list) and len(potentials) == 2

@@ -1,0 +1,145 @@
+"""Stage 1: which guidance makes the better training set? One setting at a time around a default.
+
+For every seed, number of images per class and variant: one set sampled with that seed, one ConvNet
+student of that seed on its hard labels, its test accuracy, the transport cost of the set to the
+real training data, and how long sampling took. The figures and tables of `ablation_report.py` are
+made of the file.
+
+    python benchmarks/ablation_guidance.py --seeds 0 1 2 3 4
+    python benchmarks/ablation_guidance.py --data textures --generator FILE --epochs 100
+
+Variants (settings laid over those of `otdd sample`): `default` is its guidance from one start of
+the noise, which all others but `starts-4` (what `otdd run` does) and the baselines change in one
+place. `target-through` carries the correction of x0_hat through the denoiser, `target-q_sample`
+compares z_t with noised real latents. Windows are parts of the schedule from noise to image;
+`window-paper` is steps 30 to 45 of 50 of the source. `gradient-K` is the L1 gradient of the source
+in place of our projection, on x0_hat at every step, with K for beta_1 in units of rho_t; `paper` is
+its transport term with all its inferred settings. What `SET+...` does is in `refine.py`. Seeds from
+100 on chose no setting.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ablation
+import torch
+from ablation import Cells, digest
+from refine import REFINED, refine
+
+from otdd.distill import evaluate
+from otdd.distill.baselines import BASELINES, baselines
+from otdd.distill.config import PRESETS, RunConfig, SampleConfig, TrainConfig
+from otdd.distill.data import ImageData, load_data
+from otdd.distill.generator import Generator, load_generator
+from otdd.distill.match import make_loss
+from otdd.distill.relabel import hard_steps
+from otdd.distill.sample import sample
+from otdd.distill.settings import from_dict
+from otdd.distill.store import Store
+
+RESULTS = Path(__file__).parent / "results" / "ablation_guidance.json"
+KEY = ("data", "ipc", "variant", "seed", "arch", "epochs")
+
+
+def _guided(**settings: Any) -> dict[str, Any]:
+    return {"starts": 1, "guidance": settings}
+
+
+def _gradient(strength: float) -> dict[str, Any]:
+    return _guided(form="gradient", metric="l1", repulsion=0.0, strength=strength)
+
+
+# Settings of `sample` laid over the defaults; `guidance` is nested.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": _guided(),
+    "starts-4": {},
+    **{f"strength-{s}": _guided(strength=s) for s in (0.03, 0.1, 0.3, 1.0)},
+    **{f"lambda-{v}": _guided(lambda_1=v) for v in (0.03, 0.3, 1.0)},
+    **{f"target-{t}": _guided(target=t) for t in ("z_t", "through", "q_sample")},
+    "window-noisy": _guided(window=(0.0, 0.5)),
+    "window-clear": _guided(window=(0.5, 1.0)),
+    "window-paper": _guided(window=(0.08, 0.4)),
+    "sequential": {**_guided(), "order": "sequential"},
+    **{f"metric-{m}": _guided(metric=m) for m in ("l1", "l2", "cosine")},
+    **{f"repulsion-{k}": _guided(repulsion=k) for k in (0.0, 0.5)},
+    **{f"gradient-{k:g}": _gradient(k) for k in (5.0, 50.0, 500.0)},
+    # The transport term alone: the preset has influence and diversity too.
+    "paper": {
+        **PRESETS["paper"]["sample"],
+        "influence": {"strength": 0.0},
+        "diversity": {"strength": 0.0},
+    },
+}
+NAMES = ("unguided", *BASELINES, *VARIANTS, *REFINED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--generator", help="of `otdd fit`; by default the one shipped")
+    parser.add_argument("--variants", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--ipc", nargs="+", type=int, default=[1, 5, 10])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--arch", default="convnet")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load_data(args.data)
+    generator = load_generator(args.generator, data)
+    defaults = dataclasses.asdict(SampleConfig())
+    cells = Cells(args.out, KEY, {"defaults": defaults, "variants": VARIANTS})
+    train = TrainConfig(losses=("ce",), archs=(args.arch,), epochs=args.epochs)
+    for seed in args.seeds:
+        for ipc in args.ipc:
+            for name in args.variants:
+                key = {"data": args.data, "ipc": ipc, "variant": name, "seed": seed}
+                key |= {"arch": args.arch, "epochs": args.epochs}
+                if not cells.has(**key):
+                    cells.add(**key, **measure(data, generator, name, ipc, seed, train))
+
+
+def measure(
+    data: ImageData, generator: Generator, name: str, ipc: int, seed: int, train: TrainConfig
+) -> dict[str, Any]:
+    """One cell: accuracy, transport cost, seconds of sampling."""
+    start_from, how = REFINED.get(name, (name, None))
+    settings = from_dict(SampleConfig, VARIANTS.get(start_from, {}))
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig(data.name, ipc, folder, seed=seed, sample=settings, train=train)
+        store, start = Store(folder), time.process_time()
+        set_name = make_set(store, data, generator, config, start_from)
+        seconds = time.process_time() - start
+        made = store.read_images(set_name)
+    images, labels = made["images"], made["labels"]
+    if how is not None:
+        images = refine(how, made["latents"], labels, data, generator, f"runs/ablation/{data.name}")
+    steps = hard_steps(len(images), data, config, seed)
+    loss = make_loss("ce", train)
+    arch = train.archs[0]
+    return {
+        **ablation.train(images, labels, steps, loss, data, config, arch),
+        "ot_cost": round(evaluate.transport_cost(images, labels, data, generator.codec), 4),
+        "sample_seconds": round(seconds, 3),
+        "digest": digest(images),
+    }
+
+
+def make_set(
+    store: Store, data: ImageData, generator: Generator, config: RunConfig, name: str
+) -> str:
+    """Makes the set of a variant or baseline; returns its name in the store."""
+    if name in BASELINES:
+        baselines(store, data, config, name, codec=generator.codec)
+        return name
+    set_name = "unguided" if name == "unguided" else "otg"
+    sample(store, data, generator, config, set_name=set_name)
+    return set_name
+
+
+if __name__ == "__main__":
+    main()

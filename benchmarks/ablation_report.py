@@ -1,0 +1,243 @@
+"""Tables and figures of the ablations, from `ablation_labels.json` and `ablation_guidance.json`.
+
+python benchmarks/ablation_report.py                      # tables, printed
+python benchmarks/ablation_report.py --readme README.md   # the first of them between its markers
+python benchmarks/ablation_report.py --plots              # PNG files into benchmarks/results
+
+Differences are paired by seed; behind them stand the half width of their 95 % t interval and, where
+it is not that of the heading, the number of seeds. None is corrected for the number of comparisons.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ablation import paired
+from report import into_readme
+
+RESULTS = Path(__file__).parent / "results"
+MARKERS = "<!-- ablation -->", "<!-- /ablation -->"
+ARMS = {
+    "full": "full",
+    "no-otg": "without transport in sampling",
+    "no-lia": "one teacher at every IPC",
+    "all-teachers": "four teachers at every IPC",
+    "no-otm": "without transport of logits",
+    "hard-otg": "hard labels",
+    "hard-no-otg": "hard labels, without transport in sampling",
+}
+Rows = list[dict[str, Any]]
+Runs = dict[int, float]
+
+
+def runs(rows: Rows, **key: Any) -> Runs:
+    """Seed -> accuracy of the cells that this names."""
+    return {r["seed"]: r["accuracy"] for r in rows if all(r[k] == v for k, v in key.items())}
+
+
+def value(found: Runs) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {statistics.stdev(found.values()):.1f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found.values()):.1f}{spread}" if found else "-"
+
+
+def difference(these: Runs, others: Runs, usual: int | None = None) -> str:
+    """Mean difference ± half width of its interval."""
+    d = paired(these, others)
+    if d["n"] < 2:
+        return "-"
+    count = "" if d["n"] == usual else f" ({d['n']})"
+    half = f" ± {(d['high'] - d['low']) / 2:.1f}" if d["n"] > 2 else ""  # of two it says nothing
+    return f"{d['mean']:+.1f}{half}{count}"
+
+
+def lines(head: list[str], body: Iterable[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def groups(rows: Rows, *names: str) -> list[dict[str, Any]]:
+    """The combinations of these parts of the key that there are, in order."""
+    found = {tuple(row[name] for name in names): None for row in rows}
+    return [dict(zip(names, values, strict=True)) for values in sorted(found)]
+
+
+def labels_table(
+    rows: Rows, arms: Iterable[str], base: Callable[[str], str], top: str = "full"
+) -> str:
+    """Accuracy of the arm `top`, then a line per arm: its difference from its base."""
+    columns = groups(rows, "data", "arch", "epochs", "ipc")
+    sizes = [len(runs(rows, arm=top, **c)) for c in columns]
+    pairs = list(zip(columns, sizes, strict=True))
+    head = ["arm", *(f"{c['data']}, {c['arch']}, IPC {c['ipc']}, n={n}" for c, n in pairs)]
+    body = [[f"`{top}`", *(value(runs(rows, arm=top, **c)) for c in columns)]]
+    for arm in arms:
+        cells = []
+        for c, n in pairs:
+            if arm == "no-lia" and c["ipc"] < 10:
+                cells.append("the same")
+                continue
+            these, others = (runs(rows, arm=a, **c) for a in (arm, base(arm)))
+            cells.append(difference(these, others, n))
+        body.append([f"`{arm}`", *cells])
+    return lines(head, body)
+
+
+def guidance_table(rows: Rows, seeds: range) -> str:
+    """A line per variant: accuracy, and its difference from `default` on the same seeds."""
+    rows = [row for row in rows if row["seed"] in seeds]
+    columns = groups(rows, "data", "arch", "epochs", "ipc")
+    head = ["variant"]
+    for c in columns:
+        head += [f"{c['data']}, IPC {c['ipc']}", "to `default`"]
+    body = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        line = [f"`{name}`"]
+        for c in columns:
+            these, others = (runs(rows, variant=v, **c) for v in (name, "default"))
+            usual = len(others)
+            line += [value(these), "" if name == "default" else difference(these, others, usual)]
+        body.append(line)
+    return lines(head, body)
+
+
+def speed(rows: Rows) -> str:
+    """Images per second of sampling (CPU time), joint against sequential."""
+    body = []
+    for c in groups(rows, "data", "ipc"):
+        times = {}
+        for name in ("default", "sequential"):
+            own = [r for r in rows if r["variant"] == name and r["sample_seconds"]]
+            own = [r["sample_seconds"] for r in own if (r["data"], r["ipc"]) == tuple(c.values())]
+            times[name] = statistics.median(own) if own else math.nan
+        if not math.isnan(sum(times.values())):
+            ratio = times["sequential"] / times["default"]
+            text = [f"{times[name]:.2f} s" for name in ("default", "sequential")]
+            body.append([c["data"], str(c["ipc"]), *text, f"{ratio:.1f}x"])
+    return lines(["data", "IPC", "joint", "sequential", "ratio"], body)
+
+
+def curve(rows: Rows, data: str, points: dict[float, str], name: str) -> dict[int, list[tuple]]:
+    """IPC -> (x, mean, half width of the 95 % interval of the mean) of the variants at x."""
+    from scipy.stats import t
+
+    found: dict[int, list[tuple]] = {}
+    for x, variant in sorted(points.items()):
+        for ipc in sorted({row["ipc"] for row in rows}):
+            got = list(runs(rows, **{name: variant}, data=data, ipc=ipc).values())
+            if len(got) > 1:
+                half = t.ppf(0.975, len(got) - 1) * statistics.stdev(got) / math.sqrt(len(got))
+                found.setdefault(ipc, []).append((x, statistics.fmean(got), half))
+    return found
+
+
+def plot_curves(guidance: Rows, labels: Rows, path: Path, data: str) -> None:
+    """Accuracy against beta_1 and lambda_1 of the sampling and beta_2 of the labels."""
+    guidance = [r for r in guidance if r["seed"] < 100]
+    labels = [r for r in labels if r["arch"] == "convnet" and r["seed"] < 100]
+    strength = {s: f"strength-{s}" for s in (0.03, 0.1, 0.3, 1.0)} | {0.7: "default"}
+    widths = {v: f"lambda-{v}" for v in (0.03, 0.3, 1.0)} | {0.1: "default"}
+    weights = {v: f"beta_2-{v:g}" for v in (0.8, 8, 80)} | {0.08: "full", 0.008: "no-otm"}
+    panels = [
+        ("strength (beta_1), hard labels", curve(guidance, data, strength, "variant")),
+        ("lambda_1, hard labels", curve(guidance, data, widths, "variant")),
+        ("beta_2, soft labels (leftmost: 0)", curve(labels, data, weights, "arm")),
+    ]
+    figure, axes = _figure(len(panels), 3.4)
+    for axis, (title, found) in zip(axes, panels, strict=True):
+        for ipc, points in found.items():
+            x, mean, half = zip(*points, strict=True)
+            axis.errorbar(x, mean, half, marker="o", ms=3, lw=1.2, capsize=2, label=f"IPC {ipc}")
+        axis.set(xscale="log", xlabel=title)
+        axis.grid(alpha=0.3, lw=0.5)
+    axes[0].set_ylabel(f"test accuracy on {data}, %")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def plot_arms(labels: Rows, path: Path) -> None:
+    """Differences of the arms from `full`, with 95 % intervals."""
+    rows = [row for row in labels if row["arm"] in ARMS]
+    arms = [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in rows)]
+    columns = groups(rows, "data", "arch")
+    figure, axes = _figure(len(columns), 3.6)
+    for axis, c in zip(axes, columns, strict=True):
+        own = [r for r in rows if (r["data"], r["arch"]) == tuple(c.values())]
+        sizes = sorted({row["ipc"] for row in own})
+        for shift, ipc in enumerate(sizes):
+            full = runs(own, arm="full", ipc=ipc)
+            for place, arm in enumerate(arms):
+                d = paired(runs(own, arm=arm, ipc=ipc), full)
+                if d["n"] < 2:
+                    continue
+                y = place + (shift - (len(sizes) - 1) / 2) * 0.22
+                label = f"IPC {ipc}" if arm == "no-otm" else None
+                axis.plot([d["low"], d["high"]], [y, y], color=f"C{shift}", lw=1.5)
+                axis.plot(d["mean"], y, "o", ms=4, color=f"C{shift}", label=label)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(title=f"{c['data']}, {c['arch']}", xlabel="points against full")
+        axis.set_yticks(range(len(arms)), [ARMS[arm] for arm in arms], fontsize=8)
+        axis.grid(alpha=0.3, lw=0.5)
+        axis.legend(fontsize=8)
+    axes[0].invert_yaxis()  # for all of them: they share it
+    figure.savefig(path, dpi=100)
+
+
+def _figure(count: int, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = {"figsize": (4.2 * count + 1.2 * (count == 1), height), "layout": "constrained"}
+    figure, axes = plt.subplots(1, count, sharey="row", squeeze=False, **size)
+    return figure, axes[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, help=f"file to write into, between {MARKERS}")
+    parser.add_argument("--plots", action="store_true")
+    args = parser.parse_args()
+    names = ("ablation_labels", "ablation_guidance")
+    labels, guidance = (json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names)
+    chosen = [row for row in labels if row["seed"] < 100]
+    table = [row for row in chosen if row["arm"] in ARMS and row["arch"] != "convnet"]
+    first = labels_table(
+        table,
+        [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in chosen)],
+        lambda arm: "hard-otg" if arm == "hard-no-otg" else "full",
+    )
+    print(first, end="\n\n")
+    swept = [row for row in chosen if row["arch"] == "convnet"]
+    print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
+    real = [row for row in labels if row["arm"].startswith("random")]
+    print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
+    fresh = [row for row in labels if row["seed"] >= 100]
+    text = labels_table(fresh, _arms(fresh, "no-otm"), lambda arm: "no-otm", "no-otm")
+    print("fresh seeds\n" + text, end="\n\n")
+    print(guidance_table(guidance, range(100)), end="\n\n")
+    print("fresh seeds\n" + guidance_table(guidance, range(100, 10**9)), end="\n\n")
+    print(speed(guidance))
+    if args.readme:
+        into_readme(args.readme, first, MARKERS)
+    if args.plots:
+        plot_arms(table, RESULTS / "ablation_labels.png")
+        plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")
+
+
+def _arms(rows: Rows, but: str) -> list[str]:
+    return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != but]
+
+
+def _base(arm: str) -> str:
+    """What an arm of the sweep is compared with: no transport, at the same batch."""
+    return f"no-otm-{arm}" if arm.startswith("batch") else "no-otm"
+
+
+if __name__ == "__main__":
+    main()

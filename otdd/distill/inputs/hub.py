@@ -1,0 +1,248 @@
+"""Hugging Face data sets: a local folder, or a name on the Hub, by the library `datasets`.
+
+A local folder is one of `save_to_disk` or one that `load_dataset` understands. Images stay where
+`datasets` has them, in Arrow files that are mapped, so memory does not grow with their number; what
+is loaded from the Hub is kept in its cache. Nothing is unpickled and no code of a data set is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from otdd.distill.inputs import pictures
+from otdd.distill.inputs.labels import name_labels
+from otdd.distill.inputs.listing import Listing, Part
+from otdd.distill.inputs.problems import DataError
+from otdd.distill.inputs.spec import HUB_NAME
+
+LABEL = ("label", "labels", "class", "target")
+TEST = ("test", "validation", "valid", "val")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images of the rows of one split, as the bytes or the files that `datasets` keeps.
+
+    Attributes:
+        table: a `datasets.Dataset` whose `column` is not decoded.
+        column: of the images.
+        where: what messages call the split.
+        split: its name.
+        numbers: rows of the images.
+        roots: folders in which files of images may be.
+    """
+
+    table: Any
+    column: str
+    where: str
+    split: str
+    numbers: Sequence[int]
+    roots: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return f"{self.where}, {self.key(index)}"
+
+    def key(self, index: int) -> str:
+        return f"{self.split}[{self.numbers[index]}]"
+
+    def decode(self, index: int, resolution: int | None) -> Tensor | str:
+        found = self._raw(index)
+        return found if isinstance(found, str) else pictures.decode(found, resolution)
+
+    def header(self, index: int) -> tuple[int, int, int] | str:
+        found = self._raw(index)
+        return found if isinstance(found, str) else pictures.header(found)
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        return replace(self, numbers=[self.numbers[k] for k in indices])
+
+    def digest(self, start: int, stop: int) -> str:
+        """Of the bytes of images, or of name and size of their files."""
+        digest = hashlib.sha256()
+        for index in range(start, stop):
+            found = self._raw(index)
+            if isinstance(found, Path):
+                size = found.stat().st_size if found.is_file() else -1
+                found = f"{found.name} {size}"
+            content = found.encode() if isinstance(found, str) else found
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+    def _raw(self, index: int) -> bytes | Path | str:
+        """The bytes of an image, its file, or what is wrong with it."""
+        value = self.table[self.numbers[index]][self.column]
+        if not value or (value["bytes"] is None and not value["path"]):
+            return "no image"
+        if value["bytes"] is not None:
+            return bytes(value["bytes"])
+        path = Path(value["path"])
+        real = Path(os.path.realpath(path))
+        # A table made by someone else may name any file of this machine.
+        if not any(real.is_relative_to(root) for root in self.roots):
+            return f"names the file {path}, outside of the data set"
+        return path
+
+
+def list_hub(name: str, options: Mapping[str, str]) -> Listing:
+    """Lists the images of a data set; none is decoded.
+
+    Args:
+        name: local folder, or OWNER/NAME.
+        options: `config`, `revision`, `split` (training part), `test`, `image_column` and
+            `label_column`.
+
+    Raises:
+        DataError: it cannot be loaded, or its columns or splits are not clear.
+    """
+    where, folder = f"data hf:{name}", Path(name).expanduser()
+    if not folder.is_dir() and not HUB_NAME.fullmatch(name):
+        raise DataError(f"{where} is no folder, and no OWNER/NAME of the Hugging Face Hub")
+    datasets = _library(where)
+    splits, roots = _load(datasets, name, folder, options, where)
+    train, tests = _choose(list(splits), options, where)
+    features = splits[train].features
+    image = _image_column(datasets, features, options.get("image_column"), where)
+    label = _label_column(datasets, features, options.get("label_column"), where)
+    names = getattr(features[label], "names", None)
+    values = {key: _values(splits[key], label, where) for key in [train, *tests]}
+    hidden = [key for key in tests if set(values[key]) == {-1}]  # how the Hub withholds labels
+    tests = [key for key in tests if key not in hidden]
+    used, notes = [train, *tests[:1]], [f"split {k} is not used: no labels" for k in hidden]
+    notes += [f"split {key} is not used: there is {tests[0]}" for key in tests[1:]]
+    named = name_labels([values[key] for key in used], names)
+    parts = []
+    for key, labels in zip(used, named.labels, strict=True):
+        table = _undecoded(datasets, splits[key], image, where)
+        rows = Rows(table, image, where, key, range(len(table)), roots)
+        parts.append(Part(rows, labels))
+    return Listing(
+        where=where,
+        name=folder.resolve().name if folder.is_dir() else name,
+        classes=named.classes,
+        train=parts[0],
+        test=parts[1] if len(parts) > 1 else None,
+        test_name=used[-1],
+        problems=named.problems,
+        notes=[*notes, *named.notes],
+    )
+
+
+def _library(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f'{where}: {error}; pip install "otdd[hub]"') from None
+    return datasets
+
+
+def _load(
+    datasets: Any, name: str, folder: Path, options: Mapping[str, str], where: str
+) -> tuple[Mapping[str, Any], tuple[Path, ...]]:
+    """Splits by name, and the folders in which files of their images may be."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    known = {key: options[key] for key in ("revision",) if key in options}
+    saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    try:
+        with _quiet(datasets, folder.is_dir()):
+            if saved:
+                loaded = datasets.load_from_disk(str(folder))
+            else:
+                place = str(folder) if folder.is_dir() else name
+                loaded = datasets.load_dataset(place, options.get("config"), **known)
+    except Exception as error:  # of the network, of pyarrow, of the library
+        away = datasets.config.HF_HUB_OFFLINE and not folder.is_dir()
+        offline = " (HF_HUB_OFFLINE is set)" if away else ""
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        problem = " ".join(f"{error}{cause}".split()) or type(error).__name__
+        raise DataError(f"{where} cannot be loaded{offline}: {problem}") from None
+    places = [folder] if folder.is_dir() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    roots = tuple(Path(os.path.realpath(place)) for place in places)
+    return ({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded), roots
+
+
+@contextmanager
+def _quiet(datasets: Any, local: bool) -> Iterator[None]:
+    """Without the progress bars of the library, where nothing is fetched."""
+    shown = local and not datasets.are_progress_bars_disabled()
+    if shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _choose(splits: list[str], options: Mapping[str, str], where: str) -> tuple[str, list[str]]:
+    """The training split, and those that may test, the best first."""
+    if not splits:
+        raise DataError(f"{where} has no splits")
+    there = f"there are {', '.join(splits)}"
+    for option in ("split", "test"):
+        if options.get(option, splits[0]) not in splits:
+            raise DataError(f"{where}: no split {option}={options[option]}; {there}")
+    train = options.get("split") or ("train" if "train" in splits else splits[0])
+    if "split" not in options and train != "train" and len(splits) > 1:
+        raise DataError(f"{where}: no split is called train; {there}; give ,split=NAME")
+    tests = [options["test"]] if "test" in options else [n for n in TEST if n in splits]
+    return train, [name for name in tests if name != train]
+
+
+def _image_column(datasets: Any, features: Any, given: str | None, where: str) -> str:
+    found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    return _one(found, features, "image_column", given, where)
+
+
+def _label_column(datasets: Any, features: Any, given: str | None, where: str) -> str:
+    found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not found:
+        found = [name for name in features if name.lower() in LABEL]
+    column = _one(found, features, "label_column", given, where)
+    kind = features[column]
+    dtype = getattr(kind, "dtype", None)
+    if not isinstance(dtype, str) or not re.fullmatch(r"u?int\d+|(large_)?string", dtype):
+        raise DataError(f"{where}: column {column} is {kind}; expected labels: integers or texts")
+    return column
+
+
+def _one(found: list[str], features: Any, option: str, given: str | None, where: str) -> str:
+    if given is not None:
+        found = [given] if given in features else []
+    if len(found) != 1:
+        columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
+        what = f"{len(found)} columns could be" if found else "no column is"
+        named = f"{option}={given}" if given is not None else f"the {option.split('_')[0]}"
+        raise DataError(f"{where}: {what} {named}; there are {columns}; give ,{option}=NAME")
+    return found[0]
+
+
+def _undecoded(datasets: Any, split: Any, image: str, where: str) -> Any:
+    """The column of the images alone, as bytes and paths."""
+    try:
+        return split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # those of pyarrow are among them
+        problem = " ".join(str(error).split())
+        raise DataError(f"{where}: column {image} holds no images ({problem})") from None
+
+
+def _values(split: Any, label: str, where: str) -> list[Any]:
+    values: list[Any] = []
+    for batch in split.select_columns([label]).with_format("arrow").iter(10_000):
+        values += batch.column(0).to_pylist()
+    empty = [f"row {k}: no label" for k, value in enumerate(values) if value is None]
+    if empty:
+        raise DataError(f"{where} cannot be used:", empty)
+    return values

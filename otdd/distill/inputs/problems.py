@@ -1,0 +1,60 @@
+"""What is wrong with data, said with every name at once; and what is only worth a remark."""
+
+from __future__ import annotations
+
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+SHOWN = 200  # problems that a message lists
+
+
+class DataError(ValueError):
+    """Data that cannot be distilled; `problems` names every offending file, row or class."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = list(problems)
+        lines = self.problems[:SHOWN]
+        if len(self.problems) > SHOWN:
+            lines.append(f"... and {len(self.problems) - SHOWN} more")
+        super().__init__("\n  ".join([message, *lines]))
+
+
+class DataWarning(UserWarning):
+    """Data that can be distilled, with something about it that its owner should know."""
+
+
+def warn(where: str, notes: Iterable[str]) -> None:
+    """Gives every note as a `DataWarning`."""
+    for note in notes:
+        warnings.warn(f"{where}: {note}", DataWarning, stacklevel=3)
+
+
+def normal(name: str) -> str:
+    """A class name as it is kept: Unicode's composed form (NFC), which file systems may change."""
+    return unicodedata.normalize("NFC", name)
+
+
+def check_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Problems of class names as they were found, and notes about those that look alike."""
+    found = list(dict.fromkeys(names))
+    problems = [
+        f"class {name!a}: a name must have a character, and no control characters"
+        for name in found
+        if not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
+    ]
+    for same in _alike(found, normal):
+        problems.append(f"classes {same} are one name in different Unicode spellings")
+    composed = list(dict.fromkeys(map(normal, found)))
+    notes = [
+        f"classes {same} differ only in case or outer blanks; they stay different classes"
+        for same in _alike(composed, lambda name: normal(name.strip().casefold()))
+    ]
+    return problems, notes
+
+
+def _alike(names: Sequence[str], key: Callable[[str], str]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return [", ".join(map(ascii, group)) for group in groups.values() if len(group) > 1]

@@ -1,0 +1,134 @@
+"""`--log`: events as JSON lines, and bars in a terminal of any width."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import warnings
+from datetime import datetime
+
+import pytest
+
+from otdd import cli
+from otdd.joblog import JsonLog
+
+DRAW = """
+from otdd.terminal import shown
+with shown("auto", False) as progress:
+    for n in range(6):
+        progress("sample a set of a long name", n * 1000, 5000)
+        __import__("time").sleep(0.12)
+"""
+
+
+def events(err):
+    lines = [json.loads(line) for line in err.splitlines()]
+    for line in lines:
+        assert datetime.fromisoformat(line["time"]).tzinfo is not None
+        assert line["level"] in ("info", "warning", "error")
+    return lines
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return end.value.code or 0, out, err
+
+
+def test_a_run_as_events(capsys, tmp_path):
+    flags = ["--data", "digits", "--ipc", 1, "--seeds", 1, "--sets", "random", "--out"]
+    flags += [tmp_path / "run", "--train.losses", "ce", "--train.epochs", 12, "--log", "json"]
+    code, out, err = call(capsys, "run", *flags)
+    assert code == 0
+    assert "OT cost" in out  # the table stays on standard output
+    seen = events(err)
+    names = [line["event"] for line in seen]
+    assert names[0] == "start"
+    assert names[-1] == "end"
+    assert seen[-1]["exit_code"] == 0
+    stages = [line["stage"] for line in seen if line["event"] == "stage_start"]
+    assert stages == ["sample", "relabel", "train", "evaluate"]
+    assert stages == [line["stage"] for line in seen if line["event"] == "stage_end"]
+    moved = [line for line in seen if line["event"] == "progress"]
+    assert all(set(line) >= {"task", "done", "total", "rate", "eta_s"} for line in moved)
+    assert "train random" in [line["task"] for line in seen if line["event"] == "task_done"]
+    stored = json.loads((tmp_path / "run/metrics.json").read_text())
+    (metrics,) = [line for line in seen if line["event"] == "metrics"]
+    assert metrics["accuracy"] == stored["accuracy"]
+    assert metrics["ot_cost"] == stored["ot_cost"]
+
+
+def test_errors_are_events_with_their_exit_code(capsys):
+    code, _, err = call(capsys, "run", "--data", "nowhere", "--ipc", 1, "--out", "x", "--log=json")
+    assert code == 2
+    start, *_, error, end = events(err)
+    assert start["command"] == "run"
+    assert (error["event"], error["level"], error["exit_code"]) == ("error", "error", 2)
+    assert "'nowhere' is no folder" in error["message"]
+    assert end["exit_code"] == 2
+
+
+def test_progress_is_rare_and_knows_the_time_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("otdd.joblog.time.perf_counter", lambda: now[0])
+    with JsonLog(interval=5) as log:
+        for n in range(11):
+            log("fit", n, 10)
+            now[0] += 2
+        warnings.warn("low memory", stacklevel=1)
+    seen = events(capsys.readouterr().err)
+    assert [line.get("done") for line in seen] == [0, 3, 6, 9, None, None]
+    assert (seen[0]["rate"], seen[0]["eta_s"]) == (None, None)
+    assert (seen[1]["rate"], seen[1]["eta_s"]) == (0.5, 14.0)
+    assert (seen[4]["event"], seen[4]["seconds"]) == ("task_done", 20.0)
+    assert (seen[5]["level"], seen[5]["message"]) == ("warning", "UserWarning: low memory")
+
+
+def drawn(columns, **environment):
+    """What a program draws on a terminal of so many columns, and its lines without colours."""
+    code = [sys.executable, "-c", DRAW]
+    child, terminal = pty.fork()
+    if child == 0:
+        for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
+            os.environ.pop(name, None)
+        os.execve(sys.executable, code, os.environ | {"TERM": "xterm-256color"} | environment)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    raw = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        raw += part
+    assert os.waitpid(child, 0)[1] == 0
+    text = raw.decode()
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    return text, [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+def test_bars_fit_into_terminals():
+    for columns, bar in ((40, False), (100, True)):
+        text, lines = drawn(columns)
+        assert "\x1b[3" in text  # colours
+        assert max(map(len, lines)) <= columns
+        shown = [line for line in lines if "/5000" in line]
+        assert shown, lines
+        assert all(line.startswith("sample a set") for line in shown)
+        assert any("━" in line for line in shown) == bar
+        assert any(line.startswith("done") for line in lines)
+
+
+def test_terminals_without_colours_or_cursor():
+    text, lines = drawn(80, NO_COLOR="1")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", text)
+    assert any("/5000" in line for line in lines)
+    text, lines = drawn(80, TERM="dumb")
+    assert "\x1b" not in text
+    assert [line.split("  ")[:2] for line in lines] == [["done", "sample a set of a long name"]]
