@@ -41,6 +41,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return formulas(markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """The docstrings' `::` before a block that stands by itself, to a colon."""
+    return html.replace("::</p>", ":</p>")
+
+
 def section(heading: str) -> str:
     """The text under a heading of the README, down to the next of its level or above."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
@@ -74,8 +79,12 @@ def formulas(markdown: str) -> str:
             f"<p>{convert(line, display='block')}</p>" for line in match[1].strip().splitlines()
         )
 
+    def inline(match: re.Match[str]) -> str:
+        # Markdown takes a line that begins with <math> for a block of HTML.
+        return f"<span>{convert(match[1])}</span>"
+
     markdown = re.sub(r"^```math\n(.*?)^```$", block, markdown, flags=re.M | re.S)
-    return re.sub(r"\$`([^`]+)`\$", lambda match: convert(match[1]), markdown)
+    return re.sub(r"\$`([^`]+)`\$", inline, markdown)
 
 
 def results(name: str) -> Any:
