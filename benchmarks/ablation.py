@@ -20,9 +20,10 @@ from torch import Tensor
 
 from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData
-from otdd.distill.match import Loss, Step, accuracy, reproducible, train_student
+from otdd.distill.match import accuracy, reproducible, train_student
 from otdd.distill.relabel import Plan
 from otdd.distill.students import make_network
+from otdd.distill.training import Loss, Step, Training
 
 PACKAGES = ("torch", "diffusers", "timm", "numpy", "scikit-learn")
 
@@ -87,7 +88,8 @@ def train(
     total = Plan.of(config, data, len(images)).total
     with reproducible(data.image_shape):
         student = make_network(arch, data, config.seed)
-        train_student(student, images, labels, steps, total, loss, config.train)
+        training = Training(student, loss, config.train, total, arch=arch, seed=config.seed)
+        train_student(training, images, labels, steps)
         weights = torch.cat([p.detach().flatten() for p in student.parameters()])
         return {"accuracy": round(accuracy(student, data.test), 3), "student": digest(weights)}
 

@@ -45,10 +45,11 @@ from otdd.distill.baselines import BASELINES, baselines
 from otdd.distill.config import RelabelConfig, RunConfig, SampleConfig, TrainConfig
 from otdd.distill.data import load_data
 from otdd.distill.generator import Generator, load_generator
-from otdd.distill.match import Step, make_loss
+from otdd.distill.match import make_loss
 from otdd.distill.relabel import Teacher, hard_steps, live_steps, make_teachers
 from otdd.distill.settings import to_dict
 from otdd.distill.store import Store
+from otdd.distill.training import Step
 from otdd.losses import OTDistillationLoss, OTLogitLoss
 
 RESULTS = Path(__file__).parent / "results" / "ablation_labels.json"
@@ -217,9 +218,9 @@ class Watched:
 
     def __call__(
         self, logits: Tensor, mixed: Tensor, base: Tensor, teacher: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen[1:] = [(logits.detach(), teacher, base)]
-        return self.loss(logits, teacher, base)
+        return self.loss(logits, teacher, base, parts=True)
 
     def shares(self) -> list[float]:
         """|beta_2 grad OT| over |grad of the other terms| in the first and the last step."""

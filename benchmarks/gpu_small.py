@@ -25,7 +25,8 @@ SHAPES = {
     "cluster of 8": {"float32": (1, 190, 201), "float64": (1, 190, 201)},
     "cluster of 16": {"float32": (1, 700, 701), "float64": (1, 500, 501)},
     "group": {"float32": (2, 1000, 1001), "float64": (1, 1000, 1001)},
-    "group in a workspace": {"float32": (1, 2900, 2901), "float64": (1, 2000, 2001)},
+    "stream": {"float32": (1, 2900, 2901), "float64": (1, 2000, 2001)},
+    "stream of many columns": {"float32": (2, 16, 20001), "float64": (2, 16, 20001)},
 }
 SMALL = 50_000  # elements up to which a shape goes through all options
 OPTIONS = {
@@ -42,6 +43,7 @@ LARGE = ("envelope", "unrolled", "implicit", "weights and masks")
 COSTS = {  # B, N, M, D, of each kernel and tile in csrc/cuda/cost.cu
     "tiny": (1, 5, 7, 3),
     "one row": (2, 1, 90, 300),
+    "one row in slices": (1, 1, 3, 200_001),
     "two rows": (1, 2, 50, 301),
     "three columns": (1, 90, 3, 2000),
     "seven rows": (2, 7, 64, 64),

@@ -13,12 +13,15 @@ from otdd.distill.labels import LabelFormat, storage
 
 MARKERS = "<!-- labels -->", "<!-- /labels -->"
 FKD = {10: 6e9, 50: 30e9}  # bytes for ImageNet-1K at 300 epochs, as reported of FKD's folders
-FORMATS = {
-    "`fp16`": LabelFormat(),
-    "`q8`": LabelFormat("q8"),
-    "`topk`, 32 of 1000": LabelFormat("topk", 32),
-    "`topk`, 10": LabelFormat("topk", 10),
-    "`topk`, 4 (default)": LabelFormat("topk", 4),
+EPOCHS = 300
+FORMATS = {  # and the epochs that are labelled
+    "`fp16`": (LabelFormat(), EPOCHS),
+    "`q8`": (LabelFormat("q8"), EPOCHS),
+    "`topk`, 32 of 1000": (LabelFormat("topk", 32), EPOCHS),
+    "`topk`, 10": (LabelFormat("topk", 10), EPOCHS),
+    "`topk`, 4 (default)": (LabelFormat("topk", 4), EPOCHS),
+    "`fp16`, `--relabel.label_epochs 7`": (LabelFormat(), 7),
+    "`q8`, `--relabel.label_epochs 14`": (LabelFormat("q8"), 14),
 }
 
 
@@ -28,10 +31,10 @@ def table() -> str:
     head += [text for ipc in FKD for text in (f"IPC {ipc}", "of FKD's")]
     lines = [head, ["---"] * len(head)]
     lines.append(["FKD", "2000"] + [c for size in FKD.values() for c in (gigabytes(size), "100 %")])
-    for name, labels in FORMATS.items():
+    for name, (labels, epochs) in FORMATS.items():
         line = [name, str(labels.row_bytes(1000))]
         for ipc, theirs in FKD.items():
-            size = storage(labels, ipc)
+            size = storage(labels, ipc, epochs=epochs)
             line += [gigabytes(size), f"{100 * size / theirs:.3g} %"]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {  # links of the README -> pages of the site
     "benchmarks/NOTES.md": "notes.md",
+    "#evaluation": "start.md#evaluation",
     "#train-a-student-on-soft-labels": "how-to/students.md",
 }
 

@@ -29,7 +29,7 @@ usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a comm
   relabel    stage 2: soft labels from teachers
   train      stage 3: students of every set
   evaluate   the table, transport costs and the picture of what is there
-  fit        train a small generator for a data set
+  fit        train a small generator for a data set, or a DiT further (--from)
   fit-surrogate  train the networks of influence guidance for a data set
   encode     the latents of a data set, once
   report     a run as one HTML page with its figures: otdd report DIR
@@ -96,8 +96,9 @@ def _caught(arguments: list[str], as_json: bool) -> int:
     try:
         with _noted(as_json):
             return _dispatch(arguments)
-    except KeyboardInterrupt:
-        text = "stopped; what is finished is kept, and the same command continues from there"
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "what is finished is kept"
+        text = f"stopped; {kept}, and the same command continues from there"
         code, text = 130, ("" if as_json else "\n") + f"otdd: {text}"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -159,13 +160,15 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(command: str, flags: list[str]) -> int:
-    from otdd.distill.settings import load_yaml, merge, preset
+    from otdd.distill.settings import load_yaml, merge, named_protocol, preset, protocol
 
     file, name = value(flags, "--config"), value(flags, "--preset")
     filed = load_yaml(file) if file is not None else {}
     stored = {} if command == "run" else _stored(value(flags, "--out") or filed.get("out"))
     name = name or filed.get("preset")
-    base = merge(merge(stored, preset(name)), filed)
+    ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
+    how = protocol(value(flags, "--train.protocol") or named_protocol(filed), ipc)
+    base = merge(merge(merge(stored, preset(name)), how), filed)
     given = parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
     plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**plain)

@@ -60,9 +60,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def flags_of(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
     """Dotted flags of a config dataclass, each with the words that it takes; () for any."""
-    hints = typing.get_type_hints(cls)
+    hints, extras = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        name, kind = f"{prefix}{field.name}", hints[field.name]
+        notes = getattr(extras[field.name], "__metadata__", ())
+        renamed = next((n.name for n in notes if getattr(n, "name", None)), field.name)
+        name, kind = f"{prefix}{renamed}", hints[field.name]
         if dataclasses.is_dataclass(kind):
             yield from flags_of(typing.cast(type, kind), f"{name}.")
             continue

@@ -5,7 +5,8 @@ several processes share the work. The events and their keys:
 
 - `start`: `command`, `version`; `end`: `command`, `exit_code`, `seconds`
 - `stage_start`: `stage`; `stage_end`: `stage`, `seconds`
-- `progress`: `task`, `done`, `total`, `rate` (a second; null at first) and `eta_s` (seconds; null)
+- `progress`: `task`, `done`, `total`, `rate` (a second; null at first) and `eta_s` (seconds; null),
+  and for some tasks a `note`, such as the loss
 - `task_done`: `task`, `total`, `seconds`
 - `metrics`: `out`, `accuracy`, `ot_cost`, `timings`, as in `metrics.json`
 - `warning`: `message`; `error`: `message`, `exit_code`
@@ -52,7 +53,7 @@ class JsonLog:
     def __exit__(self, *_: object) -> None:
         self._catch.__exit__(None, None, None)
 
-    def __call__(self, text: str, done: int, total: int) -> None:
+    def __call__(self, text: str, done: int, total: int, note: str = "") -> None:
         """Tell that `done` of `total` steps are finished."""
         now = time.perf_counter()
         first = text not in self._since
@@ -67,7 +68,8 @@ class JsonLog:
             rate = (done - before) / (now - start) if moved else None
             eta = None if rate is None else round((total - done) / rate, 1)
             rate = None if rate is None else round(rate, 4)
-            write("progress", task=text, done=done, total=total, rate=rate, eta_s=eta)
+            values: dict[str, Any] = {"done": done, "total": total, "rate": rate, "eta_s": eta}
+            write("progress", task=text, **values, **({"note": note} if note else {}))
 
 
 def _warning(

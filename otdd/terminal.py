@@ -12,6 +12,7 @@ from otdd.joblog import JsonLog
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+    from rich.table import Table
 
 NARROW = 60  # columns of a terminal that has no room for bars beside names and counts
 
@@ -74,8 +75,8 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def __call__(self, text: str, done: int, total: int) -> None:
-        """Show that `done` of `total` steps are finished."""
+    def __call__(self, text: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` steps are finished; a note has no room here."""
         if self._quiet:
             return
         self._since.setdefault(text, time.perf_counter())
@@ -96,7 +97,8 @@ class Bars:
 class Pace:
     """Lines that say how far a long task is, how fast, and how long it will still take.
 
-    Call it as progress(text, done, total); a line at most every `interval` seconds and at the end.
+    Call it as progress(text, done, total); a line at most every `interval` seconds and at the end,
+    with a note such as a loss.
     """
 
     def __init__(self, units: dict[str, str], quiet: bool = False, interval: float = 10.0) -> None:
@@ -110,7 +112,7 @@ class Pace:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __call__(self, text: str, done: int, total: int) -> None:
+    def __call__(self, text: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are finished."""
         now = time.perf_counter()
         if text not in self._since:
@@ -119,7 +121,8 @@ class Pace:
             return
         self._last = now
         if not self._quiet and (done or total > 1):
-            print(self._line(text, done, total, now), file=sys.stderr, flush=True)
+            line = self._line(text, done, total, now) + f", {note}" * bool(note)
+            print(line, file=sys.stderr, flush=True)
 
     def _line(self, text: str, done: int, total: int, now: float) -> str:
         start, before = self._since[text]
@@ -171,7 +174,34 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
             cost = f"{costs[name]:.4g}" if name in costs else ""
             table.add_row(name, *cells, cost)
         console.print(table)
+        if found := [c for c in metrics["comparisons"] if c["arch"] == arch]:
+            console.print(_compared(found, losses))
     console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _compared(found: list[dict[str, Any]], losses: list[str]) -> Table:
+    """The first set less each other one, with the interval and p of each difference."""
+    from rich.table import Table
+
+    first = found[0]["set"]
+    title = f"{first} less another set: points, 95 % interval, p (paired t test by seed, Holm)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("against")
+    for loss in losses:
+        table.add_column(HEADINGS[loss], justify="right")
+    for name in dict.fromkeys(c["against"] for c in found):
+        cells = {c["loss"]: _difference(c) for c in found if c["against"] == name}
+        table.add_row(name, *(cells.get(loss, "") for loss in losses))
+    return table
+
+
+def _difference(comparison: dict[str, Any]) -> str:
+    if comparison["ci95"] is None:
+        return str(comparison["note"])
+    low, high = comparison["ci95"]
+    text = f"{comparison['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    p = comparison["p_holm"]
+    return f"{text}\n" + (comparison["note"] if p is None else f"p {p:.2g}")
 
 
 def _cell(rows: list[dict[str, Any]], name: str, arch: str, loss: str) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from otdd.distill.config import ConfigError
 from otdd.flags import Log, parse
@@ -107,11 +109,16 @@ def flags_class(command: str) -> type:
 
 
 def _fit_flags() -> type:
-    from otdd.distill.fit import FitConfig
+    from otdd.distill.fit_config import FitConfig
 
     @dataclass(frozen=True)
     class FitFlags(FitConfig, DataFlags):
-        """Flags of `otdd fit`; --out is the file of the generator, ending in .safetensors."""
+        """Flags of `otdd fit`; --out is the file of the generator, with --from a new folder."""
+
+        base: Annotated[str | None, tyro.conf.arg(name="from")] = None
+        """Folder of a DiTPipeline to train further, on the classes of the data."""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the model is trained."""
 
     return FitFlags
 
@@ -143,26 +150,51 @@ def _encode_flags() -> type:
 
 def fit(flags: list[str]) -> int:
     """`otdd fit`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.fit import FitConfig, fit
+    import time
+
     from otdd.terminal import shown
 
-    about = "Train a small class-conditional generator; an interrupted one continues."
+    about = "Train a class-conditional generator; an interrupted training continues."
     given = parse(_fit_flags(), flags, "otdd fit", about, {})
-    if Path(given.out).is_dir():
+    if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    data = load_data(given.data, **_reading(given))
-    if given.dry_run:
-        from otdd.distill import costs
+    data, train = _training(given)
+    from otdd.distill import costs
 
-        cost = costs.fitting(data, _only(FitConfig, given))
+    if given.dry_run:
+        cost = costs.fitting(train, given.steps)
         sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
         return 0
-    with shown(given.log, given.quiet) as bars:
-        made = fit(data, _only(FitConfig, given), given.out, progress=bars)
-    sys.stdout.write(f"written to {given.out}: loss {made.info['loss']:.4f}\n")
+    since, cpu = time.perf_counter(), time.process_time()
+    with shown(given.log, given.quiet, {"fit": "steps"}) as progress:
+        made = train(given.out, progress)
+    wall, cpu = time.perf_counter() - since, time.process_time() - cpu
+    loss, trained, weights = (made.info[k] for k in ("loss", "trained", "weights"))
+    sys.stdout.write(
+        f"written to {given.out}: loss {loss:.4f}; {trained:,} of {weights:,} weights trained in "
+        f"{wall / 60:.1f} min, {cpu / 60:.1f} of the processor, "
+        f"peak memory {costs.peak_memory() / 2**30:.2f} GiB\n"
+    )
     return 0
+
+
+def _training(given: Any) -> tuple[Any, Callable[..., Any]]:
+    """The data, and the training asked for as a function of --out and progress; all is checked."""
+    from otdd.distill.data import BUILTIN, load_data
+    from otdd.distill.fit import fit
+    from otdd.distill.fit_config import FitConfig
+    from otdd.distill.tune import load_base, tune
+    from otdd.distill.workers import local_device
+
+    config, device = _only(FitConfig, given), local_device(given.device, "--device")
+    base = load_base(given.base) if given.base is not None else None
+    side = None if base is None or given.data in BUILTIN else base.image_shape[1]
+    data = load_data(given.data, **{**_reading(given), "resolution": given.resolution or side})
+    rest: dict[str, Any] = {"device": device}
+    if base is None:
+        return data, lambda out, progress: fit(data, config, out, progress=progress, **rest)
+    return data, lambda out, progress: tune(data, base, config, out, progress=progress, **rest)
 
 
 def fit_surrogate(flags: list[str]) -> int:

@@ -9,6 +9,7 @@ import ablation_guidance
 import ablation_labels
 import ablation_report
 import cases
+import fit_textures
 import floors
 import label_formats
 import measure
@@ -17,7 +18,11 @@ import report
 import student_step
 import torch
 from contender import DISAGREES
+from distill import tiny
 from peers import CONTENDERS
+
+from otdd.distill.fit import FitConfig, fit
+from otdd.distill.relabel import Teacher
 
 TINY = [
     cases.Case("given", "given", 2, 6, 5, iterations=4),
@@ -183,3 +188,32 @@ def test_intervals_are_paired_by_seed():
     same = dict.fromkeys(range(3), 1.0)
     assert ablation_report.difference(same, same, 3) == "+0.0 ± 0.0"
     assert ablation_report.difference({1: 3.0, 2: 2.0}, same, 3) == "+1.5 (2)"
+
+
+def test_a_continued_fit_forgets_what_it_does_again(tmp_path):
+    report = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
+    report.begin(0)
+    for step, right in ((10, 50.0), (20, 85.0), (30, 90.0)):
+        report.add({"step": step, "cpu_minutes": step / 10, "wall_minutes": 1.0, "right": right})
+    again = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
+    again.begin(20)
+    assert [row["step"] for row in again.rows] == [10, 20]
+    spent = again.spent()
+    assert 2.0 <= spent["cpu_minutes"] < 2.5
+    again.add({"step": 30, **spent, "right": 70.0})
+    content = json.loads((tmp_path / "fit.json").read_text())
+    assert content["cpu_minutes_to_80"] == 2.0
+
+
+def test_samples_are_judged_by_class(tmp_path):
+    data = tiny.images()
+    config = FitConfig(width=32, layers=1, steps=1, batch=4, grid_every=0)
+    made = fit(data, config, tmp_path / "g.safetensors")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    torch.nn.init.zeros_(network[1].weight)
+    network[1].bias.data = torch.tensor([0.0, 1.0, 0.0])  # says c1 of everything
+    teacher = Teacher("toy", network, "", 0.0)
+    seen = fit_textures.judged(made, teacher, count=2)
+    assert seen["by_class"] == {"c0": 0.0, "c1": 100.0, "c2": 0.0}
+    assert seen["images"] == 6
+    assert seen["right"] == pytest.approx(33.33)

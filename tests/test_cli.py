@@ -161,7 +161,8 @@ def test_files_of_a_run(capsys, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     (row,) = metrics["accuracy"]
     assert (row["set"], row["labels"], row["loss"], len(row["runs"])) == ("random", "hard", "ce", 2)
-    assert set(metrics) == {"accuracy", "ot_cost", "teachers", "timings", "versions", "config"}
+    about = {"accuracy", "comparisons", "dd_ranking", "ot_cost", "geometry", "teachers"}
+    assert set(metrics) == {*about, "timings", "versions", "config"}
     assert metrics["ot_cost"].keys() == {"random"}
     assert metrics["config"]["train"]["epochs"] == 2
     assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")

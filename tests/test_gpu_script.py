@@ -350,7 +350,8 @@ void say(i64 B, i64 N, i64 M) {
   const Layout l = layout_of<T, Iterate<T>>(chip, B, N, M);
   const char* team = l.team == Team::kCluster ? "cluster" : "group";
   team = l.team == Team::kAlone ? "block" : team;
-  std::printf("%s %d %d\\n", l.warp ? "warp" : team, l.slab.peers, l.slab.in_shared);
+  team = l.kind == Layout::kWarp ? "warp" : l.kind == Layout::kStream ? "stream" : team;
+  std::printf("%s %d\\n", team, l.slab.peers);
 }
 
 int main() { CALLS }
@@ -360,13 +361,14 @@ int main() { CALLS }
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_sanitized_problems_have_the_layout_of_their_name(tmp_path):
     expected = {
-        "warp": "warp 1 1",
-        "warp of narrow rows": "warp 1 1",
-        "block": "block 1 1",
-        "cluster of 8": "cluster 8 1",
-        "cluster of 16": "cluster 16 1",
-        "group": r"group \d+ 1",
-        "group in a workspace": r"group \d+ 0",
+        "warp": "warp 1",
+        "warp of narrow rows": "warp 1",
+        "block": "block 1",
+        "cluster of 8": "cluster 8",
+        "cluster of 16": "cluster 16",
+        "group": r"group \d+",
+        "stream": r"stream \d+",
+        "stream of many columns": r"stream \d+",
     }
     shapes = [(name, dtype) for name in expected for dtype in gpu_small.DTYPES]
     types = {"float32": "float", "float64": "double"}

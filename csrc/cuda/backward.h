@@ -116,11 +116,11 @@ class Unrolled {
     G.for_rows([&](Row& row, i64 i, bool) {
       far |= is_far(row, F(i)) || (!made && is_far(row, F_rows(i)));
     });
-    G.for_columns([&](Column& column, i64 j, bool) {
+    G.for_columns([&](Column& column, i64 j, bool counted) {
       far |= is_far(column, G_columns(j)) || (!made && is_far(column, G_before(j)));
       const T scale = beta(column, G_columns(j));
       column.v = column.b > 0 ? scale / column.b * (U.lambda_b * column.dg) : T(0);
-      chip::put(U.columns + terms_ * G.column_stride() + j, column.v);
+      if (counted) chip::put(U.columns + terms_ * G.column_stride() + j, column.v);
     });
     return far;
   }
@@ -158,26 +158,26 @@ class Unrolled {
   // dg <- l_b dg: df_i -= sum_j S_ij dg_j, da_i -= eps / a_i sum_j S_ij dg_j
   OTDD_DEVICE void columns_half() {
     G.products();
-    G.for_rows([&](Row& row, i64 i, bool) {
+    G.for_rows([&](Row& row, i64 i, bool counted) {
       const T scale = alpha(row, F(i)), flow = row.a > 0 ? scale * row.r_new : T(0);
       row.df -= row.a * flow, row.da -= U.eps * flow;
-      chip::put(U.rows + terms_ * G.row_stride() + i, row.a * scale);
+      if (counted) chip::put(U.rows + terms_ * G.row_stride() + i, row.a * scale);
     });
     ++terms_;
   }
 
   // df <- l_a df: dg_j = -sum_i R_ij df_i, db_j -= eps / b_j sum_i R_ij df_i
   OTDD_DEVICE void rows_half() {
-    G.for_rows([&](Row& row, i64 i, bool) {
+    G.for_rows([&](Row& row, i64 i, bool counted) {
       row.u_new = alpha(row, F_rows(i)) * (U.lambda_a * row.df), row.df = 0;
-      chip::put(U.rows + terms_ * G.row_stride() + i, row.u_new);
+      if (counted) chip::put(U.rows + terms_ * G.row_stride() + i, row.u_new);
     });
     G.transposed(0, false);
-    G.for_columns([&](Column& column, i64 j, bool) {
+    G.for_columns([&](Column& column, i64 j, bool counted) {
       const T scale = beta(column, G_before(j)), flow = column.b > 0 ? scale * column.c : T(0);
       column.dg = -flow;
       if (column.b > 0) column.db -= U.eps * flow / column.b;
-      chip::put(U.columns + terms_ * G.column_stride() + j, scale);
+      if (counted) chip::put(U.columns + terms_ * G.column_stride() + j, scale);
     });
     ++terms_;
   }

@@ -18,6 +18,9 @@ using Address = std::uintptr_t;
 // (address, batch stride, row or item stride), in elements; without an address there is nothing.
 using Strided = std::tuple<Address, i64, i64>;
 
+// (address, batch stride, row stride, type) of costs.
+using GivenCosts = std::tuple<Address, i64, i64, int>;
+
 template <class T>
 T* address(Address a) {
   return reinterpret_cast<T*>(a);
@@ -29,6 +32,10 @@ Vectors<T> vectors(const Strided& t, T all = T()) {
 template <class T>
 Matrices<T> matrices(const Strided& t) {
   return {address<const T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+inline Costs costs(const GivenCosts& t) {
+  return {address<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), Number(std::get<3>(t))};
 }
 
 #if defined(OTDD_EMULATED)
@@ -45,7 +52,7 @@ void announce(const Vectors<T>& v, i64 B, i64 count) {
 }
 template <class T>
 void announce(const Problems<T>& p) {
-  announce(p.C.data, p.B, p.C.batch, p.N, p.C.row, p.M, sizeof(T));
+  announce(p.C.data, p.B, p.C.batch, p.N, p.C.row, p.M, size_of(p.C.type));
   announce(p.a, p.B, p.N), announce(p.b, p.B, p.M);
   announce(p.eps, p.B, 1), announce(p.rho_a, p.B, 1), announce(p.rho_b, p.B, 1);
 }
@@ -53,9 +60,10 @@ template <class T>
 void announce(const Matrices<T>& p, i64 B, i64 count, i64 D) {
   announce(p.data, B, p.batch, count, p.row, D, sizeof(T));
 }
+inline void result(void* p, i64 count, i64 size) { memory.output(p, count * size, size); }
 template <class T>
 void result(T* p, i64 count) {
-  memory.output(p, count * sizeof(T), sizeof(T));
+  result(p, count, sizeof(T));
 }
 inline void workspace(void* p, i64 bytes) { memory.workspace(p, bytes); }
 
@@ -77,8 +85,8 @@ int run(Call call) {
 
 template <class... Args>
 void announce(const Args&...) {}
-template <class T>
-void result(T*, i64) {}
+template <class... Args>
+void result(const Args&...) {}
 inline void workspace(void*, i64) {}
 
 template <class Call>
@@ -92,16 +100,16 @@ int run(Call call) {
 // The problems: a and b may be missing (`each` is then a weight, 0 for 1 over their number), and the
 // penalties too.
 template <class T>
-Problems<T> problems(i64 B, i64 N, i64 M, const Strided& C, const Strided& a,
+Problems<T> problems(i64 B, i64 N, i64 M, const GivenCosts& C, const Strided& a,
                      const Strided& b, double each, const Strided& eps, const Strided& rho_a,
                      const Strided& rho_b) {
-  return {B, N, M, matrices<T>(C), vectors<T>(a, T(each ? each : 1.0 / double(N))),
+  return {B, N, M, costs(C), vectors<T>(a, T(each ? each : 1.0 / double(N))),
           vectors<T>(b, T(each ? each : 1.0 / double(M))), vectors<double>(eps, 1),
           vectors<double>(rho_a, HUGE_VAL), vectors<double>(rho_b, HUGE_VAL)};
 }
 
 template <class T>
-int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, Strided a,
+int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, GivenCosts C, Strided a,
               Strided b, double each, Strided eps, Strided rho_a, Strided rho_b, Strided g0,
               i64 max_iter, double tol, Address f, Address g, Address value, Address cost,
               Address marginal_error, Address n_iter, Address history, Address space, i64 bytes) {
@@ -117,19 +125,19 @@ int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, Stride
 }
 
 template <class T>
-int plan_(int device, Address stream, i64 B, i64 N, i64 M, Strided C, Strided f, Strided g,
-          Strided a, Strided b, double each, Strided eps, Strided scale, Address P) {
+int plan_(int device, Address stream, i64 B, i64 N, i64 M, GivenCosts C, Strided f, Strided g,
+          Strided a, Strided b, double each, Strided eps, Strided scale, Address P, int P_type) {
   const Strided none(0, 0, 0);
   const PlanArgs<T> args{problems<T>(B, N, M, C, a, b, each, eps, none, none), vectors<T>(f),
-                         vectors<T>(g), vectors<T>(scale, T(1)), address<T>(P)};
+                         vectors<T>(g), vectors<T>(scale, T(1)), address<void>(P), Number(P_type)};
   announce(static_cast<const Problems<T>&>(args)), announce(args.f, B, N), announce(args.g, B, M);
-  announce(args.scale, B, 1), result(args.P, B * N * M);
+  announce(args.scale, B, 1), result(args.P, B * N * M, size_of(args.P_type));
   return run([&] { return plan<T>(args, device, address<void>(stream)); });
 }
 
 template <class T>
 int backward_(int device, Address stream, bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps,
-              Strided C, Strided a, Strided b, Strided eps, Strided rho_a, Strided rho_b,
+              GivenCosts C, Strided a, Strided b, Strided eps, Strided rho_a, Strided rho_b,
               Strided f, Strided g, Address history, Address n_iter, Strided df, Strided dg, Address dC,
               Address da, Address db, Address space, i64 bytes) {
   const BackwardArgs<T> args{problems<T>(B, N, M, C, a, b, 0, eps, rho_a, rho_b), steps,

@@ -16,6 +16,8 @@
 #define OTDD_DEVICE __device__ __forceinline__
 #define OTDD_BOTH __host__ __device__ __forceinline__
 #define OTDD_UNROLL _Pragma("unroll")
+#define OTDD_UNROLL_BY_2 _Pragma("unroll 2")
+#define OTDD_UNROLL_BY_8 _Pragma("unroll 8")
 #define OTDD_NO_UNROLL _Pragma("unroll 1")
 #define OTDD_ARGUMENT const __grid_constant__
 
@@ -122,6 +124,18 @@ OTDD_DEVICE void sync_blocks(unsigned* arrived, int count, unsigned& meetings) {
 OTDD_DEVICE float exp2_fast(float x) { return ::exp2f(x); }
 OTDD_DEVICE double exp2_fast(double x) { return ::exp2(x); }
 
+// float16, as its bits.
+OTDD_DEVICE float float_of_half(unsigned short bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+OTDD_DEVICE unsigned short half_of(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
 }  // namespace otdd::cuda::chip
 
 #elif defined(OTDD_EMULATED)
@@ -131,10 +145,15 @@ OTDD_DEVICE double exp2_fast(double x) { return ::exp2(x); }
 #else  // a caller of the kernels: nothing here is run
 
 #define OTDD_DEVICE inline
+#define OTDD_BOTH inline
 
 namespace otdd::cuda::chip {
 template <class T>
 T read(const T* p);
+template <class T>
+void write(T* p, T x);
+float float_of_half(unsigned short bits);
+unsigned short half_of(float x);
 }  // namespace otdd::cuda::chip
 
 #endif

@@ -126,7 +126,8 @@ OTDD_DEVICE void add_lanes(T* s, int lane) {
 constexpr int kFewBytes = 32 << 10;  // of x in shared memory
 
 // Few points of x, up to kN: y is read once, from device memory. A warp takes kBeside points of y, or one
-// of plan.parts parts of their features, against all of x, whose features come a section at a time.
+// of plan.parts parts of their features, against all of x, whose features come a section at a time. Where that
+// leaves multiprocessors idle a block has a slice of the features.
 template <class T, int kN>
 OTDD_KERNEL OTDD_THREADS(kCostThreads, kN * sizeof(T) > 32 ? 1 : 2)
     cost_few_rows(OTDD_ARGUMENT CostArgs<T> args, OTDD_ARGUMENT CostPlan<T> plan) {
@@ -136,8 +137,10 @@ OTDD_KERNEL OTDD_THREADS(kCostThreads, kN * sizeof(T) > 32 ? 1 : 2)
   const int thread = chip::thread(), lane = thread % 32, warp = thread / 32;
   const int groups = kCostThreads / 32 / plan.parts, group = warp % groups, part = warp / groups;
   const i64 across = (args.M + groups * kBeside - 1) / (groups * kBeside);
-  for (i64 k = chip::block(); k < args.B * across; k += chip::blocks()) {
-    const i64 problem = k / across, j0 = k % across * groups * kBeside;
+  for (i64 k = chip::block(); k < args.B * plan.slices * across; k += chip::blocks()) {
+    const i64 problem = k / across / plan.slices, j0 = k % across * groups * kBeside;
+    const i64 slice = k / across % plan.slices, begin = slice * plan.length;
+    const i64 end = at_most(begin + plan.length, args.D);
     const T* x = args.x.data + problem * args.x.batch;
     const T* y[kBeside];
     OTDD_UNROLL
@@ -145,19 +148,19 @@ OTDD_KERNEL OTDD_THREADS(kCostThreads, kN * sizeof(T) > 32 ? 1 : 2)
       y[s] = args.y.data + problem * args.y.batch +
              at_most(j0 + group * kBeside + s, args.M - 1) * args.y.row;
     T sums[kSums] = {};
-    for (i64 d = 0; d < args.D; d += kSection * kChunk<T>) {
-      const int chunks = int(at_most((args.D - d + kChunk<T> - 1) / kChunk<T>, kSection));
+    for (i64 d = begin; d < end; d += kSection * kChunk<T>) {
+      const int chunks = int(at_most((end - d + kChunk<T> - 1) / kChunk<T>, kSection));
       chip::sync();  // nobody needs the section before
       for (int k = thread; k < kN * kSection; k += kCostThreads) {
         const i64 i = at_most(k / kSection, args.N - 1), at = d + k % kSection * kChunk<T>;
         if (k % kSection < chunks)
-          xs[k] = load_chunk(x + i * args.x.row + at, args.D - at, plan.aligned);
+          xs[k] = load_chunk(x + i * args.x.row + at, end - at, plan.aligned);
       }
       chip::sync();
       for (int c = part * 32 + lane; c < chunks; c += plan.parts * 32) {
         const i64 at = d + c * kChunk<T>;
         Chunk<T> ys[kBeside];
-        load_chunks<kBeside>(ys, y, at, args.D - at, plan.aligned);
+        load_chunks<kBeside>(ys, y, at, end - at, plan.aligned);
         OTDD_UNROLL
         for (int i = 0; i < kN; ++i) {
           const Chunk<T> xi = xs[i * kSection + c];
@@ -173,7 +176,7 @@ OTDD_KERNEL OTDD_THREADS(kCostThreads, kN * sizeof(T) > 32 ? 1 : 2)
       T total = 0;
       for (int w = 0; w < plan.parts; ++w) total += of_warps[w * groups * kSums + thread];
       const i64 i = thread % kSums / kBeside, j = j0 + thread / kSums * kBeside + thread % kBeside;
-      if (i < args.N && j < args.M) chip::write(plan.at(problem, args.N * args.M, 0, i, j), total);
+      if (i < args.N && j < args.M) chip::write(plan.at(problem, args.N * args.M, slice, i, j), total);
     }
   }
 }
@@ -319,7 +322,7 @@ int cost(const CostArgs<T>& given, int device, void* workspace, void* stream) {
     const int grid = grid_of(chip, layout.cut.blocks());
     return with_copies(chip, layout.cut, count, given.C, workspace, stream, [&](T* out) {
       plan.out = out;
-      int status = kTooLarge;
+      int status = kFailed;
       const auto few = [&](auto rows) {
         constexpr int kN = decltype(rows)::value;
         const i64 shared = kFewBytes + kCostThreads / 32 * kN * kBeside * sizeof(T);

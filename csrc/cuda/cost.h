@@ -54,8 +54,6 @@ OTDD_DEVICE void deliver(T* p, T sum, bool first, bool last) {
   else chip::put(p, sum);
 }
 
-inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-
 // Whether every point begins at a multiple of 16 bytes.
 template <class T>
 bool aligned(const Matrices<T>& p, i64 B, i64 count) {
@@ -90,6 +88,18 @@ inline Cut cut_sums(const Chip& chip, i64 tiles, i64 outputs, double work, i64 t
     if (c.length <= kLeast || c.blocks() >= 8 * chip.multiprocessors) break;
   }
   return best;
+}
+
+// The same for few tiles that are read from device memory: a slice for each of two blocks on every
+// multiprocessor, as long as a slice takes more than the second kernel.
+inline Cut cut_features(const Chip& chip, i64 tiles, i64 D, i64 step) {
+  constexpr i64 kLeast = 4096;
+  const i64 most = D / kLeast, wanted = tiles > 0 ? 2 * i64(chip.multiprocessors) / tiles : 1;
+  const i64 slices = wanted > most ? most : wanted;
+  Cut c;
+  c.tiles = tiles, c.length = slices > 1 ? ceil_div(ceil_div(D, slices), step) * step : D;
+  c.slices = ceil_div(D, c.length);
+  return c;
 }
 
 // Blocks go round: as many as keep the chip busy, however many tiles there are.
@@ -129,7 +139,7 @@ CostLayout cost_layout(const Chip& chip, i64 B, i64 N, i64 M, i64 D) {
     const auto tiles = [&] { return B * ceil_div(M, kCostThreads / 32 / l.parts * kBeside); };
     for (l.parts = 1; l.parts < kCostThreads / 32; l.parts *= 2)
       if (tiles() >= 4 * chip.multiprocessors || 32 * l.parts * kChunk<T> >= D) break;
-    l.cut.tiles = tiles();
+    l.cut = cut_features(chip, tiles(), D, 32 * kChunk<T>);
     return l;
   }
   for_cost_tiles<T>([&](auto tile, double weight) {

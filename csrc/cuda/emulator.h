@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -33,6 +34,8 @@
 #define OTDD_DEVICE inline
 #define OTDD_BOTH inline
 #define OTDD_UNROLL
+#define OTDD_UNROLL_BY_2
+#define OTDD_UNROLL_BY_8
 #define OTDD_NO_UNROLL
 #define OTDD_ARGUMENT const
 
@@ -52,13 +55,18 @@ struct Region {
   bool writable;
   std::vector<unsigned char> writes;
   std::vector<int> writers;  // of memory written often: block of the last write to each 4 bytes, or -1
+  std::size_t reads = 0;     // of an input
 };
 
 class Memory {
  public:
   std::vector<Region> regions;
+  std::size_t reads_of_first = 0;  // argument of the last call
 
-  void clear() { regions.clear(); }
+  void clear() {
+    reads_of_first = regions.empty() ? 0 : regions.front().reads;
+    regions.clear();
+  }
   void input(const void* p, std::size_t bytes) { add(p, bytes, 0, false); }
   void workspace(void* p, std::size_t bytes) { add(p, bytes, 0, true); }
   // Filled with bytes that are NaN as a number; every element is to be written exactly once.
@@ -103,7 +111,7 @@ class Memory {
  private:
   void add(const void* p, std::size_t bytes, std::size_t item, bool writable) {
     if (!p || !bytes) return;
-    regions.push_back({static_cast<const char*>(p), bytes, item, writable, {}, {}});
+    regions.push_back({static_cast<const char*>(p), bytes, item, writable, {}, {}, 0});
     if (item) regions.back().writes.assign(bytes / item, 0);
     if (writable) regions.back().writers.assign(bytes / 4, -1);
   }
@@ -411,7 +419,7 @@ inline char* shared() { return machine.current->block->shared; }
 
 template <class T>
 T read(const T* p) {
-  memory.of(p, sizeof(T), "read");
+  ++memory.of(p, sizeof(T), "read").reads;
   return *p;
 }
 template <class T>
@@ -467,5 +475,23 @@ inline void sync_blocks(unsigned* arrived, int count, unsigned& meetings) {
 
 inline float exp2_fast(float x) { return ::exp2f(x); }
 inline double exp2_fast(double x) { return ::exp2(x); }
+
+inline float float_of_half(unsigned short bits) {
+  const int exponent = bits >> 10 & 31, digits = bits & 1023;
+  const float size = exponent == 31  ? (digits ? NAN : INFINITY)
+                     : exponent == 0 ? std::ldexp(float(digits), -24)
+                                     : std::ldexp(float(digits + 1024), exponent - 25);
+  return bits & 0x8000 ? -size : size;
+}
+// To the nearest, or to the even one of two, as nearbyint does it.
+inline unsigned short half_of(float x) {
+  const unsigned short sign = std::signbit(x) ? 0x8000 : 0;
+  if (x != x) return 0x7fff;
+  const float size = std::fabs(x);
+  if (size >= 65520) return sign | 0x7c00;
+  const int exponent = size < 6.1035156e-5f ? -14 : std::ilogb(size);
+  const int units = int(std::nearbyint(std::ldexp(size, 10 - exponent)));  // 2^10 more is the next exponent
+  return sign | (exponent == -14 ? units : units + ((exponent + 14) << 10));
+}
 
 }  // namespace otdd::cuda::chip

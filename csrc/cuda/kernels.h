@@ -8,8 +8,7 @@ namespace otdd::cuda {
 // What the last call of this thread that failed was told by CUDA.
 const char* last_error();
 
-// Bytes of device memory that a solve needs beside its arguments, of any value; -1 if `device` can't
-// take a problem of that size, -2 if something failed.
+// Bytes of device memory that a solve needs beside its arguments, of any value; -2 if something failed.
 template <class T>
 i64 sinkhorn_workspace(int device, i64 B, i64 N, i64 M);
 

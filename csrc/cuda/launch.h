@@ -11,11 +11,14 @@
 
 namespace otdd::cuda {
 
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
 // What of the device decides how a problem is shared out.
 struct Chip {
   int multiprocessors;
   i64 shared;        // bytes of shared memory a block may have
   int cluster;       // blocks of a cluster, at most; 1 where there are none
+  double barrier = 13500;  // of all blocks, in numbers that one of them reads from device memory meanwhile
 };
 
 struct Shape {

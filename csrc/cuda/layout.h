@@ -5,11 +5,11 @@
 
 #include "launch.h"
 #include "slab.h"
+#include "stream.h"
 
 namespace otdd::cuda {
 
 constexpr int kWarps = 4;  // of a block, each with a problem of its own
-constexpr int kMaxThreads = 512;
 
 // Where a team's own part of the workspace is, and how large.
 struct TeamSpace {
@@ -17,13 +17,16 @@ struct TeamSpace {
 };
 
 struct Layout {
-  bool warp = false, too_large = false;
-  Team team = Team::kAlone;
+  enum Kind { kWarp, kSlab, kStream } kind = kSlab;
+  Team team = Team::kAlone;  // of a slab; a stream is a group
   i64 teams = 0;
   SlabPlan slab;
+  StreamPlan stream;
 
+  i64 workspace() const { return kind == kSlab ? slab.workspace : kind == kStream ? stream.workspace : 0; }
   Shape shape() const {
-    if (warp) return {int((teams + kWarps - 1) / kWarps), 32 * kWarps, kWarps * kUniformBytes};
+    if (kind == kWarp) return {int((teams + kWarps - 1) / kWarps), 32 * kWarps, kWarps * kUniformBytes};
+    if (kind == kStream) return {int(teams * stream.peers()), stream.threads, stream.shared(), 1, true};
     return {int(teams * slab.peers), slab.threads, slab.shared, team == Team::kCluster ? slab.peers : 1,
             team == Team::kGroup};
   }
@@ -44,18 +47,20 @@ inline bool fits_a_warp(i64 N, i64 M) {
 
 // A block's share is better not less than this, so that barriers don't outweigh it.
 constexpr i64 kLeastRows = 8, kLeastElements = 4096;
+// Nor, where they come from device memory, more: they are then all of the time anyway.
+constexpr i64 kMostElements = 1 << 19;
 
 template <class T, class State>
 Layout layout_of(const Chip& chip, i64 B, i64 N, i64 M) {
   Layout l;
   if (fits_a_warp<T>(N, M)) {
-    l.warp = true, l.teams = B;
+    l.kind = Layout::kWarp, l.teams = B;
     return l;
   }
-  const auto slab = [&](Team team, i64 peers, bool in_shared) {
+  const auto slab = [&](Team team, i64 peers) {
     const i64 share = (N + peers - 1) / peers * M;
     const int threads = share < 8192 ? 128 : share < 16384 ? 256 : kMaxThreads;
-    l.team = team, l.slab = plan_slab<T, State>(N, M, team, int(peers), threads, in_shared);
+    l.team = team, l.slab = plan_slab<T, State>(N, M, team, int(peers), threads);
     return l.slab.shared <= chip.shared;
   };
   const auto worth_more = [&](i64 peers) {
@@ -66,17 +71,21 @@ Layout layout_of(const Chip& chip, i64 B, i64 N, i64 M) {
   for (i64 peers = 1; peers <= chip.cluster; peers *= 2) {
     const Team team = peers == 1 ? Team::kAlone : Team::kCluster;
     const bool portable = peers * 2 <= 8 && peers * 2 <= chip.cluster;
-    if (slab(team, peers, true) && !(portable && worth_more(peers))) return l;
+    if (slab(team, peers) && !(portable && worth_more(peers))) return l;
   }
   // A group: as many blocks as there are processors for each problem, one block on each.
   const i64 all = chip.multiprocessors;
   i64 peers = B < all ? all / B : 1;
   const i64 by_rows = (N + kLeastRows - 1) / kLeastRows;
   peers = peers > by_rows ? by_rows : peers < 1 ? 1 : peers;
-  while (peers < all && peers < by_rows && !slab(Team::kGroup, peers, true)) ++peers;
-  if (!slab(Team::kGroup, peers, true)) {
-    peers = all < by_rows ? all : by_rows;
-    l.too_large = !slab(Team::kGroup, peers, false);
+  while (peers < all && peers < by_rows && !slab(Team::kGroup, peers)) ++peers;
+  if (!slab(Team::kGroup, peers)) {
+    const i64 least = ceil_div(N * M, kMostElements), most = ceil_div(N * M, kLeastElements);
+    peers = all / B > least ? all / B : least;
+    if (2 * peers > all) peers = all;
+    peers = peers > most ? most : peers;
+    l.kind = Layout::kStream, l.stream = plan_stream<T, State>(N, M, peers, chip.barrier);
+    peers = l.stream.peers();
   }
   const i64 together = all / peers;
   l.teams = B < together ? B : together;
@@ -97,24 +106,23 @@ void try_tiles(i64 N, i64 M, Call& call, int& status) {
 // call(rows, columns) with the tile of a lane.
 template <class T, class Call>
 int with_tile(i64 N, i64 M, Call call) {
-  int status = kTooLarge;
+  int status = kFailed;
   try_tiles<T, 4>(N, M, call, status), try_tiles<T, 8>(N, M, call, status);
   try_tiles<T, 16>(N, M, call, status);
   return status;
 }
 
-template <class T, class Call>
-int with_team(const Layout& layout, void* workspace, i64 pitch, void* stream, Call call) {
-  using Yes = std::true_type;
-  if (layout.team == Team::kAlone)
-    return call(std::integral_constant<Team, Team::kAlone>(), Yes());
-  if (layout.team == Team::kCluster)
-    return call(std::integral_constant<Team, Team::kCluster>(), Yes());
-  // The counters of the groups' barriers start at 0.
-  const int status = clear(workspace, pitch, 128, layout.teams, stream);
+// of_warp(rows, columns) with a lane's tile, of_slab(team) or of_stream(), once the counters of the groups'
+// barriers, at the begin of each team's `pitch` bytes of the workspace, are 0.
+template <class T, class OfWarp, class OfSlab, class OfStream>
+int with_layout(const Layout& l, i64 N, i64 M, void* workspace, i64 pitch, void* stream, OfWarp of_warp,
+                OfSlab of_slab, OfStream of_stream) {
+  if (l.kind == Layout::kWarp) return with_tile<T>(N, M, of_warp);
+  if (l.team == Team::kAlone) return of_slab(std::integral_constant<Team, Team::kAlone>());
+  if (l.team == Team::kCluster) return of_slab(std::integral_constant<Team, Team::kCluster>());
+  const int status = clear(workspace, pitch, 128, l.teams, stream);
   if (status != kOk) return status;
-  using Group = std::integral_constant<Team, Team::kGroup>;
-  return layout.slab.in_shared ? call(Group(), Yes()) : call(Group(), std::false_type());
+  return l.kind == Layout::kStream ? of_stream() : of_slab(std::integral_constant<Team, Team::kGroup>());
 }
 
 }  // namespace otdd::cuda

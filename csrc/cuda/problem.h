@@ -3,12 +3,11 @@
 
 #include "../numerics.h"
 #include "chip.h"
+#include "number.h"
 
 namespace otdd::cuda {
 
-using i64 = long long;
-
-enum Status : int { kOk = 0, kNoMemory = 1, kFailed = 5, kTooLarge = 6 };
+enum Status : int { kOk = 0, kNoMemory = 1, kFailed = 5 };
 
 // A batch of vectors; `item` may be 0 (one value stands for all), and without data `all` does.
 template <class T>
@@ -35,7 +34,7 @@ struct Matrices {
 template <class T>
 struct Problems {
   i64 B, N, M;
-  Matrices<T> C;
+  Costs C;
   Vectors<T> a, b;
   Vectors<double> eps, rho_a, rho_b;
 };
@@ -54,7 +53,8 @@ struct SinkhornArgs : Problems<T> {
 template <class T>
 struct PlanArgs : Problems<T> {
   Vectors<T> f, g, scale;
-  T* P;
+  void* P;  // contiguous
+  Number P_type;  // T or one of half its digits
 };
 
 template <class T>

@@ -1,6 +1,5 @@
 // Whole solves in one launch: a warp, a block, a cluster of blocks or a group of them for each problem.
 #include "layout.h"
-#include "slab.h"
 #include "warp.h"
 
 namespace otdd::cuda {
@@ -14,15 +13,25 @@ OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1) sinkhorn_warp(OTDD_ARGUMENT SinkhornArg
   Solver<T, Grip>(args, grip, problem).solve();
 }
 
-template <class T, Team kTeam, bool kShared>
+template <class T, Team kTeam>
 OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
     sinkhorn_slab(OTDD_ARGUMENT SinkhornArgs<T> args, OTDD_ARGUMENT SlabPlan plan, char* workspace) {
   const int team = chip::block() / plan.peers, teams = chip::blocks() / plan.peers;
-  using Grip = SlabGrip<T, Iterate<T>, kTeam, kShared>;
+  using Grip = SlabGrip<T, Iterate<T>, kTeam>;
   Grip grip(plan, workspace + team * plan.workspace);
   for (i64 problem = team; problem < args.B; problem += teams)
     Solver<T, Grip>(args, grip, problem).solve();
   grip.leave();
+}
+
+template <class T>
+OTDD_KERNEL OTDD_THREADS(kStreamThreads, 1)
+    sinkhorn_stream(OTDD_ARGUMENT SinkhornArgs<T> args, OTDD_ARGUMENT StreamPlan plan, char* workspace) {
+  const i64 team = chip::block() / plan.peers(), teams = chip::blocks() / plan.peers();
+  using Grip = StreamGrip<T, Iterate<T>>;
+  Grip grip(plan, workspace + team * plan.workspace);
+  for (i64 problem = team; problem < args.B; problem += teams)
+    Solver<T, Grip>(args, grip, problem).solve();
 }
 
 template <class T>
@@ -31,7 +40,7 @@ i64 sinkhorn_workspace(int device, i64 B, i64 N, i64 M) {
   i64 bytes = -2;
   on_device(device, [&](const Chip& chip) {
     const Layout layout = layout_of<T, Iterate<T>>(chip, B, N, M);
-    bytes = layout.too_large ? -1 : layout.warp ? 0 : layout.teams * layout.slab.workspace;
+    bytes = layout.teams * layout.workspace();
     return int(kOk);
   });
   return bytes;
@@ -42,16 +51,17 @@ int sinkhorn(const SinkhornArgs<T>& args, int device, void* workspace, void* str
   if (args.B == 0) return kOk;
   return on_device(device, [&](const Chip& chip) {
     const Layout layout = layout_of<T, Iterate<T>>(chip, args.B, args.N, args.M);
-    if (layout.too_large) return int(kTooLarge);
-    if (layout.warp)
-      return with_tile<T>(args.N, args.M, [&](auto rows, auto columns) {
-        return launch(sinkhorn_warp<T, decltype(rows)::value, decltype(columns)::value>,
-                      layout.shape(), stream, args);
-      });
-    return with_team<T>(layout, workspace, layout.slab.workspace, stream, [&](auto team, auto in_shared) {
-      return launch(sinkhorn_slab<T, decltype(team)::value, decltype(in_shared)::value>,
-                    layout.shape(), stream, args, layout.slab, static_cast<char*>(workspace));
-    });
+    char* own = static_cast<char*>(workspace);
+    return with_layout<T>(
+        layout, args.N, args.M, workspace, layout.workspace(), stream,
+        [&](auto rows, auto columns) {
+          return launch(sinkhorn_warp<T, decltype(rows)::value, decltype(columns)::value>, layout.shape(),
+                        stream, args);
+        },
+        [&](auto team) {
+          return launch(sinkhorn_slab<T, decltype(team)::value>, layout.shape(), stream, args, layout.slab, own);
+        },
+        [&] { return launch(sinkhorn_stream<T>, layout.shape(), stream, args, layout.stream, own); });
   });
 }
 
@@ -64,9 +74,9 @@ OTDD_KERNEL OTDD_THREADS(256, 1) plan_elements(OTDD_ARGUMENT PlanArgs<T> args) {
     const i64 problem = k / size, i = k % size / args.M, j = k % args.M;
     const double a = args.a.at(problem, i), b = args.b.at(problem, j);
     const double potentials = double(args.f.at(problem, i)) + double(args.g.at(problem, j));
-    const double x = (potentials - double(chip::read(args.C.row_of(problem, i) + j))) / args.eps.at(problem, 0);
+    const double x = (potentials - double(args.C.template at<T>(problem, i, j))) / args.eps.at(problem, 0);
     const double P = a > 0 && b > 0 ? chip::exp2_fast(T((x + ::log(a) + ::log(b)) * kLog2e)) : 0;
-    chip::write(args.P + k, T(P * double(args.scale.at(problem, 0))));
+    write_number(args.P, args.P_type, k, T(P * double(args.scale.at(problem, 0))));
   }
 }
 

@@ -1,4 +1,4 @@
-// A matrix shared by blocks: each holds some of its rows, in shared memory or in a workspace.
+// A matrix shared by blocks: each holds some of its rows in shared memory.
 //
 // A block alone, the blocks of a cluster, which reach each other's shared memory, or a group of blocks
 // of a cooperative launch, which meet in a workspace. Rows belong to their block; columns are shared
@@ -6,18 +6,11 @@
 // to all, so that an iteration has two barriers. Sums are added in an order that the shape alone fixes.
 #pragma once
 
-#include "solver.h"
+#include "block.h"
 
 namespace otdd::cuda {
 
 enum class Team { kAlone, kCluster, kGroup };
-
-template <class T>
-struct alignas(16) Four {
-  T x, y, z, w;
-};
-
-constexpr i64 kUniformBytes = 160;
 
 // Numbers of each block that the others read after a barrier. Where the next use may come without
 // another barrier there are two in turn: whoever writes the first again has met all that read it.
@@ -27,44 +20,37 @@ enum Slot { kErrorSlot, kShowSlot, kSumSlot = kShowSlot + 2, kSlots = kSumSlot +
 struct SlabPlan {
   int peers = 1, threads = 256, groups = 1;
   i64 rows = 0, ld = 0, own = 0;  // a block's rows (a multiple of 4), row length, a block's columns
-  bool in_shared = true;          // K
   i64 K = 0, v = 0, gamma = 0, scratch = 0, partial = 0, row_states = 0, column_states = 0, sums = 0;
   i64 slots = 0, uniform = 0, shared = 0;
-  i64 w_counter = 0, w_partial = 0, w_v = 0, w_gamma = 0, w_lse = 0, w_slots = 0, w_K = 0, workspace = 0;
+  i64 w_counter = 0, w_partial = 0, w_v = 0, w_gamma = 0, w_lse = 0, w_slots = 0, workspace = 0;
 };
 
 template <class T, class State>
-inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, bool in_shared) {
+inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads) {
   SlabPlan s;
-  s.peers = peers, s.threads = threads, s.in_shared = in_shared;
-  s.rows = ((N + peers - 1) / peers + 3) / 4 * 4, s.ld = (M + 3) / 4 * 4, s.own = (M + peers - 1) / peers;
+  s.peers = peers, s.threads = threads;
+  s.rows = fours((N + peers - 1) / peers), s.ld = fours(M), s.own = (M + peers - 1) / peers;
   const i64 groups = threads / (s.ld / 4);
   s.groups = int(groups < 1 ? 1 : groups > 8 ? 8 : groups);
   while (s.groups > 1 && s.groups * 4 > s.rows) --s.groups;
-  const auto take = [](i64& at, i64 bytes) {
-    const i64 begin = at;
-    at += (bytes + 15) / 16 * 16;
-    return begin;
-  };
   const i64 size = sizeof(T);
-  i64& m = s.shared;
-  s.K = take(m, in_shared ? s.rows * s.ld * size : 0);
-  s.v = take(m, s.ld * size), s.gamma = take(m, s.ld * 8);
-  s.scratch = take(m, s.groups * s.ld * size);
-  s.partial = take(m, team == Team::kCluster ? s.ld * size : 0);
-  s.row_states = take(m, s.rows * i64(sizeof(typename State::Row)));
-  s.column_states = take(m, s.own * i64(sizeof(typename State::Column)));
-  s.sums = take(m, 32 * 8), s.slots = take(m, kSlots * 8), s.uniform = take(m, kUniformBytes);
+  Pieces m, w;
+  s.K = m.take(s.rows * s.ld * size);
+  s.v = m.take(s.ld * size), s.gamma = m.take(s.ld * 8);
+  s.scratch = m.take(s.groups * s.ld * size);
+  s.partial = m.take(team == Team::kCluster ? s.ld * size : 0);
+  s.row_states = m.take(s.rows * i64(sizeof(typename State::Row)));
+  s.column_states = m.take(s.own * i64(sizeof(typename State::Column)));
+  s.sums = m.take(kMostWarps * 8), s.slots = m.take(kSlots * 8), s.uniform = m.take(kUniformBytes);
+  s.shared = m.bytes;
   if (team != Team::kGroup) return s;
-  i64& w = s.workspace;
-  s.w_counter = take(w, 128), s.w_partial = take(w, peers * s.ld * size), s.w_v = take(w, s.ld * size);
-  s.w_gamma = take(w, s.ld * 8), s.w_lse = take(w, peers * s.ld * 8), s.w_slots = take(w, peers * kSlots * 8);
-  s.w_K = take(w, in_shared ? 0 : peers * s.rows * s.ld * size);
-  s.workspace = (w + 127) / 128 * 128;
+  s.w_counter = w.take(128), s.w_partial = w.take(peers * s.ld * size), s.w_v = w.take(s.ld * size);
+  s.w_gamma = w.take(s.ld * 8), s.w_lse = w.take(peers * s.ld * 8), s.w_slots = w.take(peers * kSlots * 8);
+  s.workspace = (w.bytes + 127) / 128 * 128;
   return s;
 }
 
-template <class T, class State, Team kTeam, bool kShared>
+template <class T, class State, Team kTeam>
 class SlabGrip {
   using Row = typename State::Row;
   using Column = typename State::Column;
@@ -76,9 +62,7 @@ class SlabGrip {
     char* m = chip::shared();
     rank_ = kTeam == Team::kCluster ? chip::block_of_cluster()
             : kTeam == Team::kGroup ? chip::block() % plan.peers : 0;
-    K_ = reinterpret_cast<T*>(kShared ? m + plan.K : workspace + plan.w_K) +
-         (kShared ? 0 : rank_ * plan.rows * plan.ld);
-    v_ = at<T>(m + plan.v), gamma_ = at<double>(m + plan.gamma), scratch_ = at<T>(m + plan.scratch);
+    K_ = at<T>(m + plan.K), v_ = at<T>(m + plan.v), gamma_ = at<double>(m + plan.gamma), scratch_ = at<T>(m + plan.scratch);
     partial_ = at<T>(m + plan.partial), sums_ = at<double>(m + plan.sums);
     slots_ = at<double>(m + plan.slots);
     rows_ = at<Row>(m + plan.row_states), columns_ = at<Column>(m + plan.column_states);
@@ -86,9 +70,9 @@ class SlabGrip {
 
   template <class Args>
   OTDD_DEVICE void begin(const Args& args, i64 problem, double inv_eps) {
-    C_ = args.C, problem_ = problem, inv_eps_ = inv_eps, N_ = args.N, M_ = args.M;
+    C_ = &args.C, problem_ = problem, inv_eps_ = inv_eps, N_ = args.N, M_ = args.M;
     row0_ = S.rows * rank_, column0_ = S.own * rank_;
-    count_ = within_(N_ - row0_, S.rows), own_ = within_(M_ - column0_, S.own);
+    count_ = inside(N_ - row0_, S.rows), own_ = inside(M_ - column0_, S.own);
     meet();  // the problem before is done with, and all blocks have started
     for (i64 j = M_ + thread_; j < S.ld; j += threads_) v_[j] = 0, gamma_[j] = -INFINITY;
     for (i64 i = count_ + thread_; i < S.rows; i += threads_) rows_[i] = Row();
@@ -153,7 +137,7 @@ class SlabGrip {
       if (fresh) {
         shift = -INFINITY;
         for (i64 j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma_[j] - exponent(i, j));
-        for (int mask = 16; mask > 0; mask /= 2) shift = ::fmax(shift, chip::shuffle_xor(shift, mask));
+        shift = over_warp(shift, Most());
       }
       T total = 0, spent = 0;
       for (i64 j = lane; j < S.ld; j += 32) {
@@ -247,15 +231,9 @@ class SlabGrip {
     }
   }
 
-  OTDD_DEVICE double sum(double x) {
-    return over_all(x, [](double s, double t) { return s + t; }, 0.0);
-  }
-  OTDD_DEVICE double least(double x) {
-    return over_all(x, [](double s, double t) { return ::fmin(s, t); }, double(INFINITY));
-  }
-  OTDD_DEVICE double most(double x) {
-    return over_all(x, [](double s, double t) { return ::fmax(s, t); }, -double(INFINITY));
-  }
+  OTDD_DEVICE double sum(double x) { return over_all(x, Add(), 0); }
+  OTDD_DEVICE double least(double x) { return over_all(x, Least(), INFINITY); }
+  OTDD_DEVICE double most(double x) { return over_all(x, Most(), -INFINITY); }
 
   // dC = K_ij (u_i + v_j)
   OTDD_DEVICE void write_sums(T* dC) {
@@ -304,7 +282,7 @@ class SlabGrip {
   char* workspace_;
   unsigned meetings_ = 0;
   int show_turn_ = 0, sum_turn_ = 0;
-  Matrices<T> C_;
+  const Costs* C_;
   i64 problem_, N_, M_, row0_, column0_, count_, own_;
   double inv_eps_;
   T *K_, *v_, *scratch_, *partial_;
@@ -316,7 +294,6 @@ class SlabGrip {
   OTDD_DEVICE static X* at(char* p) {
     return reinterpret_cast<X*>(p);
   }
-  OTDD_DEVICE static i64 within_(i64 n, i64 most) { return n < 0 ? 0 : n < most ? n : most; }
 
   // All blocks of the problem.
   OTDD_DEVICE void meet() {
@@ -350,29 +327,17 @@ class SlabGrip {
     return chip::fetch_fresh(at<double>(workspace_ + S.w_slots) + rank * kSlots + k);
   }
 
-  template <class Op>
-  OTDD_DEVICE double over_block(double x, Op op, double nothing) {
-    for (int mask = 16; mask > 0; mask /= 2) x = op(x, chip::shuffle_xor(x, mask));
-    if (thread_ % 32 == 0) sums_[thread_ / 32] = x;
-    chip::sync();
-    double s = nothing;
-    for (int w = 0; w < threads_ / 32; ++w) s = op(s, sums_[w]);
-    chip::sync();
-    return s;
-  }
-  OTDD_DEVICE double sum_of_block(double x) {
-    return over_block(x, [](double s, double t) { return s + t; }, 0.0);
-  }
+  OTDD_DEVICE double sum_of_block(double x) { return over_block(x, Add(), 0.0, sums_); }
   template <class Op>
   OTDD_DEVICE double over_all(double x, Op op, double nothing) {
-    x = over_block(x, op, nothing);
+    x = over_block(x, op, nothing, sums_);
     if constexpr (kTeam != Team::kAlone) {
       const int k = kSumSlot + (sum_turn_ ^= 1);
       if (thread_ == 0) set_slot(k, x);
       meet();
       x = nothing;
       for (int r = thread_; r < S.peers; r += threads_) x = op(x, slot(k, r));
-      x = over_block(x, op, nothing);
+      x = over_block(x, op, nothing, sums_);
     }
     return x;
   }
@@ -382,40 +347,14 @@ class SlabGrip {
     return {chip::fetch_fresh(p), chip::fetch_fresh(p + 1), chip::fetch_fresh(p + 2), chip::fetch_fresh(p + 3)};
   }
   OTDD_DEVICE static Four<T> four(const T* p) { return *reinterpret_cast<const Four<T>*>(p); }
-  OTDD_DEVICE Four<T> element4(i64 i, i64 j) const {
-    const T* p = K_ + i * S.ld + j;
-    if constexpr (kShared) return four(p);
-    else return chip::fetch(reinterpret_cast<const Four<T>*>(p));
-  }
-  OTDD_DEVICE T element(i64 i, i64 j) const {
-    if constexpr (kShared) return K_[i * S.ld + j];
-    else return chip::fetch(K_ + i * S.ld + j);
-  }
-  OTDD_DEVICE void put(i64 i, i64 j, T e) {
-    if constexpr (kShared) K_[i * S.ld + j] = e;
-    else chip::put(K_ + i * S.ld + j, e);
-  }
-
-  // The sum over the warp of s[lane / 8].
-  OTDD_DEVICE static T fold4(T (&s)[4], int lane) {
-    const bool upper = lane & 16, odd = lane & 8;
-    OTDD_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      const T given = upper ? s[k] : s[k + 2];
-      s[k] = (upper ? s[k + 2] : s[k]) + chip::shuffle_xor(given, 16);
-    }
-    const T given = odd ? s[0] : s[1];
-    T total = (odd ? s[1] : s[0]) + chip::shuffle_xor(given, 8);
-    for (int mask = 4; mask > 0; mask /= 2) total += chip::shuffle_xor(total, mask);
-    return total;
-  }
+  OTDD_DEVICE Four<T> element4(i64 i, i64 j) const { return four(K_ + i * S.ld + j); }
+  OTDD_DEVICE T element(i64 i, i64 j) const { return K_[i * S.ld + j]; }
+  OTDD_DEVICE void put(i64 i, i64 j, T e) { K_[i * S.ld + j] = e; }
 
   OTDD_DEVICE void sum_columns(i64 quad, i64 begin, i64 end, T* out) {
     Four<T> s = {0, 0, 0, 0};
     for (i64 i = begin; i < end; ++i) {
-      const Four<T> e = element4(i, 4 * quad);
-      const T u = rows_[i].u_new;
-      s.x += u * e.x, s.y += u * e.y, s.z += u * e.z, s.w += u * e.w;
+      s.add(rows_[i].u_new, element4(i, 4 * quad));
     }
     *reinterpret_cast<Four<T>*>(out + 4 * quad) = s;
   }
@@ -425,7 +364,7 @@ class SlabGrip {
     return s;
   }
 
-  OTDD_DEVICE T cost(i64 i, i64 j) const { return chip::read(C_.row_of(problem_, row0_ + i) + j); }
+  OTDD_DEVICE T cost(i64 i, i64 j) const { return C_->at<T>(problem_, row0_ + i, j); }
   OTDD_DEVICE double exponent(i64 i, i64 j) const { return double(cost(i, j)) * inv_eps_; }
   OTDD_DEVICE static T power(double x) { return chip::exp2_fast(T(x * kLog2e)); }
 };

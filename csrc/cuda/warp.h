@@ -21,7 +21,7 @@ class WarpGrip {
 
   template <class Args>
   OTDD_DEVICE void begin(const Args& args, i64 problem, double inv_eps) {
-    C_ = args.C.row_of(problem, 0), row_ = args.C.row, inv_eps_ = inv_eps;
+    C_ = &args.C, of_problem_ = args.C.of(problem), inv_eps_ = inv_eps;
     N_ = int(args.N), M_ = int(args.M), lane_ = chip::thread() % 32;
     first_row_ = first_of<kTR, 4>(0), first_column_ = first_of<kTC, 16>(0);
     OTDD_UNROLL
@@ -69,7 +69,7 @@ class WarpGrip {
   }
 
   OTDD_DEVICE void fill(bool fresh, bool keep) {
-    const i64 row = chip::fresh(row_);
+    const i64 row = chip::fresh(C_->row);
     double gamma[kTC];
     OTDD_UNROLL
     for (int c = 0; c < kTC; ++c) gamma[c] = of_column(c, columns_[c % kOwnColumns].gamma);
@@ -78,11 +78,12 @@ class WarpGrip {
       const int i = 4 * t + p();
       T costs[kTC];
       double x[kTC], shift = of_row(t, rows_[t % kOwnRows].shift);
+      with_number<T>(C_->type, [&](auto number) {
+        OTDD_UNROLL
+        for (int c = 0; c < kTC; ++c) costs[c] = cost(number, i, 8 * c + q(), row);
+      });
       OTDD_UNROLL
-      for (int c = 0; c < kTC; ++c) {
-        costs[c] = cost(i, 8 * c + q(), row);
-        x[c] = exponent(gamma[c], costs[c], i, 8 * c + q());
-      }
+      for (int c = 0; c < kTC; ++c) x[c] = exponent(gamma[c], costs[c], i, 8 * c + q());
       if (fresh) {
         shift = -INFINITY;
         OTDD_UNROLL
@@ -142,13 +143,19 @@ class WarpGrip {
     OTDD_NO_UNROLL
     for (int c = 0; c < kTC; ++c) {
       const int j = 8 * c + q();
+      T costs[kTR];
+      with_number<T>(C_->type, [&](auto number) {
+        const i64 row = chip::fresh(C_->row);
+        OTDD_UNROLL
+        for (int t = 0; t < kTR; ++t) costs[t] = cost(number, 4 * t + p(), j, row);
+      });
       double top = -INFINITY;
       OTDD_UNROLL
-      for (int t = 0; t < kTR; ++t) top = ::fmax(top, weighted(t, j));
+      for (int t = 0; t < kTR; ++t) top = ::fmax(top, weighted(t, costs[t], j));
       for (int mask = 8; mask < 32; mask *= 2) top = ::fmax(top, chip::shuffle_xor(top, mask));
       T total = 0;
       OTDD_UNROLL
-      for (int t = 0; t < kTR; ++t) total += power(weighted(t, j) - top);
+      for (int t = 0; t < kTR; ++t) total += power(weighted(t, costs[t], j) - top);
       for (int mask = 8; mask < 32; mask *= 2) total += chip::shuffle_xor(total, mask);
       OTDD_UNROLL
       for (int k = 0; k < kOwnColumns; ++k)
@@ -227,8 +234,8 @@ class WarpGrip {
   OTDD_DEVICE i64 column_stride() const { return kColumns; }
 
  private:
-  const T* C_;
-  i64 row_;  // of C
+  const Costs* C_;
+  const void* of_problem_;
   double inv_eps_;
   int N_, M_, lane_, first_row_, first_column_;
   T K_[kTR][kTC], v_[kTC];
@@ -274,15 +281,15 @@ class WarpGrip {
 
   // `row` is C's stride, or that of a result, for this use alone (`fresh`): addresses that are kept over
   // the iterations would take registers from K.
-  OTDD_DEVICE T cost(int i, int j, i64 row) const {
-    return i < N_ && j < M_ ? chip::read(C_ + (i * row + j)) : T(0);
+  template <class Kind>
+  OTDD_DEVICE T cost(Kind kind, int i, int j, i64 row) const {
+    return i < N_ && j < M_ ? T(kind.read(of_problem_, i * row + j)) : T(0);
   }
   OTDD_DEVICE double exponent(double from, T cost, int i, int j) const {
     return i < N_ && j < M_ ? from - double(cost) * inv_eps_ : -INFINITY;
   }
-  OTDD_DEVICE double weighted(int t, int j) const {
-    const int i = 4 * t + p();
-    return exponent(of_row(t, rows_[t % kOwnRows].shift), cost(i, j, chip::fresh(row_)), i, j);
+  OTDD_DEVICE double weighted(int t, T cost, int j) const {
+    return exponent(of_row(t, rows_[t % kOwnRows].shift), cost, 4 * t + p(), j);
   }
   OTDD_DEVICE static T power(double x) { return chip::exp2_fast(T(x * kLog2e)); }
 };

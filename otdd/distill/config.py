@@ -19,10 +19,12 @@ from otdd.distill.guidance_config import (
     require,
 )
 from otdd.distill.presets import PRESETS
+from otdd.distill.protocols import PROTOCOLS
 
 __all__ = [
     "LOSSES",
     "PRESETS",
+    "PROTOCOLS",
     "SETS",
     "ConfigError",
     "DiversityConfig",
@@ -37,7 +39,8 @@ __all__ = [
 ]
 
 SETS: Final = ("otg", "unguided", "random", "kmeans", "kmeans-real")
-LOSSES: Final = ("ce", "kl", "otm")
+LOSSES: Final = ("ce", "ce-plain", "kl", "mse", "otm")
+FEW: Final = 10  # classes up to which `batch_few` holds
 # What pictures and tables call them.
 TITLES = {
     "otg": "OT-guided",
@@ -46,7 +49,13 @@ TITLES = {
     "kmeans": "k-means centroids",
     "kmeans-real": "k-means, nearest real",
 }
-HEADINGS = {"ce": "hard, CE", "kl": "soft, KL", "otm": "soft, OTM"}
+HEADINGS = {
+    "ce": "hard, CE",
+    "ce-plain": "hard, plain",
+    "kl": "soft, KL",
+    "mse": "soft, MSE",
+    "otm": "soft, OTM",
+}
 
 
 def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:
@@ -109,11 +118,15 @@ class RelabelConfig:
     """Stage 2: soft labels under replayable augmentation."""
 
     teachers: tuple[str, ...] = ("auto",)
-    """`auto` (ConvNets trained here, as many as the images per class ask for), names of students
-    to train here (convnet, convnet-3, ...), `timm:NAME`, or a checkpoint (`arch=FILE`)."""
+    """`auto` (networks trained here, as many as the images per class ask for), `auto:measured` (as
+    many as serve a short student best), names of students to train here (convnet, convnet-3, ...),
+    `timm:NAME`, or a checkpoint (`arch=FILE`)."""
     teacher_epochs: int | None = None
     """Epochs over the real data of a teacher trained here; by default some 800 steps, and at least
     10 epochs."""
+    label_epochs: int | None = None
+    """Epochs that are labelled; a longer training goes through them again and again. By default
+    every epoch has labels of its own."""
     store_labels: bool = True
     """Keep the logits of every epoch in the store; otherwise teachers run during training."""
     label_format: Literal["fp16", "topk", "q8"] = "fp16"
@@ -136,8 +149,12 @@ class RelabelConfig:
 
     def __post_init__(self) -> None:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
+        alone = "auto:measured" not in self.teachers or len(self.teachers) == 1
+        require(alone, "teachers", self.teachers, "auto:measured alone")
         epochs = self.teacher_epochs
         require(epochs is None or epochs >= 1, "teacher_epochs", epochs, "an integer >= 1")
+        epochs = self.label_epochs
+        require(epochs is None or epochs >= 1, "label_epochs", epochs, "an integer >= 1")
         require(self.top_k >= 1, "top_k", self.top_k, "an integer >= 1")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
@@ -150,24 +167,35 @@ class RelabelConfig:
 class TrainConfig:
     """Stage 3: training the students that judge a set."""
 
-    losses: tuple[Literal["ce", "kl", "otm"], ...] = LOSSES
-    """`ce` on hard labels; `kl` and `otm` (optimal-transport logit matching) on soft labels."""
+    losses: tuple[Literal["ce", "ce-plain", "kl", "mse", "otm"], ...] = ("ce", "kl", "otm")
+    """`ce` on hard labels, and `ce-plain` without augmentation; on soft labels `kl`, `mse` (squared
+    error of the logits) and `otm` (that and optimal-transport logit matching)."""
     archs: tuple[str, ...] = ("convnet",)
     """Students: convnet, convnet-3, convnet-6, resnetap-10 or any timm name."""
+    protocol: str | None = None
+    """Named settings of stage 3 and of augmentation, under the flags: edc, rded or igd-hard."""
     epochs: int = 300
     """Epochs of a student over the distilled set."""
     batch: int = 50
     """Images in a batch; smaller sets are one batch."""
+    batch_few: int | None = None
+    """In place of `batch` where the data has at most 10 classes."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser."""
     lr: float = 1e-3
     """Learning rate at the start."""
+    arch_lr: tuple[str, ...] = ()
+    """Learning rates of some architectures, PATTERN=RATE, in place of `lr`: `swin_*=1e-4`."""
+    schedule: Literal["cosine", "steps"] = "cosine"
+    """Learning rate: half a cosine, or a fifth after 2/3 and again after 5/6 of the training."""
     weight_decay: float = 0.01
     """Weight decay."""
     stretch: float = 1.0
     """The cosine schedule is this many times longer than the training (2 in EDC)."""
     ema: float = 0.99
     """Decay of the averaged weights that are evaluated; 0 means none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the student's products in training (bf16: autocast); loss and tests are fp32."""
     tau: float = 2.0
     """Temperature of `kl` and of the transport term."""
     kappa_1: float = 0.025
@@ -179,12 +207,25 @@ class TrainConfig:
     beta_2_share: float | None = None
     """In place of `beta_2`: the share of the gradient norm of the other terms, with respect to the
     logits, that the transport term is scaled to in every batch."""
+    test_every: int | None = None
+    """Epochs between two tests of a student, which its best accuracy is among; by default five
+    tests in all."""
+    checkpoint_every: int | None = None
+    """Epochs between two checkpoints of a student, which a killed training goes on from; by default
+    one a minute."""
+    tensorboard: bool = False
+    """Log for TensorBoard too, in `logs/tensorboard`."""
 
     def __post_init__(self) -> None:
         require_some(self.losses, "losses", f"some of {', '.join(LOSSES)}")
         require_some(self.archs, "archs", "at least one architecture")
         require(self.epochs >= 1, "epochs", self.epochs, "an integer >= 1")
+        ok = self.protocol is None or self.protocol in PROTOCOLS
+        require(ok, "protocol", self.protocol, f"one of {', '.join(PROTOCOLS)}")
         require(self.batch >= 2, "batch", self.batch, "an integer >= 2")
+        for key, least in (("batch_few", 2), ("test_every", 1), ("checkpoint_every", 1)):
+            value = getattr(self, key)
+            require(value is None or value >= least, key, value, f"an integer >= {least}")
         require(self.lr > 0, "lr", self.lr, "a number > 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
         require(self.stretch >= 1, "stretch", self.stretch, "a number >= 1")
@@ -198,6 +239,23 @@ class TrainConfig:
         some = weights if share is None else weights[:2]
         used = any(getattr(self, key) > 0 for key in some)
         require(used, ", ".join(some), (0.0,) * len(some), "one of them > 0")
+        used = "mse" not in self.losses or self.kappa_1 > 0 or self.kappa_2 > 0
+        require(used, "kappa_1, kappa_2", (0.0, 0.0), "one of them > 0 for the loss mse")
+        for entry in self.arch_lr:
+            require(_is_rate(entry), "arch_lr", entry, "PATTERN=RATE with a rate > 0")
+
+    def batch_for(self, classes: int) -> int:
+        """Images in a batch for data of so many classes."""
+        few = self.batch_few is not None and classes <= FEW
+        return self.batch_few if few and self.batch_few else self.batch
+
+
+def _is_rate(entry: str) -> bool:
+    pattern, _, rate = entry.partition("=")
+    try:
+        return bool(pattern) and 0 < float(rate) < float("inf")
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,16 @@ from otdd.distill import relabel, students
 from otdd.distill.augment import Batch, augmentation
 from otdd.distill.config import RelabelConfig, RunConfig, TrainConfig
 from otdd.distill.data import ImageData
-from otdd.distill.match import Step, make_loss, reproducible, train_student
+from otdd.distill.evaluate import LABELS
+from otdd.distill.match import make_loss, reproducible, train_student
 from otdd.distill.prepare import Prepared
 from otdd.distill.relabel import Plan
 from otdd.distill.store import Store
+from otdd.distill.training import Step, Training
 from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
-    from otdd.distill.fit import FitConfig
     from otdd.distill.stream import Stream
     from otdd.distill.surrogate import SurrogateConfig
 
@@ -109,7 +110,7 @@ def timed(start: Callable[[Callable[[str, int, int], None]], object], name: str)
     """
     watch: Watch | None = None
 
-    def progress(text: str, done: int, total: int) -> None:
+    def progress(text: str, done: int, total: int, note: str = "") -> None:
         nonlocal watch
         if text != name:
             return
@@ -151,14 +152,11 @@ def denoising(config: RunConfig, made: Prepared, name: str, steps: int) -> Cost 
     return None if step is None else Cost(steps, step)
 
 
-def fitting(data: ImageData, config: FitConfig) -> Cost | None:
-    """Of the steps of `otdd fit`."""
-    from otdd.distill.fit import fit
-
+def fitting(train: Callable[..., object], steps: int) -> Cost | None:
+    """Of the steps of `otdd fit`, which is `train(out, progress)`."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "generator.safetensors"
-        step = timed(lambda progress: fit(data, config, out, progress=progress), "fit")
-    return None if step is None else Cost(config.steps, step)
+        step = timed(lambda progress: train(Path(folder) / "generator", progress), "fit")
+    return None if step is None else Cost(steps, step)
 
 
 def surrogate(data: ImageData, config: SurrogateConfig) -> Cost:
@@ -225,7 +223,7 @@ def _steps_of(
     def steps() -> Iterator[Step]:
         for batch in _batches(plan):
             shape = len(batch.index), data.num_classes
-            yield Step(batch, None if loss == "ce" else torch.randn(shape))
+            yield Step(batch, None if LABELS[loss] == "hard" else torch.randn(shape))
             watch.tick()
             if watch.enough:
                 return
@@ -233,7 +231,8 @@ def _steps_of(
     with reproducible(data.image_shape):
         network: nn.Module = students.make_network(arch, data, 0)
         objective = make_loss(loss, settings)
-        train_student(network, images, labels, steps(), 1 << 20, objective, settings)
+        training = Training(network, objective, settings, 1 << 20, arch=arch)
+        train_student(training, images, labels, steps())
     return watch.step
 
 

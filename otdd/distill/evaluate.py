@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from otdd.distill import students
-from otdd.distill.augment import generator
+from otdd.distill import geometry, students
+from otdd.distill.checkpoints import Checkpoint
+from otdd.distill.compare import interval
 from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData
-from otdd.distill.match import Step, make_loss, reproducible, train_student
+from otdd.distill.logs import Board, read_log, write_log
+from otdd.distill.match import Outcome, make_loss, reproducible, train_student
 from otdd.distill.relabel import Plan, Progress, Teacher, hard_steps, live_steps, stored_steps
 from otdd.distill.store import Store
+from otdd.distill.training import Step, Training
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from otdd.distill.codec import Codec
 
-LABELS = {"ce": "hard", "kl": "soft", "otm": "soft"}
-REAL_LIMIT = 2000
-MAX_ITER, TOL = 500, 1e-4  # of the transport cost
+LABELS = {"ce": "hard", "ce-plain": "hard", "kl": "soft", "mse": "soft", "otm": "soft"}
+
+
+class Student(NamedTuple):
+    """One student of a set."""
+
+    arch: str
+    loss: str
+    seed: int
+
+    @property
+    def soft(self) -> bool:
+        """Whether it learns from soft labels."""
+        return LABELS[self.loss] == "soft"
+
+    def file(self, kind: str, set_name: str) -> str:
+        """Its file among the `results`, `geometry`, `logs` or `checkpoints`."""
+        ends = {"logs": ".csv", "checkpoints": ".safetensors", "logs/tensorboard": ""}
+        stem = f"{LABELS[self.loss]}-{self.loss}-{self.seed}"
+        return f"{kind}/{set_name}/{self.arch.replace('/', '_')}/{stem}{ends.get(kind, '.json')}"
 
 
 def train(
@@ -32,54 +49,141 @@ def train(
     data: ImageData,
     config: RunConfig,
     set_name: str,
+    wanted: Sequence[Student] | None = None,
     *,
     teachers: Sequence[Teacher] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Train and test every student of a set that the store has no result of.
+    """Train and test students of a set.
 
     Args:
         store: holds the images and, unless `relabel.store_labels` is off, the soft labels.
         data: gives the test images.
         config: losses, architectures, seeds and protocol.
         set_name: the set to train on.
+        wanted: the students; by default all that the store has no result of.
         teachers: needed only where labels are not stored.
         progress: called as progress(text, done, total).
     """
-    tensors = store.read_images(set_name)
-    images, labels = tensors["images"], tensors["labels"]
-    total = Plan.of(config, data, len(images)).total
-    kept: list[Step] | None = None
-    ticker = _Ticker(progress, f"train {set_name}", total, len(_students(config)))
-    for arch, loss, seed in _students(config):
-        name = result_name(set_name, arch, loss, seed)
-        if not store.has(name):
-            steps: Iterator[Step] | list[Step]
-            if loss == "ce":
-                steps = hard_steps(len(images), data, config, seed)
-            elif config.relabel.store_labels:
-                # Shards of large sets are streamed; labels of one shard stay in memory.
-                single = not store.has(f"sets/{set_name}/labels/00001.safetensors")
-                if single and kept is None:
-                    kept = list(stored_steps(store, data, config, set_name))
-                steps = kept or stored_steps(store, data, config, set_name)
-            else:
-                steps = live_steps(images, data, teachers, config)
-            with reproducible(data.image_shape):
-                student = students.make_network(arch, data, seed)
-                objective = make_loss(loss, config.train)
-                seen = ticker.count(steps)
-                outcome = train_student(
-                    student, images, labels, seen, total, objective, config.train, test=data.test
-                )
-            store.write_json(name, {"accuracy": outcome.accuracy, "best": outcome.best})
+    wanted = missing(store, config, set_name) if wanted is None else wanted
+    batches = _Batches(store, data, config, set_name, teachers)
+    plan = Plan.of(config, data, len(batches.images))
+    ticker = _Ticker(progress, f"train {set_name}", plan.total, len(wanted))
+    for student in wanted:
+        with reproducible(data.image_shape):
+            outcome = _trained(store, data, config, set_name, student, batches, plan, ticker)
+        result = {"accuracy": outcome.accuracy, "best": outcome.best}
+        store.write_json(student.file("results", set_name), result)
+        store.remove(student.file("checkpoints", set_name))
         ticker.student_done()
 
 
-def missing(store: Store, config: RunConfig, set_name: str) -> list[str]:
-    """Losses of the students of a set that the store has no result of."""
-    rows = [s for s in _students(config) if not store.has(result_name(set_name, *s))]
-    return sorted({loss for _, loss, _ in rows})
+def _trained(
+    store: Store,
+    data: ImageData,
+    config: RunConfig,
+    set_name: str,
+    student: Student,
+    batches: _Batches,
+    plan: Plan,
+    ticker: _Ticker,
+) -> Outcome:
+    """Trains one student from where it was stopped; its log is written."""
+    checkpoint = _checkpoint(store, config, set_name, student)
+
+    def begin() -> Training:
+        network = students.make_network(student.arch, data, student.seed)
+        loss = make_loss(student.loss, config.train)
+        size = (plan.total, plan.steps_per_epoch)
+        return Training(network, loss, config.train, *size, arch=student.arch, seed=student.seed)
+
+    training = checkpoint.restored(begin)
+    log, board = student.file("logs", set_name), None
+    if config.train.tensorboard:
+        name = student.file("logs/tensorboard", set_name)
+        board = Board(store, name, training.epochs)
+
+    def after_epoch() -> None:
+        if board is not None:
+            board.add(training.columns, training.rows[-1])
+        if checkpoint.keep(training):
+            write_log(store, log, training)
+
+    steps = ticker.count(batches.of(student, training.epochs), training.number)
+    images, labels = batches.images, batches.labels
+    try:
+        outcome = train_student(
+            training, images, labels, steps, test=data.test, after_epoch=after_epoch
+        )
+    finally:
+        if board is not None:
+            board.close()
+    write_log(store, log, training)
+    if student.soft:
+        last = batches.of(student, plan.epochs - 1)
+        found = geometry.against_labels(training.student, images, last, config.train.tau)
+        store.write_json(student.file("geometry", set_name), found)
+    return outcome
+
+
+def _checkpoint(store: Store, config: RunConfig, set_name: str, student: Student) -> Checkpoint:
+    about = {"set": set_name, **student._asdict()}
+    name = student.file("checkpoints", set_name)
+    return Checkpoint(store, name, about, config.train.checkpoint_every)
+
+
+class _Batches:
+    """The steps of the students of a set; labels of a single shard stay in memory."""
+
+    def __init__(
+        self,
+        store: Store,
+        data: ImageData,
+        config: RunConfig,
+        set_name: str,
+        teachers: Sequence[Teacher],
+    ) -> None:
+        tensors = store.read_images(set_name)
+        self.images, self.labels = tensors["images"], tensors["labels"]
+        self._given = (store, data, config, set_name)
+        self._teachers, self._kept = teachers, list[Step]()
+
+    def of(self, student: Student, first: int) -> Iterable[Step]:
+        """The steps of a student from epoch `first` on."""
+        store, data, config, set_name = self._given
+        if not student.soft:
+            plain = student.loss == "ce-plain"
+            count = len(self.images)
+            return hard_steps(count, data, config, student.seed, first, plain=plain)
+        if not config.relabel.store_labels:
+            return live_steps(self.images, data, self._teachers, config, first)
+        if store.has(f"sets/{set_name}/labels/00001.safetensors"):
+            return stored_steps(store, data, config, set_name, first)
+        self._kept = self._kept or list(stored_steps(store, data, config, set_name))
+        return self._kept[first * Plan.of(config, data, len(self.images)).steps_per_epoch :]
+
+
+def missing(store: Store, config: RunConfig, set_name: str) -> list[Student]:
+    """Students of a set that the store has no result of."""
+    return [s for s in all_students(config) if not store.has(s.file("results", set_name))]
+
+
+def tidy(store: Store, config: RunConfig, set_name: str) -> None:
+    """Removes checkpoints of finished students of a set, which a kill may have left, and folders.
+
+    No other process may be training.
+    """
+    if not store.has("checkpoints"):
+        return
+    for student in all_students(config):
+        if store.has(student.file("results", set_name)):
+            _checkpoint(store, config, set_name, student).remove()
+
+
+def all_students(config: RunConfig) -> list[Student]:
+    """The students of every set of a run."""
+    train, seeds = config.train, range(config.seeds)
+    return [Student(a, loss, seed) for a in train.archs for loss in train.losses for seed in seeds]
 
 
 def accuracy_rows(store: Store, config: RunConfig) -> list[dict[str, Any]]:
@@ -88,10 +192,12 @@ def accuracy_rows(store: Store, config: RunConfig) -> list[dict[str, Any]]:
     for set_name in config.sets:
         for arch in config.train.archs:
             for loss in config.train.losses:
-                names = [result_name(set_name, arch, loss, s) for s in range(config.seeds)]
+                seeds = [Student(arch, loss, seed) for seed in range(config.seeds)]
+                names = [student.file("results", set_name) for student in seeds]
                 found = [store.read_json(name) for name in names if store.has(name)]
                 if not found:
                     continue
+                own = [s.seed for s, name in zip(seeds, names, strict=True) if store.has(name)]
                 runs = [round(r["accuracy"], 2) for r in found]
                 best = [round(r["best"], 2) for r in found]
                 rows.append(
@@ -100,52 +206,46 @@ def accuracy_rows(store: Store, config: RunConfig) -> list[dict[str, Any]]:
                         "labels": LABELS[loss],
                         "loss": loss,
                         "arch": arch,
+                        "seeds": own,
                         "runs": runs,
                         "mean": round(statistics.fmean(runs), 2),
                         "std": round(statistics.pstdev(runs), 2),
+                        "ci95": interval(runs),
                         "best_mean": round(statistics.fmean(best), 2),
                     }
                 )
     return rows
 
 
+def training_accuracies(
+    store: Store, config: RunConfig, names: Sequence[str]
+) -> dict[tuple[str, str], dict[str, list[list[float]]]]:
+    """(Architecture, loss) -> set -> training accuracy by epoch of every finished student."""
+    made: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+    for student in all_students(config):
+        for name in names:
+            log = student.file("logs", name)
+            if store.has(student.file("results", name)) and store.has(log):
+                sets = made.setdefault((student.arch, student.loss), {})
+                sets.setdefault(name, []).append(read_log(store, log)["train_accuracy"])
+    return made
+
+
+def student_geometry(store: Store, config: RunConfig, set_name: str) -> list[dict[str, Any]]:
+    """Agreement with the labels and transport to them, of each architecture and soft loss."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for student in all_students(config):
+        name = student.file("geometry", set_name)
+        if student.soft and store.has(name):
+            found.setdefault((student.arch, student.loss), []).append(store.read_json(name))
+    return [geometry.summary(arch, loss, those) for (arch, loss), those in found.items()]
+
+
 def transport_cost(
     images: Tensor, labels: Tensor, data: ImageData, codec: Codec, *, seed: int = 0
 ) -> float:
-    """Mean over classes of the transport cost from a set to the real training images.
-
-    Squared Euclidean cost between latents, uniform weights, eps at 1 % of the mean cost, so nearly
-    the exact optimum. At most 2000 real images of a class are used.
-    """
-    from otdd.ops import sinkhorn
-
-    costs = []
-    for label in sorted(set(labels.tolist())):
-        x = codec.encode(images[labels == label]).flatten(1).double()
-        C, eps = transport_problem(x, real_latents(data, codec, label, seed=seed))
-        costs.append(float(sinkhorn(C, eps=eps, max_iter=MAX_ITER, tol=TOL).cost))
-    return statistics.fmean(costs)
-
-
-def real_latents(data: ImageData, codec: Codec, label: int, *, seed: int = 0) -> Tensor:
-    """Latents of the real training images of a class, at most 2000, float64 (M, D)."""
-    real = data.train.images[data.train.labels == label]
-    if len(real) > REAL_LIMIT:
-        real = real[torch.randperm(len(real), generator=generator("real", seed, label))]
-    return codec.encode(real[:REAL_LIMIT]).flatten(1).double()
-
-
-def transport_problem(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
-    """Costs (N, M) between latents (N, D) and (M, D), and the eps to solve with."""
-    from otdd.ops import cost_matrix
-
-    C = cost_matrix(x, y, "sqeuclidean")
-    return C, 0.01 * float(C.mean().clamp(min=1e-12))
-
-
-def result_name(set_name: str, arch: str, loss: str, seed: int) -> str:
-    """File of the result of one student."""
-    return f"results/{set_name}/{arch.replace('/', '_')}/{LABELS[loss]}-{loss}-{seed}.json"
+    """Mean over classes of `otdd.distill.geometry.class_costs`."""
+    return statistics.fmean(geometry.class_costs(images, labels, data, codec, seed=seed).values())
 
 
 class _Ticker:
@@ -156,8 +256,8 @@ class _Ticker:
         self.finished = 0
         self._report(0)
 
-    def count(self, steps: Iterable[Step]) -> Iterator[Step]:
-        for number, step in enumerate(steps, start=1):
+    def count(self, steps: Iterable[Step], done: int) -> Iterator[Step]:
+        for number, step in enumerate(steps, start=done + 1):
             yield step
             if number % 10 == 0 and number < self.steps:
                 self._report(number)
@@ -169,8 +269,3 @@ class _Ticker:
     def _report(self, number: int) -> None:
         if self.progress is not None:
             self.progress(self.text, self.finished * self.steps + number, self.total)
-
-
-def _students(config: RunConfig) -> list[tuple[str, str, int]]:
-    train, seeds = config.train, range(config.seeds)
-    return [(a, loss, seed) for a in train.archs for loss in train.losses for seed in seeds]

@@ -6,6 +6,7 @@ codec and the names of its classes. `otdd.distill.fit.fit` trains small ones.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -282,6 +283,18 @@ def load_generator(spec: str | os.PathLike[str] | None, data: ImageData | Stream
             " (channels, height, width)"
         )
     return generator
+
+
+def generator_digest(generator: Generator) -> str:
+    """SHA-256 over what the samples of a generator depend on."""
+    digest = hashlib.sha256()
+    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

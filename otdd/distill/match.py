@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,106 +12,77 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from otdd.distill.augment import Batch
 from otdd.distill.config import TrainConfig
 from otdd.distill.data import LabeledImages
-
-CHECKS = 5
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a student sees in one step.
-
-    Attributes:
-        batch: the augmentation.
-        teacher: (B, K) mean logits of the teachers on the augmented images; None for hard labels.
-    """
-
-    batch: Batch
-    teacher: Tensor | None = None
+from otdd.distill.training import Loss, Step, Training
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Test accuracy in percent after the last step, and the best seen at five checks."""
+    """Test accuracy in percent after the last step, and the best seen at any check."""
 
     accuracy: float
     best: float
 
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
 def make_loss(kind: str, config: TrainConfig) -> Loss:
-    """The loss of a student: `ce` (hard), `kl` or `otm` (soft).
+    """The loss of a student: `ce` and `ce-plain` (hard), `kl`, `mse` or `otm` (soft).
+
+    `mse` is `otm` without its transport: EDC's loss.
 
     Returns:
         A function of student logits (B, K), mixed hard labels (B, K), hard labels of the base
-        images (B,), and teacher logits (B, K).
+        images (B,), and teacher logits (B, K); it gives the loss and its unweighted terms.
     """
-    if kind == "ce":
-        return lambda logits, mixed, base, teacher: F.cross_entropy(logits, mixed)
-    if kind not in ("kl", "otm"):
-        raise ValueError(f"unknown loss {kind!r}; known: ce, kl, otm")
+    if kind in ("ce", "ce-plain"):
+        return lambda logits, mixed, base, teacher: (F.cross_entropy(logits, mixed), {})
+    if kind not in ("kl", "mse", "otm"):
+        raise ValueError(f"unknown loss {kind!r}; known: ce, ce-plain, kl, mse, otm")
     from otdd.losses import OTDistillationLoss, OTLogitLoss
 
     ot = OTLogitLoss(tau=config.tau)
     if kind == "kl":
         soft = OTDistillationLoss(0.0, 1.0, 0.0, soft="kl", ot=ot)
     else:
-        share = config.beta_2_share
-        beta_2 = config.beta_2 if share is None else None
+        share = config.beta_2_share if kind == "otm" else None
+        beta_2 = None if share is not None else config.beta_2 if kind == "otm" else 0.0
         soft = OTDistillationLoss(config.kappa_1, config.kappa_2, beta_2, beta_2_share=share, ot=ot)
-    return lambda logits, mixed, base, teacher: soft(logits, _given(teacher), base)
+    return lambda logits, mixed, base, teacher: soft(logits, _given(teacher), base, parts=True)
 
 
 def train_student(
-    student: nn.Module,
+    training: Training,
     images: Tensor,
     labels: Tensor,
     steps: Iterable[Step],
-    total: int,
-    loss: Loss,
-    config: TrainConfig,
     *,
     test: LabeledImages | None = None,
+    after_epoch: Callable[[], None] | None = None,
 ) -> Outcome:
     """Train a student on a set and test it; the same arguments give the same bytes.
 
     Args:
-        student: trained in place; it ends with the averaged weights.
+        training: the student, new or loaded; it ends with the averaged weights.
         images: (N, C, H, W), uint8 or in [0, 1].
         labels: (N,).
-        steps: augmentation and teacher logits of every step.
-        total: number of steps.
-        loss: as made by `make_loss`.
-        config: optimiser and schedule.
+        steps: augmentation and teacher logits of every step that is left.
         test: images to test on.
+        after_epoch: called when an epoch is finished and its row is in the log.
     """
-    size = (images.shape[-2], images.shape[-1])
-    optimizer = _optimizer(student, config)
-    average = _Average(student, config.ema)
-    checks = {max(1, round(total * (i + 1) / CHECKS)) for i in range(CHECKS)}
-    scores: list[float] = []
-    classes = 0
+    student = training.student
     student.train()
-    for number, step in enumerate(steps, start=1):
-        for group in optimizer.param_groups:
-            progress = (number - 1) / (total * config.stretch)
-            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-        logits = student(step.batch.apply(images))
-        classes = classes or logits.shape[1]
-        mixed = step.batch.targets(labels, classes, size)
-        value = loss(logits, mixed, labels[step.batch.index], step.teacher)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        average.update(number)
-        if test is not None and number in checks:
-            scores.append(accuracy(average.model, test))
-    student.load_state_dict(average.model.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        for step in steps:
+            training.step(images, labels, step)
+            if test is not None and training.is_check():
+                training.tested(accuracy(training.average.model, test))
+            if training.last_of_epoch:
+                training.end_epoch()
+                if after_epoch is not None:
+                    after_epoch()
+    student.load_state_dict(training.average.model.state_dict())
     student.eval()
+    scores = [score for _, score in training.scores]
     return Outcome(scores[-1], max(scores)) if scores else Outcome(math.nan, math.nan)
 
 
@@ -150,32 +120,6 @@ def reproducible(image_shape: tuple[int, int, int]) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
         deterministic.fill_uninitialized_memory = fill
-
-
-class _Average:
-    """Exponential moving average of all floating state, short at the beginning."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False) if decay else model
-        floating = [t for t in model.state_dict().values() if t.is_floating_point()]
-        mine = [t for t in self.model.state_dict().values() if t.is_floating_point()]
-        self._pairs = (mine, floating)
-
-    @torch.no_grad()
-    def update(self, number: int) -> None:
-        if self.decay:
-            weight = 1 - min(self.decay, (1 + number) / (10 + number))
-            torch._foreach_lerp_(self._pairs[0], self._pairs[1], weight)
-
-
-def _optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        decay = config.weight_decay
-        return torch.optim.SGD(student.parameters(), config.lr, momentum=0.9, weight_decay=decay)
-    return torch.optim.AdamW(
-        student.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-    )
 
 
 def _given(teacher: Tensor | None) -> Tensor:

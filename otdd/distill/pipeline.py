@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from otdd.distill.store import Store
 from otdd.distill.workers import Workers, local_device
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from otdd.distill.codec import Codec
     from otdd.distill.data import ImageData
     from otdd.distill.generator import Generator
@@ -29,8 +32,10 @@ Progress = Callable[[str, int, int], None]
 
 METRICS = "metrics.json"
 GRID = "grid.png"
+CURVES = "curves.png"
 PACKAGES = ("torch", "numpy", "diffusers", "timm", "safetensors", "scikit-learn", "pillow")
 STAGES = ("sample", "relabel", "train", "evaluate")
+SHARED = ("sample", "train")  # by several processes
 
 
 def _silent(text: str, done: int, total: int) -> None:
@@ -127,55 +132,72 @@ class Run:
                     )
 
     def train(self) -> None:
-        """Stage 3: students of every set, trained and tested."""
+        """Stage 3: students of every set, trained and tested; several processes share them."""
         from otdd.distill import evaluate, relabel
 
         stored = self.config.relabel.store_labels
-        for name in self._with_images():
-            left = evaluate.missing(self.store, self.config, name)
-            soft = [loss for loss in left if loss != "ce"]
+        left: dict[str, list[evaluate.Student]] = {}
+        if self.workers.first:  # what is missing is looked for once, before anyone makes it
+            for name in self._with_images():
+                left[name] = evaluate.missing(self.store, self.config, name)
+        left = self.workers.share(left)
+        for name in left:
             labelled = not stored or relabel.relabelled(self.store, self.data, self.config, name)
-            if soft and not labelled:
+            if not labelled and any(student.soft for student in left[name]):
                 raise ConfigError(f"set {name} has no soft labels yet; run `otdd relabel` first")
-            if left:
-                teachers = self.teachers if soft and not stored else ()
+        soft = any(student.soft for students in left.values() for student in students)
+        teachers = self._shared_teachers() if soft and not stored else ()
+        mine = self.workers.part([(name, s) for name, students in left.items() for s in students])
+        for name in left:
+            wanted = [student for where, student in mine if where == name]
+            if wanted:
                 with self._timed(f"train {name}"):
                     evaluate.train(
                         self.store,
                         self.data,
                         self.config,
                         name,
+                        wanted,
                         teachers=teachers,
                         progress=self.progress,
                     )
+        self.workers.wait()
+        for name in left if self.workers.first else ():
+            evaluate.tidy(self.store, self.config, name)
 
     def evaluate(self) -> dict[str, Any]:
-        """Gather table, transport costs and picture; returns the content of metrics.json."""
-        from otdd.distill import evaluate, plots
+        """Gather table, transport costs and pictures; returns the content of metrics.json."""
+        from otdd.distill import curves, evaluate, plots
 
         names = self._with_images()
         sets = {name: self.store.read_images(name) for name in names}
         pairs = {name: (tensors["images"], tensors["labels"]) for name, tensors in sets.items()}
-        costs = self._known("ot_cost", {})
+        known, reports = self._known("geometry", {}), {}
         with self._timed("evaluate"):
             for number, name in enumerate(names, start=1):
-                if name not in costs:
-                    cost = evaluate.transport_cost(
-                        *pairs[name], self.data, self._codec, seed=self.config.seed
-                    )
-                    costs[name] = round(cost, 4)
+                reports[name] = self._geometry(name, pairs[name], known.get(name, {}))
                 self.progress("transport cost", number, len(names))
-            if not self.store.has(GRID) or set(costs) != set(self._known("ot_cost", {})):
+            if not self.store.has(GRID) or set(reports) != set(known):
                 self.store.write_bytes(GRID, plots.grid(pairs, self.data.classes))
-        return self._write_metrics({name: costs[name] for name in names})
+            if runs := evaluate.training_accuracies(self.store, self.config, names):
+                self.store.write_bytes(CURVES, curves.curves(runs))
+        return self._write_metrics(reports)
 
     @cached_property
     def teachers(self) -> list[Teacher]:
-        """The teachers of the run, trained when first asked for."""
-        from otdd.distill import relabel
+        """The teachers of the run, trained and chosen when first asked for."""
+        from otdd.distill import choice, relabel
 
         with self._timed("teachers"):
-            return relabel.make_teachers(self.store, self.data, self.config, self.progress)
+            made = relabel.make_teachers(self.store, self.data, self.config, self.progress)
+            return choice.choose(self.store, self.data, self.config, made, self.progress)
+
+    def _shared_teachers(self) -> list[Teacher]:
+        """The teachers, trained by the first process and read by the others."""
+        if self.workers.first:
+            _ = self.teachers
+        self.workers.wait()
+        return self.teachers
 
     @property
     def _codec(self) -> Codec:
@@ -190,7 +212,25 @@ class Run:
         return names
 
     def _wants_soft(self) -> bool:
-        return any(loss != "ce" for loss in self.config.train.losses)
+        from otdd.distill.evaluate import LABELS
+
+        return any(LABELS[loss] == "soft" for loss in self.config.train.losses)
+
+    def _geometry(
+        self, name: str, pair: tuple[Tensor, Tensor], known: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The geometry report of a set; what is known of it already is not computed again."""
+        from otdd.distill import evaluate, geometry, relabel
+
+        costs, entropy = known.get("class_transport"), known.get("label_entropy")
+        if costs is None:
+            made = geometry.class_costs(*pair, self.data, self._codec, seed=self.config.seed)
+            costs = {self.data.classes[label]: round(cost, 6) for label, cost in made.items()}
+        shard, count = relabel.shard_name(name, 0), self.data.num_classes
+        if entropy is None and self.store.has(shard):
+            entropy = geometry.label_entropy(self.store, shard, count)
+        students = evaluate.student_geometry(self.store, self.config, name)
+        return geometry.report(costs, entropy, count, students)
 
     def _teacher_facts(self) -> list[dict[str, Any]]:
         if "teachers" not in self.__dict__:  # not asked for this time
@@ -205,13 +245,22 @@ class Run:
     def _timed(self, name: str) -> _Timer:
         return _Timer(self, name)
 
-    def _write_metrics(self, costs: dict[str, float]) -> dict[str, Any]:
-        from otdd.distill import evaluate
+    def _write_metrics(self, reports: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes metrics.json; without new reports those that it has stay there."""
+        from otdd.distill import compare, ddranking, evaluate
 
+        rows, teachers = evaluate.accuracy_rows(self.store, self.config), self._teacher_facts()
+        costs = self._known("ot_cost", {})
+        if reports is not None:
+            means = {n: statistics.fmean(r["class_transport"].values()) for n, r in reports.items()}
+            costs = {name: round(cost, 4) for name, cost in means.items()}
         metrics = {
-            "accuracy": evaluate.accuracy_rows(self.store, self.config),
+            "accuracy": rows,
+            "comparisons": compare.comparisons(rows),
+            "dd_ranking": ddranking.scores(rows, teachers),
             "ot_cost": costs,
-            "teachers": self._teacher_facts(),
+            "geometry": self._known("geometry", {}) if reports is None else reports,
+            "teachers": teachers,
             "timings": {k: round(v, 2) for k, v in self.timings.items()},
             "versions": _versions(),
             "config": to_dict(self.config),
@@ -241,15 +290,15 @@ def run_stages(
 ) -> dict[str, Any]:
     """Some of the stages, in the order given; each continues where it was stopped.
 
-    Of several processes all sample, and the first alone goes on; the others return nothing.
-    `on_stage` is called as on_stage(name, None) before a stage and with its seconds after it.
+    Of several processes all sample and train, and the first alone does the rest; the others return
+    nothing. `on_stage` is called as on_stage(name, None) before a stage and with its seconds after.
     """
     workers = Workers.join()
     work = Run.open(config, progress, workers, only_sample=stages == ("sample",))
     result = None
     with work.store:
         for stage in stages:
-            if workers.first or stage == "sample":
+            if workers.first or stage in SHARED:
                 start = time.perf_counter()
                 if on_stage is not None:
                     on_stage(stage, None)
@@ -259,7 +308,7 @@ def run_stages(
         workers.leave()
         if not workers.first:
             return {}
-        return result if result is not None else work._write_metrics(work._known("ot_cost", {}))
+        return result if result is not None else work._write_metrics()
 
 
 @dataclass

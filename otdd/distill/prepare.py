@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.config import ConfigError, RunConfig, require
+from otdd.distill.logs import check_tensorboard
 from otdd.distill.settings import identity
 from otdd.distill.store import Store
 
@@ -42,6 +41,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     Raises:
         ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
     """
+    check_tensorboard(config.train.tensorboard)
     known = {k: v for k, v in identity(config).items() if k != "data"}
     Store(config.out).check(known)
     data = _load_data(config, only_sample)
@@ -55,7 +55,9 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
             generator.scheduler(config.sample.scheduler, config.sample.steps)
         except ValueError as error:
             raise ConfigError(f"sample.steps: {error}") from None
-        known["generator_sha256"] = _digest(generator)
+        from otdd.distill.generator import generator_digest
+
+        known["generator_sha256"] = generator_digest(generator)
         known |= _check_terms(config, data)
         if config.latents is not None and "otg" in config.sets:
             latents = _load_latents(config, data, generator)
@@ -87,12 +89,16 @@ def _has_generator(config: RunConfig) -> bool:
 
 def _check_networks(config: RunConfig, data: ImageData) -> None:
     from otdd.distill.labels import LabelFormat
-    from otdd.distill.relabel import teacher_names
+    from otdd.distill.relabel import MEASURED, teacher_names
     from otdd.distill.students import check_network
 
     LabelFormat.of(config.relabel, len(data.classes))
     for arch in config.train.archs:
         check_network(arch, data)
+    if MEASURED in config.relabel.teachers:
+        few = int(data.train.labels.bincount(minlength=data.num_classes).min())
+        accepted = f"fewer than the {few} training images of the smallest class, with {MEASURED}"
+        require(config.ipc < few, "ipc", config.ipc, accepted)
     for teacher in teacher_names(config):
         arch, _, file = teacher.partition("=")
         if file and not Path(file).is_file():
@@ -155,14 +161,3 @@ def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> L
     latents = Latents(config.latents or "")
     latents.check(data, generator.codec)
     return latents
-
-
-def _digest(generator: Generator) -> str:
-    digest = hashlib.sha256()
-    about = [generator.scheduler_config, generator.codec.config(), list(generator.classes)]
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    tensors = {**generator.transformer.state_dict(), **generator.codec.tensors()}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

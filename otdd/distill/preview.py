@@ -10,9 +10,9 @@ from torch import Tensor
 from otdd.distill import costs
 from otdd.distill.config import RunConfig
 from otdd.distill.costs import Cost, duration
-from otdd.distill.evaluate import result_name
+from otdd.distill.evaluate import LABELS, Student
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
-from otdd.distill.relabel import Plan, shard_name, teacher_names
+from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
 from otdd.distill.surrogate import SurrogateConfig
@@ -70,7 +70,9 @@ def _costs(
                     yield name, cost
     if stage == "relabel" and _soft(config):
         here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
-        batches = _plan(config, made).total * len(config.sets) * config.relabel.store_labels
+        plan = _plan(config, made)
+        batches = plan.labelled * plan.steps_per_epoch
+        batches *= len(config.sets) * config.relabel.store_labels
         for arch in dict.fromkeys(here):
             taught = costs.teaching(config, made, arch)
             if not list(store.path.glob(f"teachers/{arch}-*")):
@@ -83,7 +85,7 @@ def _costs(
         for arch in config.train.archs:
             for loss in config.train.losses:
                 done = sum(
-                    store.has(result_name(name, arch, loss, seed))
+                    store.has(Student(arch, loss, seed).file("results", name))
                     for name in config.sets
                     for seed in range(config.seeds)
                 )
@@ -113,7 +115,7 @@ def label_bytes(config: RunConfig, made: Prepared) -> int:
     """Size of the soft labels of one set: float16 logits, and the augmentation they belong to."""
     plan = _plan(config, made)
     row = 2 * made.data.num_classes + 4 * 6 + 2 * 8
-    return plan.total * (plan.batch * row + 4 * 8)
+    return plan.labelled * plan.steps_per_epoch * (plan.batch * row + 4 * 8)
 
 
 def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> int:
@@ -166,10 +168,11 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
     if not config.relabel.store_labels:
         return "nothing is stored: teachers label while students train"
     plan, names = _plan(config, made), teacher_names(config)
+    count = f"1 to {len(names)}" if MEASURED in config.relabel.teachers else len(names)
     parts = _labelled(config, made, store)
     done = f", {sum(parts)} of {len(parts)} shards finished" if any(parts) else ""
     return (
-        f"{len(config.sets)} sets by {len(names)} teachers ({', '.join(names)}), {plan.epochs} "
+        f"{len(config.sets)} sets by {count} teachers ({', '.join(names)}), {plan.labelled} "
         f"epochs of {plan.steps_per_epoch} batches of {plan.batch}: "
         f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
     )
@@ -178,7 +181,7 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
 def _labelled(config: RunConfig, made: Prepared, store: Store) -> list[bool]:
     """Which shards of labels are there."""
     plan = _plan(config, made)
-    shards = -(-plan.epochs // plan.epochs_per_shard(made.data.num_classes))
+    shards = -(-plan.labelled // plan.epochs_per_shard(made.data.num_classes))
     return [store.has(shard_name(name, i)) for name in config.sets for i in range(shards)]
 
 
@@ -192,7 +195,7 @@ def _training(config: RunConfig, made: Prepared) -> str:
 
 
 def _soft(config: RunConfig) -> bool:
-    return any(loss != "ce" for loss in config.train.losses)
+    return any(LABELS[loss] == "soft" for loss in config.train.losses)
 
 
 def _plan(config: RunConfig, made: Prepared) -> Plan:

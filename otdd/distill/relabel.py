@@ -7,6 +7,7 @@ stored again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,9 @@ from otdd.distill.augment import Augmentation, Batch, augmentation, stack, unsta
 from otdd.distill.config import RunConfig, TrainConfig
 from otdd.distill.data import ImageData
 from otdd.distill.labels import FLOAT16, LabelFormat, check_format, compact
-from otdd.distill.match import Step, accuracy, make_loss, reproducible, train_student
+from otdd.distill.match import accuracy, make_loss, reproducible, train_student
 from otdd.distill.store import Store
+from otdd.distill.training import Step, Training
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,6 +34,7 @@ TEACHER_STEPS, TEACHER_EPOCHS = 800, 10
 TEACHERS_BY_IPC = ((9, 1), (49, 2), (99, 4), (2**63, 8))
 # Teachers trained here take turns in architecture, then in seed.
 TRAINED_HERE = ("convnet", "resnetap-10")
+MEASURED = "auto:measured"  # so many of the most are taken as `otdd.distill.choice` finds good
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,16 @@ class Teacher:
 
 
 def teacher_names(config: RunConfig) -> list[str]:
-    """Names of the teachers of a run, `auto` resolved by the number of images per class."""
+    """Names of the teachers of a run, `auto` resolved by the number of images per class.
+
+    With `auto:measured` they are all that are to be tried.
+    """
     names: list[str] = []
     for name in config.relabel.teachers:
-        if name == "auto":
-            count = next(n for limit, n in TEACHERS_BY_IPC if config.ipc <= limit)
+        if name in ("auto", MEASURED):
+            most = TEACHERS_BY_IPC[-1][1]
+            by_table = next(n for limit, n in TEACHERS_BY_IPC if config.ipc <= limit)
+            count = by_table if name == "auto" else most
             names += [TRAINED_HERE[i % len(TRAINED_HERE)] for i in range(count)]
         else:
             names.append(name)
@@ -104,9 +112,9 @@ def relabel(
     meta = {"teachers": [[t.name, t.digest] for t in teachers], "classes": list(data.classes)}
     meta |= labels.meta()
     if progress is not None:
-        progress(f"relabel {set_name}", 0, plan.epochs)
-    for first in range(0, plan.epochs, per_shard):
-        last = min(first + per_shard, plan.epochs)
+        progress(f"relabel {set_name}", 0, plan.labelled)
+    for first in range(0, plan.labelled, per_shard):
+        last = min(first + per_shard, plan.labelled)
         name = shard_name(set_name, first // per_shard)
         if store.has(name):
             check_format(LabelFormat.read(store.read_meta(name)), labels, set_name)
@@ -118,7 +126,7 @@ def relabel(
             made = {**drawn, **labels.encode(torch.stack(logits))}
             store.write_tensors(name, made, {**meta, "epochs": [first, last]})
         if progress is not None:
-            progress(f"relabel {set_name}", last, plan.epochs)
+            progress(f"relabel {set_name}", last, plan.labelled)
 
 
 def relabelled(store: Store, data: ImageData, config: RunConfig, set_name: str) -> bool:
@@ -126,46 +134,68 @@ def relabelled(store: Store, data: ImageData, config: RunConfig, set_name: str) 
     if not store.has_images(set_name):
         return False
     plan = Plan.of(config, data, config.ipc * len(data.classes))
-    shards = -(-plan.epochs // plan.epochs_per_shard(len(data.classes)))
+    shards = -(-plan.labelled // plan.epochs_per_shard(len(data.classes)))
     return all(store.has(shard_name(set_name, i)) for i in range(shards))
 
 
-def stored_steps(store: Store, data: ImageData, config: RunConfig, set_name: str) -> Iterator[Step]:
-    """Batches and soft labels of a set as `relabel` stored them, one shard in memory at a time."""
+def stored_steps(
+    store: Store, data: ImageData, config: RunConfig, set_name: str, first: int = 0
+) -> Iterator[Step]:
+    """Batches and soft labels of a set from epoch `first` on, one shard in memory at a time."""
     plan = Plan.of(config, data, config.ipc * len(data.classes))
-    per_shard = plan.epochs_per_shard(len(data.classes))
-    for first in range(0, plan.epochs, per_shard):
-        name = shard_name(set_name, first // per_shard)
-        tensors = store.read_tensors(name)
-        check_format(LabelFormat.read(store.read_meta(name)), plan.labels, set_name)
-        decoded = plan.labels.decode(tensors, len(data.classes))
-        for batch, logits in zip(unstack(tensors), decoded, strict=True):
-            yield Step(batch, logits)
+    length, held, steps = plan.steps_per_epoch, -1, list[Step]()
+    for epoch in range(first, plan.epochs):
+        shard, row = divmod(epoch % plan.labelled, plan.epochs_per_shard(len(data.classes)))
+        if shard != held:
+            name = shard_name(set_name, shard)
+            tensors = store.read_tensors(name)
+            check_format(LabelFormat.read(store.read_meta(name)), plan.labels, set_name)
+            decoded = plan.labels.decode(tensors, len(data.classes))
+            pairs = zip(unstack(tensors), decoded, strict=True)
+            held, steps = shard, [Step(batch, logits) for batch, logits in pairs]
+        yield from steps[row * length : (row + 1) * length]
 
 
 def live_steps(
-    images: Tensor, data: ImageData, teachers: Sequence[Teacher], config: RunConfig
+    images: Tensor,
+    data: ImageData,
+    teachers: Sequence[Teacher],
+    config: RunConfig,
+    first: int = 0,
 ) -> Iterator[Step]:
     """The same steps as `stored_steps`, labelled as they are needed."""
     plan = Plan.of(config, data, len(images))
     labels = plan.labels
-    for epoch in range(plan.epochs):
-        for batch in plan.epoch(epoch):
+    for epoch in range(first, plan.epochs):
+        for batch in plan.epoch(epoch % plan.labelled):
             made = labels.encode(soft_labels(teachers, batch.apply(images)))
             yield Step(batch, labels.decode(made, len(data.classes)))
 
 
-def hard_steps(count: int, data: ImageData, config: RunConfig, seed: int) -> Iterator[Step]:
-    """Augmented batches without soft labels, drawn anew for every seed."""
+def hard_steps(
+    count: int,
+    data: ImageData,
+    config: RunConfig,
+    seed: int,
+    first: int = 0,
+    *,
+    plain: bool = False,
+) -> Iterator[Step]:
+    """Batches without soft labels, drawn anew for every seed; `plain` ones are not augmented."""
     plan = Plan.of(config, data, count, seed=seed)
-    for epoch in range(plan.epochs):
+    if plain:
+        plan = dataclasses.replace(plan, augment=Augmentation())
+    for epoch in range(first, plan.epochs):
         for batch in plan.epoch(epoch):
             yield Step(batch)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The augmented batches that students of a set see, and the format of their soft labels."""
+    """The augmented batches that students of a set see, and the format of their soft labels.
+
+    Of `epochs` the first `labelled` have soft labels; these come again and again.
+    """
 
     augment: Augmentation
     count: int
@@ -174,21 +204,28 @@ class Plan:
     epochs: int
     seed: int
     labels: LabelFormat = FLOAT16
+    label_epochs: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig, data: ImageData, count: int, seed: int | None = None) -> Plan:
         """The plan for a set of `count` images; soft labels use the seed of the run."""
         size = (data.image_shape[1], data.image_shape[2])
         drawn = augmentation(config.relabel, data.name, size)
-        batch = min(config.train.batch, count)
+        batch = min(config.train.batch_for(len(data.classes)), count)
         seed = config.seed if seed is None else seed
         labels = LabelFormat.of(config.relabel, len(data.classes))
-        return cls(drawn, count, batch, size, config.train.epochs, seed, labels)
+        cycle = config.relabel.label_epochs
+        return cls(drawn, count, batch, size, config.train.epochs, seed, labels, cycle)
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch."""
         return -(-self.count // self.batch)
+
+    @property
+    def labelled(self) -> int:
+        """Epochs that have soft labels of their own."""
+        return min(self.epochs, self.label_epochs or self.epochs)
 
     @property
     def total(self) -> int:
@@ -251,7 +288,8 @@ def _trained(
     images = data.train.images
     with reproducible(data.image_shape):
         loss = make_loss("ce", TEACHER)
-        train_student(network, images, data.train.labels, steps(), plan.total, loss, TEACHER)
+        training = Training(network, loss, TEACHER, plan.total, plan.steps_per_epoch, seed=seed)
+        train_student(training, images, data.train.labels, steps())
     state = network.state_dict()
     store.write_tensors(file, state, {"arch": arch, "classes": list(data.classes)})
     return network

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 
 from otdd.distill.augment import unstack
 from otdd.distill.labels import LabelFormat
-from otdd.distill.match import Step, reproducible
+from otdd.distill.match import reproducible
 from otdd.distill.setfiles import SetFiles
 from otdd.distill.store import StoreError
+from otdd.distill.training import Step
 
 
 class IncompleteLabels(StoreError):

@@ -117,7 +117,9 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
     labels: list[str] = []
     while store.has(file := f"sets/{name}/labels/{len(labels):05d}.safetensors"):
         labels.append(file)
-    epochs = store.read_json(CONFIG)["train"]["epochs"]
+    config = store.read_json(CONFIG)
+    epochs = config["train"]["epochs"]
+    epochs = min(epochs, config["relabel"].get("label_epochs") or epochs)
     data = store.read_json(DATA)
     return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False)
 

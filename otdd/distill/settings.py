@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from otdd.distill.config import PRESETS, ConfigError, RunConfig, require
+from otdd.distill.config import PRESETS, PROTOCOLS, ConfigError, RunConfig, require
 
 # What may change without changing any finished result of a folder: more seeds, sets, losses or
 # architectures add rows; the rest says where things are, or how they were asked for.
@@ -19,6 +19,7 @@ from otdd.distill.config import PRESETS, ConfigError, RunConfig, require
 FREE_FIELDS = (
     *("out", "preset", "seeds", "sets", "generator", "latents", "train.losses", "train.archs"),
     *("sample.influence.surrogate", "sample.memory", "skip_bad_images"),
+    *("train.protocol", "train.checkpoint_every", "train.tensorboard"),
 )
 
 
@@ -154,14 +155,37 @@ def preset(name: str | None) -> dict[str, Any]:
     return {} if name is None else {**PRESETS[name], "preset": name}
 
 
+def protocol(name: str | None, ipc: Any) -> dict[str, Any]:
+    """Settings of a training protocol for so many images per class; nothing for None.
+
+    An `ipc` that is no number counts as 1 here and is refused with the other settings.
+    """
+    require(
+        name is None or name in PROTOCOLS, "train.protocol", name, f"one of {', '.join(PROTOCOLS)}"
+    )
+    if name is None:
+        return {}
+    made = PROTOCOLS[name](int(ipc) if str(ipc).isdigit() else 1)
+    return merge(made, {"train": {"protocol": name}})
+
+
 def resolve(flags: Mapping[str, Any] | None = None, *, file: str | Path | None = None) -> RunConfig:
-    """Config from defaults, then a preset, a file and flags, the later the stronger.
+    """Config from defaults, then a preset, a protocol, a file and flags, the later the stronger.
 
     Args:
-        flags: nested settings given by the caller; `preset` among them names the preset.
+        flags: nested settings given by the caller; `preset` and `train.protocol` among them name
+            the preset and the protocol.
         file: YAML file of settings.
     """
     flags = flags or {}
     filed = load_yaml(file) if file is not None else {}
     chosen = preset(flags.get("preset") or filed.get("preset"))
-    return typing.cast(RunConfig, from_dict(RunConfig, merge(merge(chosen, filed), flags)))
+    given = merge(filed, flags)
+    chosen = merge(chosen, protocol(named_protocol(given), given.get("ipc")))
+    return typing.cast(RunConfig, from_dict(RunConfig, merge(chosen, given)))
+
+
+def named_protocol(settings: Mapping[str, Any]) -> str | None:
+    """The protocol that settings name, if any."""
+    train = settings.get("train")
+    return train.get("protocol") if isinstance(train, Mapping) else None

@@ -83,6 +83,7 @@ def barycentric(
         fits = False
     checks.require(fits, "y", f"shape {tuple(y.shape)}", f"{(*batch, M)} + (D,) or broadcastable")
     chosen = backends.choose("barycentric", pointers.refusals(C), backend)
+    C = pointers.as_read(C, chosen)
     return _barycentric(C, f, g, a, b, eps, y, chosen)
 
 
@@ -126,9 +127,9 @@ def _image_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of C, f, g, b (zeros unless `through_plan`) and y."""
-    e = eps.to(C.dtype).unsqueeze(-1)
+    e = eps.to(f.dtype).unsqueeze(-1)
     dC = C.new_zeros(C.shape if through_plan else (*C.shape[:-1], 0))
-    df, dg, dy = C.new_zeros(f.shape), C.new_zeros(g.shape), C.new_zeros(y.shape)
+    df, dg, dy = torch.zeros_like(f), torch.zeros_like(g), torch.zeros_like(y)
     for rows, weights in _chunks(C, f, g, a, b, eps, backend):
         dy += weights.mT @ grad[..., rows, :]
         if through_plan:
@@ -144,9 +145,9 @@ def _fake_image_backward(grad: Tensor, C: Tensor, *others: Any) -> tuple[Tensor,
     dC = C.new_empty(C.shape if through_plan else (*C.shape[:-1], 0))
     return (
         dC,
-        C.new_empty(f.shape),
-        C.new_empty(g.shape),
-        C.new_empty(b.shape),
+        f.new_empty(f.shape),
+        g.new_empty(g.shape),
+        b.new_empty(b.shape),
         y.new_empty(y.shape),
     )
 
@@ -157,11 +158,11 @@ def _chunks(
     """Slices of rows with their ``b_j exp((f_i + g_j - C_ij) / eps)``."""
     *batch, N, M = C.shape
     step = max(1, _CHUNK // max(1, math.prod(batch) * M))
-    mask = (a > 0).to(C.dtype)
+    mask = (a > 0).to(f.dtype)
     for i in range(0, N, step):
         rows = slice(i, i + step)
         part = C[..., rows, :], f[..., rows], g, mask[..., rows], b
-        yield rows, plan_op(*part, eps, None, False, backend)
+        yield rows, plan_op(*part, eps, None, False, False, backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

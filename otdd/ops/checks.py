@@ -28,19 +28,28 @@ def require(condition: bool, name: str, seen: object, accepted: str) -> None:
         raise ValueError(f"{name}: got {seen}; accepted: {accepted}")
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32 for half precision."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
 def as_float(t: Tensor, name: str) -> Tensor:
     """Half-precision inputs are computed in float32; integer and complex ones are refused.
 
     Raises:
         TypeError: ``t`` is not a floating-point tensor.
     """
+    t = floating(t, name)
+    return t.float() if t.dtype in _HALF else t
+
+
+def floating(t: Tensor, name: str) -> Tensor:
+    """`t` as it is, where `as_float` takes it."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}; accepted: torch.Tensor")
     if t.layout is not torch.strided:
         raise TypeError(f"{name}: got a tensor of layout {t.layout}; accepted: dense tensors")
-    if t.dtype in _HALF:
-        return t.float()
-    if t.dtype not in _FULL:
+    if t.dtype not in (*_HALF, *_FULL):
         raise TypeError(
             f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64"
         )
@@ -48,9 +57,10 @@ def as_float(t: Tensor, name: str) -> Tensor:
 
 
 def same_kind(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
-    """Raises unless ``t`` has the dtype and the device of ``like`` (half already widened)."""
-    if t.dtype != like.dtype:
-        raise TypeError(f"{name}: got dtype {t.dtype}; accepted: that of {like_name}, {like.dtype}")
+    """Raises unless ``t`` has the device and, widened, the dtype of ``like``."""
+    if t.dtype != wide(like.dtype):
+        accepted = f"that of {like_name}, {wide(like.dtype)}"
+        raise TypeError(f"{name}: got dtype {t.dtype}; accepted: {accepted}")
     if t.device != like.device:
         raise ValueError(
             f"{name}: got device {t.device}; accepted: that of {like_name}, {like.device}"
@@ -137,7 +147,8 @@ def _one(t: Tensor) -> Tensor:
 
 
 def positive(value: float | Tensor, name: str, dtype: torch.dtype, *, or_inf: bool = False) -> None:
-    """Raises unless `value` is > 0 and a normal number of `dtype` (a tensor: every entry)."""
+    """Raises unless `value` is > 0 and a normal number of `dtype`, widened (a tensor: each)."""
+    dtype = wide(dtype)
     if isinstance(value, Tensor):
         if value.numel() == 0:
             return

@@ -212,7 +212,9 @@ def half_within(
             at_mean = replace(solved, f=p, g=p.expand(p.shape), grad="envelope")
             total = at_mean.apply(p.new_ones(p.shape[-1], 1)).sum((-1, -2))
         else:
-            total = plan_op(C, p, p, a, a, solved.eps, None, False, solved.backend).sum((-1, -2))
+            total = plan_op(C, p, p, a, a, solved.eps, None, False, False, solved.backend).sum(
+                (-1, -2)
+            )
         rho = torch.full_like(mass, torch.inf) if rho is None else rho
         reached = mass.square() if soft else mass
         half = weighted(a, conjugate(p, rho)).sum(-1) - eps / 2 * (total - reached)

@@ -103,7 +103,7 @@ def partial(
             the CPU, elsewhere with ``OTDD_CHECKS=1``).
         TypeError: As `sinkhorn`.
     """
-    C, _, a, b, eps = problem_tensors(C, eps, None, a, b)
+    C, _, a, b, eps = problem_tensors(checks.as_float(C, "C"), eps, None, a, b)
     equal = equal_weights(C)
     a, b = equal[0] if a is None else a, equal[1] if b is None else b
     if checks.values_are_checked(C):

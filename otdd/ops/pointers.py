@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from otdd import backends
+from otdd.ops import checks
 
 Strided = tuple[int, int, int]
+# The numbers of csrc/cuda/number.h.
+NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 # Stands in for the native module, and CPU tensors for CUDA ones, where tests run emulated kernels.
@@ -33,6 +36,11 @@ def refusals(
         "triton": triton_refusal(t) or triton,
         "reference": None,
     }
+
+
+def as_read(C: Tensor, backend: str) -> Tensor:
+    """Costs for the solves of a backend: only the CUDA kernels read half precision by themselves."""
+    return C if backend == "cuda" else checks.as_float(C, "C")
 
 
 def cpu_refusal(t: Tensor) -> str | None:
@@ -85,10 +93,8 @@ def workspace(t: Tensor, name: str, *sizes: int) -> Tensor:
     """Memory that a kernel wants beside its arguments, uint8."""
     device, _ = place(t)
     bytes_ = cuda_kernel(f"{name}_workspace", t.dtype)(device, *sizes)
-    if bytes_ == -2:
-        check_cuda(5, name)
     if bytes_ < 0:
-        check_cuda(6, name)
+        check_cuda(5, name)
     return t.new_empty(bytes_, dtype=torch.uint8)
 
 
@@ -96,8 +102,6 @@ def check_cuda(status: int, op: str) -> None:
     """Raises for what a CUDA kernel answers but 0; the numbers are those of csrc/cuda/problem.h."""
     if status == 0:
         return
-    if status == 6:
-        raise ValueError(f"{op}: too large for the CUDA kernels; use backend='reference'")
     error = (emulated or backends.native()).cuda_last_error()
     if status == 1:
         raise torch.OutOfMemoryError(f"{op}: {error}")
@@ -122,6 +126,11 @@ def with_rows(t: Tensor) -> Tensor:
 def matrices(t: Tensor) -> Strided:
     """``(N, D)`` or ``(B, N, D)`` with contiguous rows."""
     return t.data_ptr(), t.stride(0) if t.dim() == 3 else 0, t.stride(-2)
+
+
+def costs(t: Tensor) -> tuple[int, int, int, int]:
+    """`matrices` for the CUDA solves, which take costs in each type there is."""
+    return *matrices(t), NUMBERS[t.dtype]
 
 
 def per_point(t: Tensor | None) -> Strided:

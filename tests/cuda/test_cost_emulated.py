@@ -157,6 +157,18 @@ def test_sums_are_cut_where_tiles_are_few(module, dtype):
     check_gradients(module, G, x, y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_of_few_points_are_cut(module, dtype):
+    module.set_chip(132, SHARED, 16)
+    for N, M, D in [(3, 5, 20_003), (9, 1, 16_384), (8, 2, 12_300)]:
+        x, y, _ = clouds(2, N, M, D, dtype)
+        assert pointers.workspace(x, "cost", 2, N, M, D).numel() > 0
+        check_cost(module, x, y)
+    assert (
+        pointers.workspace(x, "cost", 1, 3, 5, 8000).numel() == 0
+    )  # a second kernel would take longer
+
+
 @pytest.mark.parametrize(("N", "M", "D"), [(9, 9, 200_000), (1, 2, 200_000)])
 def test_long_sums_keep_their_digits(module, N, M, D):
     module.set_chip(1, SHARED, 16)

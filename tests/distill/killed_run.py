@@ -26,7 +26,7 @@ SETTINGS = {
     "sets": ["otg", "unguided", "kmeans"],
     "sample": {"steps": 2, "batch_classes": 4, "guidance": {"reference_size": 8}},
     "relabel": {"teacher_epochs": 1},
-    "train": {"epochs": 2},
+    "train": {"epochs": 3, "checkpoint_every": 1},
 }
 
 

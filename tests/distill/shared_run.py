@@ -1,4 +1,4 @@
-"""Helper of test_workers: samples a tiny set by several processes, some killed on the way.
+"""Helper of test_workers: several processes sample and train, some killed on the way.
 
 Everything heavy is imported once; every process of a run is a fork of this one.
 """
@@ -15,11 +15,11 @@ import torch
 
 torch.set_num_threads(1)
 
-from otdd.distill import baselines, sample  # noqa: E402, F401
+from otdd.distill import baselines, evaluate, relabel, sample  # noqa: E402, F401
 from otdd.distill.data import load_data  # noqa: E402
 from otdd.distill.fit import FitConfig, fit  # noqa: E402
-from otdd.distill.pipeline import run_stages  # noqa: E402
-from otdd.distill.settings import resolve  # noqa: E402
+from otdd.distill.pipeline import STAGES, run_stages  # noqa: E402
+from otdd.distill.settings import merge, resolve  # noqa: E402
 
 SETTINGS = {
     "data": "digits",
@@ -28,9 +28,17 @@ SETTINGS = {
     "sample": {"steps": 2, "batch_classes": 2, "guidance": {"reference_size": 8}},
 }
 GROUPS = "sets/otg/groups"
+WHOLE_RUN = {
+    "sets": ["random", "kmeans"],
+    "seeds": 2,
+    "relabel": {"teacher_epochs": 1},
+    "train": {"epochs": 3, "checkpoint_every": 1, "losses": ["ce", "kl"]},
+}
 
 
-def worker(out: Path, rank: int, size: int, port: int, kill_at: int | None) -> int:
+def worker(
+    out: Path, rank: int, size: int, port: int, kill_at: int | None, whole: dict | None
+) -> int:
     """Fork one process of a run, killed at its n-th flush to the disk; its process id."""
     child = os.fork()
     if child:
@@ -51,8 +59,9 @@ def worker(out: Path, rank: int, size: int, port: int, kill_at: int | None) -> i
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         generator = str(out.parent / "generator.safetensors")
-        config = resolve({**SETTINGS, "out": str(out), "generator": generator})
-        run_stages(config, ("sample",))
+        given = {**SETTINGS, "out": str(out), "generator": generator}
+        config = resolve(given if whole is None else merge(given, whole))
+        run_stages(config, ("sample",) if whole is None else STAGES)
         code = 0
     except BaseException as error:
         out.with_name(f"{out.name}-{rank}.error").write_text(f"{type(error).__name__}: {error}")
@@ -60,13 +69,18 @@ def worker(out: Path, rank: int, size: int, port: int, kill_at: int | None) -> i
         os._exit(code)
 
 
-def run(out: Path, size: int, kill: tuple[int, int] | None = None) -> list[int]:
-    """Run by `size` processes; `kill` is a rank and its flush. Exit codes, -9 where killed."""
+def run(
+    out: Path, size: int, kill: tuple[int, int] | None = None, whole: dict | None = None
+) -> list[int]:
+    """Run by `size` processes; `kill` is a rank and its flush. Exit codes, -9 where killed.
+
+    With `whole`, changes of the settings, all stages are run.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kills = dict([kill] if kill else [])
-    children = [worker(out, rank, size, port, kills.get(rank)) for rank in range(size)]
+    children = [worker(out, rank, size, port, kills.get(rank), whole) for rank in range(size)]
     codes, deadline = dict.fromkeys(children), time.monotonic() + 60
     while None in codes.values() and time.monotonic() < deadline:
         for child in [c for c, code in codes.items() if code is None]:
@@ -94,6 +108,14 @@ def main(root: Path) -> None:
         kept = sorted(p.name for p in (out / GROUPS).glob("0*"))
         (root / f"{name}.json").write_text(json.dumps(kept))
         ways[name].append(run(out, then))
+    live = merge(WHOLE_RUN, {"relabel": {"store_labels": False}})
+    for name, settings in (("stored", WHOLE_RUN), ("live", live)):
+        for size in (1, 3):
+            out = root / f"{name}-{size}"
+            ways[out.name] = [run(out, size, whole=settings)]
+    # The second process dies with its second student: two flushes a file, three files before that.
+    out = root / "stored-lost"
+    ways[out.name] = [run(out, 2, (1, 14), WHOLE_RUN), run(out, 2, whole=WHOLE_RUN)]
     (root / "ways.json").write_text(json.dumps(ways))
 
 

@@ -16,6 +16,7 @@ from otdd.distill.export import export
 from otdd.distill.match import make_loss, reproducible, train_student
 from otdd.distill.store import Store, StoreError
 from otdd.distill.students import make_network
+from otdd.distill.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +90,16 @@ def test_a_student_trained_on_the_replay_has_the_weights_of_ours(folder):
     loss = make_loss("kl", config.train)
     steps = relabel.stored_steps(Store(folder), DATA, settings(folder), "random")
     with reproducible((1, 8, 8)):
-        train_student(ours, loaded.images, loaded.labels, steps, 9, loss, config.train)
+        training = Training(ours, loss, config.train, 9)
+        train_student(training, loaded.images, loaded.labels, steps)
         optimizer = torch.optim.AdamW(
             theirs.parameters(), config.train.lr, weight_decay=0.01, fused=True
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
         for batch in loaded.replay():
             optimizer.zero_grad()
-            loss(theirs(batch.images), batch.targets, batch.labels, batch.logits).backward()
+            value, _ = loss(theirs(batch.images), batch.targets, batch.labels, batch.logits)
+            value.backward()
             optimizer.step()
             schedule.step()
     pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)

@@ -16,11 +16,11 @@ CONFIG = resolve(
 
 def test_rows_and_resume(tmp_path):
     store = Store.open(tmp_path, {})
-    name = evaluate.result_name("otg", "convnet", "ce", 0)
+    name = evaluate.Student("convnet", "ce", 0).file("results", "otg")
     store.write_json(name, {"accuracy": 80.0, "best": 82.0})
     rows = evaluate.accuracy_rows(store, CONFIG)
-    assert rows[0]["runs"] == [80.0]
-    other = evaluate.result_name("otg", "convnet", "ce", 1)
+    assert (rows[0]["runs"], rows[0]["ci95"]) == ([80.0], None)
+    other = evaluate.Student("convnet", "ce", 1).file("results", "otg")
     store.write_json(other, {"accuracy": 90.0, "best": 90.0})
     assert evaluate.accuracy_rows(store, CONFIG) == [
         {
@@ -28,13 +28,16 @@ def test_rows_and_resume(tmp_path):
             "labels": "hard",
             "loss": "ce",
             "arch": "convnet",
+            "seeds": [0, 1],
             "runs": [80.0, 90.0],
             "mean": 85.0,
             "std": 5.0,
+            "ci95": [21.47, 148.53],  # t of one degree of freedom: 12.706 * 5
             "best_mean": 86.0,
         }
     ]
-    assert evaluate.missing(store, CONFIG, "otg") == ["kl", "otm"]
+    left = evaluate.missing(store, CONFIG, "otg")
+    assert left == [("convnet", loss, seed) for loss in ("kl", "otm") for seed in (0, 1)]
 
 
 def test_finished_students_are_left_alone(tmp_path):
@@ -46,7 +49,7 @@ def test_finished_students_are_left_alone(tmp_path):
         {"data": "digits", "ipc": 1, "out": "x", "seeds": 2, "train": {"epochs": 2, "losses": "ce"}}
     )
     kept = {"accuracy": 1.0, "best": 1.0}
-    store.write_json(evaluate.result_name("otg", "convnet", "ce", 0), kept)
+    store.write_json(evaluate.Student("convnet", "ce", 0).file("results", "otg"), kept)
     evaluate.train(store, data, config, "otg")
     (row,) = [r for r in evaluate.accuracy_rows(store, config) if r["set"] == "otg"]
     assert row["runs"][0] == 1.0

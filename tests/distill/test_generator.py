@@ -1,36 +1,23 @@
-"""Generators: classifier-free guidance, files, schedulers, and training that resumes exactly."""
+"""Generators: classifier-free guidance, files, schedulers."""
 
-import dataclasses
 import json
 from importlib import resources
 
 import pytest
 import torch
+from distill import tiny
 
 from otdd.distill.codec import import_diffusers
-from otdd.distill.config import ConfigError
-from otdd.distill.data import ImageData, LabeledImages, load_data
+from otdd.distill.data import load_data
 from otdd.distill.fit import FitConfig, fit
 from otdd.distill.generator import Generator, GeneratorError, load_generator
 
 TINY = FitConfig(width=32, layers=1, steps=6, batch=8, checkpoint_every=2)
 
 
-def toy(classes: int = 3, count: int = 6) -> ImageData:
-    images = torch.randint(
-        0,
-        256,
-        (classes * count, 1, 8, 8),
-        dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(0),
-    )
-    part = LabeledImages(images, torch.arange(classes).repeat_interleave(count))
-    return ImageData("toy", [f"c{k}" for k in range(classes)], part, part)
-
-
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory) -> Generator:
-    made = fit(toy(), TINY, tmp_path_factory.mktemp("g") / "toy.safetensors")
+    made = fit(tiny.images(), TINY, tmp_path_factory.mktemp("g") / "toy.safetensors")
     torch.manual_seed(1)
     for parameter in made.transformer.parameters():  # blocks start as identity: make them differ
         parameter.copy_(0.1 * torch.randn_like(parameter))
@@ -97,7 +84,7 @@ def test_generators_that_do_not_fit_the_data(generator, tmp_path):
     with pytest.raises(GeneratorError, match="classes missing"):
         load_generator(tmp_path / "g.safetensors", load_data("digits"))
     with pytest.raises(GeneratorError, match=r"no generator is shipped.*otdd fit"):
-        load_generator(None, toy())
+        load_generator(None, tiny.images())
     with pytest.raises(GeneratorError, match="class names"):
         Generator(generator.transformer, {}, generator.codec, ["one"], (1, 8, 8))
 
@@ -115,47 +102,3 @@ def test_the_shipped_generator_is_the_one_described():
         "steps": 8000, "seed": 0, "data": "digits",
     }  # fmt: skip
     assert made.info["fit"]["fingerprint"] == load_data("digits").fingerprint
-
-
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("at", [1, 2, 5])
-def test_interrupted_training_ends_with_the_same_bytes(tmp_path, at):
-    fit(toy(), TINY, tmp_path / "whole.safetensors")
-
-    def stop(_: str, step: int, __: int) -> None:
-        if step == at:
-            raise Stop
-
-    with pytest.raises(Stop):
-        fit(toy(), TINY, tmp_path / "cut.safetensors", progress=stop)
-    steps = []
-    fit(toy(), TINY, tmp_path / "cut.safetensors", progress=lambda _, step, __: steps.append(step))
-    assert steps[0] == (at - 1) // 2 * 2 + 1  # from the last checkpoint, not from the start
-    whole, cut = (tmp_path / f"{name}.safetensors" for name in ("whole", "cut"))
-    assert whole.read_bytes() == cut.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
-
-
-def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
-    def stop(_: str, step: int, __: int) -> None:
-        if step == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        fit(toy(), TINY, tmp_path / "g.safetensors", progress=stop)
-    steps = []
-    other = dataclasses.replace(TINY, lr=1e-4)
-    fit(toy(), other, tmp_path / "g.safetensors", progress=lambda _, step, __: steps.append(step))
-    assert steps[0] == 1
-
-
-@pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"width": 33}, {"ema": 1.0}, {"lr": 0.0}, {"batch": 0}]
-)
-def test_bad_settings(settings):
-    (key,) = settings
-    with pytest.raises(ConfigError, match=f"{key}:"):
-        FitConfig(**settings)

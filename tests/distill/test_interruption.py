@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
 
 
 def contents(folder):
-    names = ("sets", "teachers", "results")
+    names = ("sets", "teachers", "results", "geometry")
     files = [p for name in names for p in (folder / name).rglob("*") if p.is_file()]
     found = {str(p.relative_to(folder)): p.read_bytes() for p in files}
     return found | {"grid.png": (folder / "grid.png").read_bytes()}
@@ -50,6 +50,7 @@ def test_nothing_unfinished_is_left(runs):
     root, ways = runs
     for name in ways:
         assert not list((root / name).rglob(TEMP + "*")), name
+        assert not (root / name / "checkpoints").exists(), name
         costs, whole = (
             json.loads((root / n / "metrics.json").read_text())["ot_cost"] for n in (name, "whole")
         )

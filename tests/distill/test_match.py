@@ -6,8 +6,9 @@ import torch
 from otdd.distill.augment import Augmentation, generator
 from otdd.distill.config import TrainConfig
 from otdd.distill.data import ImageData, LabeledImages
-from otdd.distill.match import Step, accuracy, make_loss, reproducible, train_student
+from otdd.distill.match import accuracy, make_loss, reproducible, train_student
 from otdd.distill.students import make_network
+from otdd.distill.training import Step, Training
 from otdd.losses import OTDistillationLoss
 
 
@@ -36,11 +37,9 @@ def train(loss="ce", seed=0, **settings):
     student = make_network("convnet", DATA, seed)
     images, labels = DATA.train.images, DATA.train.labels
     with reproducible(DATA.image_shape):
-        objective = make_loss(loss, config)
+        training = Training(student, make_loss(loss, config), config, 30, seed=seed)
         drawn = steps(soft=loss != "ce")
-        outcome = train_student(
-            student, images, labels, drawn, 30, objective, config, test=DATA.test
-        )
+        outcome = train_student(training, images, labels, drawn, test=DATA.test)
     return student, outcome
 
 
@@ -66,19 +65,23 @@ def test_losses_are_their_formulas():
     config = TrainConfig(beta_2=0.0, kappa_1=0.5, kappa_2=2.0, tau=2.0)
 
     def value(kind):
-        return make_loss(kind, config)(student, mixed, base, teacher)
+        return make_loss(kind, config)(student, mixed, base, teacher)[0]
 
     cross = -student.log_softmax(1)[torch.arange(4), base].mean()
     torch.testing.assert_close(value("ce"), cross)
     squared = (student - teacher).square().mean()
     torch.testing.assert_close(value("otm"), 0.5 * cross + 2 * squared)
     p, q = (teacher / 2).softmax(1), (student / 2).softmax(1)
+    torch.testing.assert_close(value("ce-plain"), cross)
+    torch.testing.assert_close(value("mse"), value("otm"))
     torch.testing.assert_close(value("kl"), 4 * (p * (p / q).log()).sum(1).mean())
     transported = TrainConfig(beta_2=1.0)
-    with_plan = make_loss("otm", transported)(student, mixed, base, teacher)
+    with_plan = make_loss("otm", transported)(student, mixed, base, teacher)[0]
     assert with_plan > 0.025 * cross + squared
+    without = make_loss("mse", transported)(student, mixed, base, teacher)[0]
+    torch.testing.assert_close(without, 0.025 * cross + squared)
     shared = TrainConfig(beta_2_share=0.5)
-    with_share = make_loss("otm", shared)(student, mixed, base, teacher)
+    with_share = make_loss("otm", shared)(student, mixed, base, teacher)[0]
     torch.testing.assert_close(
         with_share, OTDistillationLoss(beta_2_share=0.5)(student, teacher, base)
     )
@@ -87,8 +90,8 @@ def test_losses_are_their_formulas():
 def test_soft_losses_need_soft_labels():
     with pytest.raises(ValueError, match="needs soft labels"):
         make_loss("kl", TrainConfig())(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), None)
-    with pytest.raises(ValueError, match="unknown loss 'mse'"):
-        make_loss("mse", TrainConfig())
+    with pytest.raises(ValueError, match="unknown loss 'l2'"):
+        make_loss("l2", TrainConfig())
 
 
 def test_reproducible_restores_the_settings():

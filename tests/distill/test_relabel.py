@@ -168,3 +168,53 @@ def test_hard_steps_differ_by_seed():
     one, other = (list(stage.hard_steps(10, DATA, CONFIG, seed)) for seed in (0, 1))
     assert all(step.teacher is None for step in one)
     assert not torch.equal(one[0].batch.theta, other[0].batch.theta)
+
+
+def test_plain_steps_are_the_images_in_the_order_of_the_augmented_ones():
+    plain, drawn = (list(stage.hard_steps(10, DATA, CONFIG, 0, plain=p)) for p in (True, False))
+    images = DATA.train.images[:10]
+    for one, other in zip(plain, drawn, strict=True):
+        assert torch.equal(one.batch.index, other.batch.index)
+        torch.testing.assert_close(one.batch.apply(images), images[one.batch.index].float() / 255)
+        assert not torch.equal(other.batch.apply(images), one.batch.apply(images))
+
+
+@pytest.mark.parametrize("shard_bytes", [1, stage.SHARD_BYTES])
+def test_few_labelled_epochs_come_again_and_again(store, teachers, monkeypatch, shard_bytes):
+    monkeypatch.setattr(stage, "SHARD_BYTES", shard_bytes)
+    few = dataclasses.replace(CONFIG.relabel, label_epochs=2)
+    train = dataclasses.replace(CONFIG.train, epochs=5)
+    config = dataclasses.replace(CONFIG, relabel=few, train=train)
+    name = f"few-{shard_bytes}"
+    images = store.read_images("random")
+    store.write_images(name, images["images"], images["labels"])
+    stage.relabel(store, DATA, teachers, config, name)
+    assert stage.relabelled(store, DATA, config, name)
+    shards = sorted(p.name for p in (store.path / f"sets/{name}/labels").iterdir())
+    assert len(shards) == (2 if shard_bytes == 1 else 1)
+    stored = list(stage.stored_steps(store, DATA, config, name))
+    live = list(stage.live_steps(images["images"], DATA, teachers, config))
+    assert len(stored) == len(live) == 5 * 3
+    for number, (one, other) in enumerate(zip(stored, live, strict=True)):
+        assert torch.equal(one.batch.theta, other.batch.theta)
+        assert torch.equal(one.teacher, other.teacher)
+        assert torch.equal(one.teacher, stored[number % 6].teacher)
+    assert not torch.equal(stored[0].teacher, stored[3].teacher)
+    rest = list(stage.stored_steps(store, DATA, config, name, 3))
+    assert all(torch.equal(a.teacher, b.teacher) for a, b in zip(rest, stored[9:], strict=True))
+
+
+@pytest.mark.parametrize("make", ["hard", "stored", "live"])
+def test_steps_from_an_epoch_on_are_those_of_the_whole(store, teachers, make):
+    stage.relabel(store, DATA, teachers, CONFIG, "random")
+    images = store.read_images("random")["images"]
+    made = {
+        "hard": lambda first: stage.hard_steps(10, DATA, CONFIG, 1, first),
+        "stored": lambda first: stage.stored_steps(store, DATA, CONFIG, "random", first),
+        "live": lambda first: stage.live_steps(images, DATA, teachers, CONFIG, first),
+    }[make]
+    rest = list(made(2))
+    assert len(rest) == 3
+    for one, other in zip(rest, list(made(0))[6:], strict=True):
+        assert torch.equal(one.batch.theta, other.batch.theta)
+        assert torch.equal(one.batch.index, other.batch.index)

@@ -16,8 +16,8 @@ from otdd import cli, tools
 from otdd.distill import prepare
 from otdd.distill.codec import PixelCodec
 from otdd.distill.config import ConfigError
-from otdd.distill.evaluate import transport_problem
 from otdd.distill.export import export
+from otdd.distill.geometry import transport_problem
 from otdd.distill.report import report
 from otdd.distill.report.figures import class_title
 from otdd.distill.report.gather import gather

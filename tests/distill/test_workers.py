@@ -57,6 +57,25 @@ def test_the_same_bytes_whatever_the_number_of_processes(runs, name):
     assert not list((root / name).rglob(TEMP + "*"))
 
 
+@pytest.mark.parametrize("name", ["stored-3", "live-3", "stored-lost", "live-1"])
+def test_the_same_students_whatever_the_number_of_processes(runs, name):
+    root, ways = runs
+    lost = [[1, -9], [0, 0]]
+    assert ways[name] == (lost if name == "stored-lost" else [[0] * int(name[-1])])
+    assert results(root / name) == results(root / "stored-1")
+    assert len(results(root / name)) == 2 * 2 * 2
+    logs = list((root / name / "logs").rglob("*.csv"))
+    assert len(logs) == 8
+    assert not (root / name / "checkpoints").exists()
+    tables = [json.loads((root / n / "metrics.json").read_text()) for n in (name, "stored-1")]
+    assert tables[0]["accuracy"] == tables[1]["accuracy"]
+
+
+def results(folder):
+    files = (p for p in (folder / "results").rglob("*.json"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
 def test_a_store_with_words_of_the_dead_joins_the_living():
     store = torch.distributed.HashStore()
     for rank in (1, 2):  # an attempt whose first process was lost while it answered

@@ -1,8 +1,11 @@
 """Tiny random models of diffusers for the tests."""
 
+from types import SimpleNamespace
+
 import torch
 
 from otdd.distill.codec import import_diffusers
+from otdd.distill.data import ImageData, LabeledImages
 
 
 def randomise(model, seed: int = 0, scale: float = 0.1):
@@ -50,3 +53,25 @@ def dit_pipeline(classes: int = 3, learned: bool = False, id2label=None):
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     model = transformer(classes, learned=learned)
     return diffusers.DiTPipeline(model, autoencoder(), scheduler, id2label=id2label)
+
+
+def images(counts=(6, 6, 6), side: int = 8, channels: int = 1) -> ImageData:
+    """Random images, so many of each class."""
+    size = (sum(counts), channels, side, side)
+    pixels = torch.randint(
+        0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    part = LabeledImages(pixels, labels)
+    return ImageData("toy", [f"c{k}" for k in range(len(counts))], part, part)
+
+
+class Constant(torch.nn.Module):
+    """A denoiser that always predicts the same."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x, timestep, class_labels):
+        return SimpleNamespace(sample=self.output)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from references import sinkhorn_oracle
 
-from otdd.ops import pointers, sinkhorn
+from otdd.ops import barycentric, pointers, sinkhorn
 from otdd.ops.sinkhorn.cuda import potentials_backward_cuda, sinkhorn_cuda
 
 SHARED = 227 << 10
-# Multiprocessors, bytes of shared memory, blocks of a cluster; sizes that then take this team.
+# Multiprocessors, bytes of shared memory, blocks of a cluster, and what a barrier takes; sizes that
+# then take this team.
 TEAMS = {
     "warp": (
         (4, SHARED, 16),
@@ -25,7 +26,9 @@ TEAMS = {
     "cluster": ((132, SHARED, 8), [(90, 100), (67, 129)]),
     "large cluster": ((8, 40 << 10, 16), [(150, 61), (130, 70)]),
     "group": ((4, 30 << 10, 1), [(100, 70), (66, 130)]),
-    "workspace": ((4, 20 << 10, 1), [(100, 110), (67, 130)]),
+    "stream across": ((8, 4 << 10, 1), [(67, 130), (5, 1700)]),
+    "stream down": ((8, 4 << 10, 1), [(830, 5)]),
+    "stream": ((8, 4 << 10, 1, 0.0), [(150, 150)]),  # barriers that take no time
 }
 CASES = [(team, size) for team, (_, sizes) in TEAMS.items() for size in sizes]
 
@@ -90,6 +93,7 @@ def test_gradients(emulated_cuda, team, size, grad, eps, dtype, backend):
     seen = emulated.in_every_order(emulated_cuda, lambda: gradients(backend, dtype))
     want = gradients("reference", torch.float64)
     digits = {torch.float32: 2e-5, torch.float64: 1e-10}[dtype]
+    digits *= max(1, max(size) / 300)  # of the smallest weights; float32 on the CPU misses as much
     for got, exact in zip(seen, want, strict=True):
         unit = exact.abs().max().clamp_min(1e-2)
         torch.testing.assert_close(got / unit, exact.to(dtype) / unit, rtol=0, atol=digits)
@@ -161,11 +165,11 @@ def test_a_mistake_in_a_kernel_is_seen(emulated_cuda):
     C, P = torch.rand(3, 4), torch.empty(3, 4)
 
     def plan(f, P_address):
-        matrix, one = (C.data_ptr(), 0, 4), torch.ones(1, dtype=torch.float64)
+        matrix, one = (C.data_ptr(), 0, 4, 0), torch.ones(1, dtype=torch.float64)
         nothing = 0, 0, 0
         eps = one.data_ptr(), 0, 0
         return kernel(
-            0, 0, 1, 3, 4, matrix, f, nothing, nothing, nothing, 0.0, eps, nothing, P_address
+            0, 0, 1, 3, 4, matrix, f, nothing, nothing, nothing, 0.0, eps, nothing, P_address, 0
         )
 
     assert plan((0, 0, 0), P.data_ptr()) == 0
@@ -177,11 +181,110 @@ def test_a_mistake_in_a_kernel_is_seen(emulated_cuda):
 def test_what_the_kernels_do_not_take_says_why(emulated_cuda):
     from otdd.backends import BackendError
 
-    C = torch.rand(3, 8193)
-    with pytest.raises(BackendError, match="8193 columns"):
-        sinkhorn(C, eps=0.1, backend="cuda")
-    with pytest.raises(BackendError, match="neither schedule nor accelerate"):
-        sinkhorn(C[:, :5], eps=0.1, accelerate="anderson", backend="cuda")
-    emulated_cuda.set_chip(4, 8 << 10, 1)
-    with pytest.raises(ValueError, match="too large for the CUDA kernels"):
-        sinkhorn(C[:, :4000], eps=0.1, backend="cuda")
+    for options in ({"accelerate": "anderson"}, {"schedule": 0.1}):
+        with pytest.raises(BackendError, match="neither schedule nor accelerate"):
+            sinkhorn(torch.rand(3, 5), eps=0.1, **options, backend="cuda")
+
+
+@pytest.mark.parametrize(("team", "size"), CASES)
+def test_sizes_take_the_team_of_their_name(emulated_cuda, team, size):
+    emulated_cuda.set_chip(*TEAMS[team][0])
+    name, down, across = emulated_cuda.team(2, *size)
+    assert name == team.split()[-1 if name == "cluster" else 0]
+    if name == "stream":
+        assert ("down" in team, "across" in team) == (across == 1, down == 1)
+        assert down * across > 1
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "grad"),
+    [
+        ((16, 20_000), torch.float32, "envelope"),
+        ((3, 8200), torch.float32, "unrolled"),
+        ((2, 8193), torch.float64, "unrolled"),
+        ((2, 8193), torch.float32, "implicit"),
+    ],
+)
+def test_more_columns_than_a_block_can_hold(emulated_cuda, size, dtype, grad):
+    """Each block has its own of them; with the chip's true memory of a block."""
+    emulated_cuda.set_chip(12, SHARED, 16)
+    assert emulated_cuda.team(1, *size)[0] == "stream"
+    tensors = problem(size, torch.float32, batch=1)
+
+    def run(backend, dtype):
+        C, a, b = (t.to(dtype, copy=True).requires_grad_() for t in tensors)
+        result = sinkhorn(C, a, b, eps=0.05, max_iter=3, grad=grad, backend=backend)
+        loss = result.value.sum() + result.cost.sum()
+        seen = result.f, result.g, result.value, result.cost, result.marginal_error
+        return (
+            *(t.detach() for t in seen),
+            result.plan.detach(),
+            *torch.autograd.grad(loss, (C, a, b)),
+        )
+
+    digits = 1e-5 if dtype == torch.float32 else 1e-11
+    for got, want in zip(run("cuda", dtype), run("reference", torch.float64), strict=True):
+        unit = (
+            want.abs().max().clamp_min(1e-3 if want.dim() > 1 else 1)
+        )  # of value, error: the mass
+        torch.testing.assert_close(got / unit, want.to(dtype) / unit, rtol=0, atol=digits)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+@pytest.mark.parametrize("team", ["warp", "block", "cluster", "group", "stream"])
+def test_costs_in_half_precision_are_as_if_widened_first(emulated_cuda, team, grad, half):
+    """To the bit, also where K loses columns and they are made from the costs again."""
+    emulated_cuda.set_chip(*TEAMS[team][0])
+    C, a, b = problem(TEAMS[team][1][-1], torch.float32)
+    C = torch.cat([C, C[..., :1] + 40], -1)[..., 1:].to(half)  # rows that are not contiguous
+
+    def run(C):
+        """Results in float32, then gradients; each of one use of C: two uses add up in its type."""
+        C, y = C.detach().requires_grad_(), torch.linspace(-1, 1, C.shape[-1]).unsqueeze(-1)
+        result = sinkhorn(C, a, b, eps=0.02, max_iter=6, grad=grad, backend="cuda")
+        f, g = result.f.detach(), result.g.detach()
+        image = barycentric((f, g), y, C=C, eps=0.02, a=a, b=b, backend="cuda")
+        losses = result.value.sum() + result.cost.sum(), image.sum()
+        gradients = [torch.autograd.grad(loss, C)[0] for loss in losses]
+        error, plan = result.marginal_error, result.plan
+        return [f, g, result.value, result.cost, error, plan, image], gradients
+
+    seen, gradients = run(C)
+    expected, wide = run(C.float())
+    assert all(map(torch.equal, seen, expected))
+    for got, want in zip(gradients, wide, strict=True):
+        assert got.dtype == half
+        assert torch.equal(got, want.to(half))
+
+
+def test_second_derivatives_from_half_precision(emulated_cuda):
+    C = problem((9, 8), torch.float32)[0]
+
+    def run(C):
+        C = C.requires_grad_()
+        value = sinkhorn(C, eps=0.2, max_iter=50, backend="cuda").value.sum()
+        (first,) = torch.autograd.grad(value, C, create_graph=True)
+        return torch.autograd.grad((first.float() * C.detach().float()).sum(), C)[0]
+
+    half = C.bfloat16()
+    got, want = run(half.clone()), run(half.float())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=1e-4)
+
+
+def test_numbers_of_half_precision(emulated_cuda):
+    """Conversions of the emulator, and those by bits that the kernels have too, are torch's."""
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    near = torch.tensor([0.0, 1e-30, 6e-8, 2.9e-8, 3e-8, 65519.0, 65520.0, 1e30, 3.4e38, math.inf])
+    for name, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16)):
+        of, to = (getattr(emulated_cuda, f) for f in (f"float_of_{name}", f"{name}_of"))
+        numbers = bits.to(torch.int16).view(dtype).float()
+        seen = torch.tensor([of(k) for k in range(1 << 16)])
+        assert torch.equal(seen.nan_to_num(7.5), numbers.nan_to_num(7.5))
+        assert torch.equal(seen.isnan(), numbers.isnan())
+        finite = numbers[numbers.isfinite()].sort().values
+        between = torch.cat([(finite[1:] + finite[:-1]) / 2, finite * (1 + 2**-9), near, -near])
+        got = torch.tensor([to(x) for x in between.tolist()], dtype=torch.int32)
+        assert torch.equal(got.to(torch.int16).view(dtype), between.to(dtype))
+        assert to(math.nan) & 0x7FFF > 0x7F80 - 0x400 * (name == "half")

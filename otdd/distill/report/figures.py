@@ -17,7 +17,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 from otdd.distill.config import HEADINGS
-from otdd.distill.evaluate import MAX_ITER, TOL
+from otdd.distill.geometry import MAX_ITER, TOL
 from otdd.distill.report.gather import Entropy, Metrics, Row
 from otdd.distill.report.transport import MARKS, ClassTransport
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from otdd.distill import plots
 from otdd.distill.config import HEADINGS
-from otdd.distill.evaluate import MAX_ITER, TOL
+from otdd.distill.geometry import MAX_ITER, TOL
 from otdd.distill.report.figures import COLOURS, Picture
 from otdd.distill.report.gather import Found, Row
 from otdd.distill.report.html import Markup, image_url, join, table, tag

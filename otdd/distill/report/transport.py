@@ -11,7 +11,7 @@ from torch import Tensor
 
 from otdd.distill.codec import Codec
 from otdd.distill.data import ImageData
-from otdd.distill.evaluate import MAX_ITER, TOL, real_latents, transport_problem
+from otdd.distill.geometry import MAX_ITER, TOL, real_latents, transport_problem
 
 POINTS = 150  # real images that a map shows
 # Iterations at which the convergence is looked at, about evenly on a logarithmic scale.

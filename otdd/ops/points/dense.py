@@ -9,7 +9,6 @@ from torch import Tensor
 from otdd.ops.cost import cost_gradients, cost_matrix
 from otdd.ops.points.reference import Clouds, PointSolution, label_costs
 from otdd.ops.sinkhorn import sinkhorn
-from otdd.ops.sinkhorn.cuda import MOST_COLUMNS
 from otdd.ops.sinkhorn.op import plan_op
 
 CUDA = 1 << 23  # entries of a problem's cost above which the CUDA kernels would read it from afar
@@ -21,10 +20,7 @@ def cuda_refusal(x: Tensor, N: int, M: int, schedule: float | None) -> str | Non
     if schedule is not None:
         return "the CUDA kernels have no schedule"
     entries = N * M
-    if entries > CUDA:
-        return f"{entries} costs; the CUDA kernels keep those of at most {CUDA}"
-    most = MOST_COLUMNS[x.dtype]
-    return None if most >= M else f"{M} columns; the CUDA kernels take {most}"
+    return None if entries <= CUDA else f"{entries} costs; the CUDA kernels keep at most {CUDA}"
 
 
 def stored(
@@ -69,7 +65,7 @@ def product_stored(
         one = Clouds(*some)
         distance = cost_matrix(one.x, one.y, metric, backend=backend)
         C = distance if p.label_cost is None else distance + label_costs(one, slice(None))
-        P = plan_op(C, f_, g_, one.a, one.b, one.eps, None, False, backend)
+        P = plan_op(C, f_, g_, one.a, one.b, one.eps, None, False, False, backend)
         w = P * (u_.unsqueeze(-1) + v_.unsqueeze(-2) + kappa_.to(C.dtype)[:, None, None] * C)
         if over_distance:
             w = torch.where(distance > 0, w / distance, 0)

@@ -35,7 +35,7 @@ class SinkhornResult:
         n_iter: Iterations done, those of a schedule and those taken back too, int64 ``(...)``.
         marginal_error: ``sum_i |sum_j P_ij - a_i exp(-f_i / rho_a)|``, ``(...)``, how far the rows
             are from their optimality condition; columns are met exactly.
-        C: Costs, ``(..., N, M)``.
+        C: Costs, ``(..., N, M)``; in half precision only by `cuda`, whose kernels read it so.
         eps: Regularisation strength, float64 ``(...)``.
         tol: Marginal error that was asked for.
         grad: Gradient mode.
@@ -80,7 +80,9 @@ class SinkhornResult:
         """
         tensors = self.C, self.f, self.g, self.a, self.b
         if self.grad == "envelope":
-            return plan_op(*(t.detach() for t in tensors), self.eps, None, False, self.backend)
+            return plan_op(
+                *(t.detach() for t in tensors), self.eps, None, False, False, self.backend
+            )
         return plan_from_potentials(*tensors, self.eps)
 
 
@@ -169,9 +171,10 @@ def sinkhorn(
             for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
         )
     refusals = pointers.refusals(
-        C, cuda_refusal(C, schedule, accelerate), triton_refusal(C, schedule, accelerate)
+        C, cuda_refusal(schedule, accelerate), triton_refusal(C, schedule, accelerate)
     )
     chosen = backends.choose("sinkhorn", refusals, backend)
+    C = pointers.as_read(C, chosen)
     f, g, value, cost, marginal_error, n_iter, _ = solve(
         C,
         a,
@@ -216,14 +219,14 @@ def problem_tensors(
     potentials_name: str = "potentials",
     like: str = "C",
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], Tensor | None, Tensor | None, Tensor]:
-    """Checks a problem's tensors and brings them to one batch shape and float32 or float64.
+    """Checks a problem's tensors and brings them to one batch shape and float32 or float64, but C.
 
     `like` names what the caller gave for C, where others are to be as that.
 
     Returns:
-        C; the potentials, weights a and b where given; eps in float64.
+        C as given; the potentials, weights a and b where given; eps in float64.
     """
-    C = checks.as_float(C, "C")
+    C = checks.floating(C, "C")
     if C.dim() < 2 or 0 in C.shape[-2:]:
         checks.require(C.dim() >= 2, "C", f"shape {tuple(C.shape)}", "(..., N, M)")
         checks.require(False, "C", f"shape {tuple(C.shape)}", "N >= 1 and M >= 1")

@@ -6,19 +6,16 @@ import torch
 from torch import Tensor
 
 from otdd.ops import pointers
-from otdd.ops.pointers import matrices, per_point, per_problem
+from otdd.ops.pointers import costs, per_point, per_problem
 from otdd.ops.sinkhorn.implicit import implicit_tolerance
 from otdd.ops.sinkhorn.reference import Solution
 
-MOST_COLUMNS = {torch.float32: 8192, torch.float64: 6144}  # a block holds a few numbers of each
 
-
-def refusal(C: Tensor, schedule: float | None, accelerate: str | None) -> str | None:
-    """What the kernels have against a problem, wherever it is."""
-    if schedule is not None or accelerate is not None:
-        return "the CUDA kernels have neither schedule nor accelerate"
-    most = MOST_COLUMNS[C.dtype]
-    return None if C.shape[-1] <= most else f"{C.shape[-1]} columns; the CUDA kernels take {most}"
+def refusal(schedule: float | None, accelerate: str | None) -> str | None:
+    """What the kernels have against a solve, wherever it is."""
+    if schedule is None and accelerate is None:
+        return None
+    return "the CUDA kernels have neither schedule nor accelerate"
 
 
 def sinkhorn_cuda(
@@ -41,14 +38,14 @@ def sinkhorn_cuda(
     tensors = pointers.flat(len(batch), pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
     device, stream = pointers.place(C)
-    space = pointers.workspace(C, "sinkhorn", B, N, M)
-    status = pointers.cuda_kernel("sinkhorn", C.dtype)(
+    space = pointers.workspace(out.f, "sinkhorn", B, N, M)
+    status = pointers.cuda_kernel("sinkhorn", out.f.dtype)(
         device,
         stream,
         B,
         N,
         M,
-        matrices(C),
+        costs(C),
         per_point(a),
         per_point(b),
         1.0 if sinkd else 0.0,
@@ -81,20 +78,21 @@ def plan_cuda(
     eps: Tensor,
     scale: Tensor | None,
     sinkd: bool,
+    as_C: bool,
 ) -> Tensor:
-    """``scale * P`` from the potentials."""
+    """``scale * P`` from the potentials, in their type or in that of C."""
     *batch, N, M = C.shape
-    P = C.new_empty(C.shape)
+    P = C.new_empty(C.shape, dtype=C.dtype if as_C else f.dtype)
     tensors = pointers.flat(len(batch), pointers.with_rows(C), f, g, a, b, eps, scale)
     C, f, g, a, b, eps, scale = tensors
     device, stream = pointers.place(C)
-    status = pointers.cuda_kernel("plan", C.dtype)(
+    status = pointers.cuda_kernel("plan", f.dtype)(
         device,
         stream,
         math.prod(batch),
         N,
         M,
-        matrices(C),
+        costs(C),
         per_point(f),
         per_point(g),
         per_point(a),
@@ -103,6 +101,7 @@ def plan_cuda(
         per_problem(eps),
         per_problem(scale),
         P.data_ptr(),
+        pointers.NUMBERS[P.dtype],
     )
     pointers.check_cuda(status, "sinkhorn's plan")
     return P
@@ -126,8 +125,8 @@ def potentials_backward_cuda(
     """See `potentials_backward_reference`; the implicit system is solved in float64."""
     *batch, N, M = C.shape
     B, unrolled = math.prod(batch), mode == "unrolled"
-    dtype = C.dtype if unrolled else torch.float64
-    given, (C, a, b, f, g, df, dg) = C.dtype, (t.to(dtype) for t in (C, a, b, f, g, df, dg))
+    given, dtype = f.dtype, f.dtype if unrolled else torch.float64
+    a, b, f, g, df, dg = (t.to(dtype) for t in (a, b, f, g, df, dg))
     history, n_iter = history.contiguous(), n_iter.contiguous()
     shapes = C.shape, C.shape[:-1], (*batch, M)
     dC, da, db = (C.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -145,7 +144,7 @@ def potentials_backward_cuda(
         N,
         M,
         steps,
-        matrices(C),
+        costs(C),
         per_point(a),
         per_point(b),
         per_problem(eps),

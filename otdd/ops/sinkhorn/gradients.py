@@ -87,7 +87,7 @@ def _envelope_gradients(
     dC = da = db = None
     if need_C:
         scale = dvalue if dcost is None else dcost if dvalue is None else dvalue + dcost
-        dC = plan_op(C, f, g, a, b, eps, scale, sinkd, backend)
+        dC = plan_op(C, f, g, a, b, eps, scale, sinkd, True, backend)
     if dvalue is not None and need_weights:
         problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
         soft = rho_a is not None or rho_b is not None
@@ -112,11 +112,11 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
             "has no second derivative; `value` has one"
         )
     problem = filled(C, a, b, eps, rho_a, rho_b, ctx.sinkd)
-    e = eps.to(C.dtype).unsqueeze(-1)
+    e = eps.to(f.dtype).unsqueeze(-1)
     df, dg, da, db, ddvalue = value_slopes_backward(problem, f, g, dvalue, w_a, w_b)
     dC = 0
     if w_C is not None:
-        P = plan_op(C, f, g, a, b, eps, None, ctx.sinkd, ctx.backend)
+        P = plan_op(C, f, g, a, b, eps, None, ctx.sinkd, False, ctx.backend)
         flow = P * w_C
         ddvalue = ddvalue + flow.sum((-1, -2))
         flow = flow * dvalue[..., None, None]
@@ -129,7 +129,7 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
         *problem, f, g, no_history, n_iter, df, dg, None, "implicit", ctx.sinkd, ctx.backend
     )
     grads = (
-        None if t is None else direct + implicit
+        None if t is None else (direct + implicit).to(t.dtype)
         for t, direct, implicit in zip((C, a, b), (dC, da, db), through, strict=True)
     )
     return *grads, *(None,) * 5, ddvalue, *(None,) * 5
@@ -193,6 +193,7 @@ def _through_gradients(
         by_f, by_g, by_a, by_b = (slope * dvalue.unsqueeze(-1) for slope in slopes)
         df, dg = df + by_f, dg + by_g
     dC, da, db = backward_op(*problem, f, g, history, n_iter, df, dg, dcost, mode, sinkd, backend)
+    dC = dC.to(C.dtype)
     return (dC, da, db) if dvalue is None else (dC, da + by_a, db + by_b)
 
 

@@ -14,6 +14,7 @@ from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op
 from otdd.ops.sinkhorn import cpu, cuda
 from otdd.ops.sinkhorn.reference import (
+    Solution,
     kept,
     over,
     plan_from_potentials,
@@ -30,7 +31,8 @@ MOST_ENTRIES = 1 << 20  # of a problem, for Triton: beyond it one program is slo
 def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
     """Weights of mass 1 in all, or of 1 each with ``sinkd``: ``(..., N)`` and ``(..., M)``."""
     *batch, N, M = C.shape
-    one_a, one_b = C.new_full((), 1.0 if sinkd else 1 / N), C.new_full((), 1.0 if sinkd else 1 / M)
+    dtype = checks.wide(C.dtype)
+    one_a, one_b = (C.new_full((), 1.0 if sinkd else 1 / n, dtype=dtype) for n in (N, M))
     return one_a.expand(*batch, N), one_b.expand(*batch, M)
 
 
@@ -100,16 +102,7 @@ def _solve(
 
 def _fake_solve(C: Tensor, *options: object) -> Outputs:
     *_, max_iter, _, _, _, grad, _, _ = options
-    *batch, N, M = C.shape
-    return (
-        C.new_empty(*batch, N),
-        C.new_empty(*batch, M),
-        C.new_empty(batch),
-        C.new_empty(batch),
-        C.new_empty(batch),
-        C.new_empty(batch, dtype=torch.int64),
-        C.new_empty(*batch, max_iter + 1 if grad == "unrolled" else 0, N + M, dtype=torch.float64),
-    )
+    return tuple(torch.empty_like(t) for t in Solution.empty(C, max_iter, grad == "unrolled"))
 
 
 def _plan(
@@ -121,13 +114,17 @@ def _plan(
     eps: Tensor,
     scale: Tensor | None,
     sinkd: bool,
+    as_C: bool,
     backend: str,
 ) -> Tensor:
-    """``scale * P`` with ``scale (...)``, for all rows of a problem or some of them."""
+    """``scale * P`` with ``scale (...)``, for all rows of a problem or some of them.
+
+    A gradient of C is of its type, which may be half of what is computed in: `as_C`.
+    """
     if backend == "cpu":
         return cpu.plan_cpu(C, f, g, a, b, eps, scale, sinkd)
     if backend == "cuda":
-        return cuda.plan_cuda(C, f, g, a, b, eps, scale, sinkd)
+        return cuda.plan_cuda(C, f, g, a, b, eps, scale, sinkd, as_C)
     if backend == "triton":
         run = pointers.triton_kernels("sinkhorn").plan_triton
         return run(C, f, g, a, b, eps, scale, sinkd)
@@ -136,8 +133,8 @@ def _plan(
     return P if scale is None else P * scale[..., None, None]
 
 
-def _fake_plan(C, f, g, a, b, eps, scale, sinkd, backend):  # noqa: ANN001, ANN202
-    return torch.empty_like(C, memory_format=torch.contiguous_format)
+def _fake_plan(C, f, g, a, b, eps, scale, sinkd, as_C, backend):  # noqa: ANN001, ANN202
+    return C.new_empty(C.shape, dtype=C.dtype if as_C else f.dtype)
 
 
 solve_op = custom_op("otdd::sinkhorn", _solve, _fake_solve)
@@ -162,22 +159,22 @@ def _backward(
     sinkd: bool,
     backend: str,
 ) -> Gradients:
-    """Vector-Jacobian product of (f, g, cost) with respect to (C, a, b).
+    """Vector-Jacobian product of (f, g, cost) with respect to (C, a, b), in the type of f.
 
     ``cost = <P, C>`` depends on C directly, and through the plan on the potentials and weights.
     """
     problem = C, a, b, eps, rho_a, rho_b = filled(C, a, b, eps, rho_a, rho_b, sinkd)
     if dcost is not None:
         # The columns of P sum to b exp(-g / rho_b), so what a constant k in C adds is known.
-        e = eps.to(C.dtype).unsqueeze(-1)
-        P = plan_op(C, f, g, a, b, eps, None, sinkd, backend)
+        e = eps.to(f.dtype).unsqueeze(-1)
+        P = plan_op(C, f, g, a, b, eps, None, sinkd, False, backend)
         k = ((P * C).sum((-1, -2)) / P.sum((-1, -2))).unsqueeze(-1)
         flow = P * dcost[..., None, None]
         weighted = flow * (C - k.unsqueeze(-1))
         to_rows, to_columns = weighted.sum(-1), weighted.sum(-2)
         in_columns = k * dcost.unsqueeze(-1) * torch.where(b > 0, kept(g, rho_b), 0)
         df, dg = df + to_rows / e, dg + to_columns / e
-        dg = dg - in_columns * b / rho_b.to(C.dtype).unsqueeze(-1)
+        dg = dg - in_columns * b / rho_b.to(f.dtype).unsqueeze(-1)
     if backend == "triton":
         run = pointers.triton_kernels("sinkhorn").potentials_backward_triton
     else:
@@ -196,7 +193,7 @@ def _backward(
 
 def _fake_backward(C, a, b, eps, rho_a, rho_b, f, g, *_):  # noqa: ANN001, ANN002, ANN202
     return (
-        torch.empty_like(C, memory_format=torch.contiguous_format),
+        C.new_empty(C.shape, dtype=f.dtype),
         torch.empty_like(f),
         torch.empty_like(g),
     )

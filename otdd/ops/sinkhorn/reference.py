@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otdd.ops import checks
 from otdd.ops.sinkhorn.accelerate import LEVEL_ERROR, LEVEL_ITERATIONS, Anderson, cost_range, levels
 from otdd.ops.sinkhorn.implicit import adjoint, implicit_tolerance, over
 
@@ -33,13 +34,10 @@ class Solution(NamedTuple):
     def empty(cls, C: Tensor, max_iter: int, keep_history: bool) -> "Solution":
         """Room for the solution of `C`; an early stop leaves some of a history unwritten: zeros."""
         *batch, N, M = C.shape
-        steps = max_iter + 1 if keep_history else 0
+        steps, dtype = max_iter + 1 if keep_history else 0, checks.wide(C.dtype)
+        shapes = (*batch, N), (*batch, M), batch, batch, batch
         return cls(
-            C.new_empty(*batch, N),
-            C.new_empty(*batch, M),
-            C.new_empty(batch),
-            C.new_empty(batch),
-            C.new_empty(batch),
+            *(C.new_empty(shape, dtype=dtype) for shape in shapes),
             C.new_empty(batch, dtype=torch.int64),
             C.new_zeros(*batch, steps, N + M, dtype=torch.float64),
         )
@@ -60,7 +58,7 @@ def plan_from_potentials(
 ) -> Tensor:
     """``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, exactly 0 where a weight is 0."""
     used = (a != 0).unsqueeze(-1) & (b != 0).unsqueeze(-2)
-    eps = eps.to(C.dtype).unsqueeze(-1)
+    eps = eps.to(f.dtype).unsqueeze(-1)
     logits = torch.where(used, log_density(C, f, g, eps), -torch.inf)
     return logits.exp() * a.unsqueeze(-1) * b.unsqueeze(-2)
 
