@@ -67,6 +67,16 @@ def test_links_of_the_readme_are_those_of_the_page():
     assert hooks.relink(text, "how-to") == "[notes](../notes.md)"
 
 
+def test_included_files_are_there():
+    """And the lines that include them are whole: a formatter may take them for Python."""
+    lines = [line for text in PAGES.values() for line in text.splitlines() if line[:3] == "--8"]
+    assert lines
+    for line in lines:
+        match = re.fullmatch(r'--8<-- "(.+)"', line)
+        assert match, line
+        assert (ROOT / match[1]).is_file()
+
+
 def test_formulas():
     pytest.importorskip("latex2mathml")
     text = hooks.formulas("a $`x_i`$ and\n\n```math\nx = 1\ny = 2\n```\n")
