@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from otdd import joblog
-from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.config import ConfigError, RunConfig, printable, require_path
 from otdd.distill.inputs.problems import DataError, DataWarning
 from otdd.flags import Log, flags_of, nearest, parse, value
 
@@ -240,8 +240,12 @@ def _env(flags: list[str]) -> int:
 
 def _stored(out: str | None) -> dict[str, Any]:
     """Settings of a folder, so that a stage needs no more than --out."""
+    require_path(out, "out")
     if out is None or not (Path(out) / "config.json").is_file():
         return {}
+    from otdd.distill.store import Store
+
+    Store(out).sums.verify(["config.json"])
     try:
         return dict(json.loads((Path(out) / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -260,6 +264,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     loaded = sys.modules.get("otdd.distill.generator")
     if loaded is not None:
         expected.append(loaded.GeneratorError)
+    listing = bool(getattr(error, "problems", None))  # a `DataError` names every file in a line
+    text = str(error) if listing else printable(" ".join(str(error).split()))
     if isinstance(error, tuple(expected)):
-        return 2, f"otdd: {error}"
-    return 1, f"otdd: failed: {type(error).__name__}: {error} (--debug shows where)"
+        return 2, f"otdd: {text}"
+    return 1, f"otdd: failed: {type(error).__name__}: {text} (--debug shows where)"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import types
 import typing
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from typing import Any, Literal
 
-from otdd.distill.config import ConfigError
+from otdd.distill.config import ConfigError, require
 
 Log = Literal["auto", "bars", "lines", "json", "quiet"]
 
@@ -27,7 +28,7 @@ def parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, An
     try:
         default = _unchecked(cls, base, tyro.MISSING)
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            made = tyro.cli(
                 cls,
                 args=flags,
                 prog=prog,
@@ -36,10 +37,23 @@ def parse(cls: type, flags: list[str], prog: str, about: str, base: dict[str, An
                 config=(tyro.conf.AvoidSubcommands,),
                 use_underscores=True,
             )
+        _finite(made)
+        return made
     except SystemExit as end:
         if not end.code:
             raise
         raise ConfigError(_one_line(errors.getvalue(), prog)) from None
+
+
+def _finite(made: Any, prefix: str = "") -> None:
+    """Refuse infinite and undefined numbers in an object of settings."""
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if dataclasses.is_dataclass(value):
+            _finite(value, f"{prefix}{field.name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            ok = not isinstance(number, float) or math.isfinite(number)
+            require(ok, f"--{prefix}{field.name}", number, "a finite number")
 
 
 def _refuse_unknown(flags: list[str], cls: type, prog: str) -> None:

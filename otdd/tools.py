@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from otdd.distill.config import ConfigError
+from otdd.distill.config import ConfigError, require, require_path
 from otdd.flags import Log, parse
 
 
@@ -101,6 +101,19 @@ class PushFlags:
     """Show the stack trace of an error."""
 
 
+def _flags(cls: type, flags: list[str], prog: str, about: str) -> Any:
+    """Flags of a command that works on data, its output not among the classes of them."""
+    from otdd.distill.prepare import outside
+
+    given = parse(cls, flags, prog, about, {})
+    require(bool(given.data), "data", given.data, "a data set name or a folder")
+    require(bool(given.out), "out", given.out, "where to write")
+    require_path(given.data, "data")
+    require_path(given.out, "out")
+    outside(given.out, given.data)
+    return given
+
+
 def flags_class(command: str) -> type:
     """The flags of a command, as a dataclass."""
     made = {"fit": _fit_flags, "fit-surrogate": _surrogate_flags, "encode": _encode_flags}
@@ -155,7 +168,7 @@ def fit(flags: list[str]) -> int:
     from otdd.terminal import shown
 
     about = "Train a class-conditional generator; an interrupted training continues."
-    given = parse(_fit_flags(), flags, "otdd fit", about, {})
+    given = _flags(_fit_flags(), flags, "otdd fit", about)
     if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     data, train = _training(given)
@@ -204,7 +217,7 @@ def fit_surrogate(flags: list[str]) -> int:
     from otdd.terminal import shown
 
     about = "Train the networks of influence guidance; an interrupted training continues."
-    given = parse(_surrogate_flags(), flags, "otdd fit-surrogate", about, {})
+    given = _flags(_surrogate_flags(), flags, "otdd fit-surrogate", about)
     data = load_data(given.data, **_reading(given))
     if given.dry_run:
         from otdd.distill import costs
@@ -229,7 +242,7 @@ def encode(flags: list[str]) -> int:
     from otdd.terminal import shown
 
     about = "Encode the training images once; an interrupted encoding continues."
-    given = parse(_encode_flags(), flags, "otdd encode", about, {})
+    given = _flags(_encode_flags(), flags, "otdd encode", about)
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, seed=given.seed, decode_all=given.dry_run, **_reading(given))
     _torchvision.repair()
@@ -262,6 +275,8 @@ def export(flags: list[str]) -> int:
     """`otdd export`."""
     about = "Write a distilled set in the format of others, into a new folder."
     given = parse(ExportFlags, _named(flags, "--dir"), "otdd export", about, {})
+    require_path(given.dir, "dir")
+    require_path(given.out, "out")
     from otdd.distill.export import export
 
     made = export(given.dir, given.to, given.out, set=given.set, license=given.license)
@@ -292,6 +307,7 @@ def push(flags: list[str]) -> int:
     """`otdd push`."""
     about = "Send an exported set to the Hugging Face Hub (token: `hf auth login` or HF_TOKEN)."
     given = parse(PushFlags, _named(flags, "--dir", "--repo_id"), "otdd push", about, {})
+    require_path(given.dir, "dir")
     from otdd.distill.push import push
 
     sent = push(given.dir, given.repo_id, private=given.private, dry_run=given.dry_run)

@@ -313,7 +313,7 @@ def requirements(extra):
 def test_constraints_pin_every_dependency_exactly():
     lines = (ROOT / "constraints/tested.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    wanted = set().union(*map(requirements, ("", "distill", "hub", "test", "bench")))
+    wanted = set().union(*map(requirements, ("", "distill", "hub", "test", "docs", "bench")))
     assert wanted <= {name.lower() for name in pins}
     assert pins["torch"] == "2.13.0"  # without a local version such as +cpu
     assert pins["torchvision"] == "0.28.0"

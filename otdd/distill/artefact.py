@@ -31,8 +31,17 @@ class DistilledSet(Dataset[tuple[Any, int]]):
         files: where everything is.
     """
 
-    def __init__(self, files: SetFiles, transform: Callable[[Tensor], Any] | None = None) -> None:
+    def __init__(
+        self,
+        files: SetFiles,
+        transform: Callable[[Tensor], Any] | None = None,
+        *,
+        verify: bool = True,
+    ) -> None:
         self.files, self.name, self.transform = files, files.name, transform
+        self._verify = verify
+        if verify:
+            files.store.sums.verify(files.content())
         self.classes: list[str] = list(files.data["classes"])
         self.mean: tuple[float, ...] = tuple(files.data["mean"])
         self.std: tuple[float, ...] = tuple(files.data["std"])
@@ -118,6 +127,8 @@ class DistilledSet(Dataset[tuple[Any, int]]):
 
     @cached_property
     def _shards(self) -> LabelShards:
+        if self._verify:
+            self.files.store.sums.verify(self.files.labels)
         return LabelShards(self.files)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,6 +140,7 @@ def load(
     *,
     set: str | None = None,
     transform: Callable[[Tensor], Any] | None = None,
+    verify: bool = True,
 ) -> DistilledSet:
     """Read a distilled set.
 
@@ -136,8 +148,11 @@ def load(
         path: folder of a run, or made by `otdd export` to `hf` or `imagefolder`.
         set: name of the set; by default `otg`, or the one of an exported folder.
         transform: applied to the images (C, H, W) in [0, 1] that items have.
+        verify: compare every file that is read with its hash in `SHA256SUMS`, if the folder has
+            that: images now, soft labels when they are first asked for.
 
     Raises:
-        StoreError: no such folder, none of otdd's, or the set is not in it; says which are.
+        StoreError: no such folder, none of otdd's, the set is not in it (says which are), or files
+            are damaged (names them).
     """
-    return DistilledSet(SetFiles.find(path, set), transform)
+    return DistilledSet(SetFiles.find(path, set, verify=verify), transform, verify=verify)

@@ -7,6 +7,7 @@ checks itself when it is made; an error names the key, the value and what is acc
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -16,6 +17,7 @@ from otdd.distill.guidance_config import (
     GuidanceConfig,
     InfluenceConfig,
     ModeConfig,
+    printable,
     require,
 )
 from otdd.distill.presets import PRESETS
@@ -35,7 +37,9 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
+    "printable",
     "require",
+    "require_path",
 ]
 
 SETS: Final = ("otg", "unguided", "random", "kmeans", "kmeans-real")
@@ -62,6 +66,13 @@ def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:
     """Raise a `ConfigError` unless there is at least one value and none twice."""
     require(len(values) >= 1, key, values, accepted)
     require(len(set(values)) == len(values), key, values, f"{accepted}, each once")
+
+
+def require_path(path: str | None, key: str) -> None:
+    """Raise a `ConfigError` if no file system has such a name."""
+    parts = (path or "").split("/")
+    ok = all("\0" not in part and len(os.fsencode(part)) <= 255 for part in parts)
+    require(ok, key, path, "a path of names of at most 255 bytes, without zero characters")
 
 
 @dataclass(frozen=True)
@@ -296,11 +307,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.data), "data", self.data, "a data set name or a folder")
         require(bool(self.out), "out", self.out, "a folder")
+        for key in ("data", "out", "generator", "latents"):
+            require_path(getattr(self, key), key)
         require(self.ipc >= 1, "ipc", self.ipc, "an integer >= 1")
-        require(self.seeds >= 1, "seeds", self.seeds, "an integer >= 1")
+        require(1 <= self.seeds <= 10_000, "seeds", self.seeds, "an integer in [1, 10000]")
         require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
         res = self.resolution
-        require(res is None or res >= 4, "resolution", res, "an integer >= 4")
+        require(res is None or 4 <= res <= 4096, "resolution", res, "an integer in [4, 4096]")
         require_some(self.sets, "sets", f"some of {', '.join(SETS)}")
         ok = self.preset is None or self.preset in PRESETS
         require(ok, "preset", self.preset, f"one of {', '.join(PRESETS)}")

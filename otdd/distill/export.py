@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -18,7 +18,7 @@ from otdd.distill.artefact import DistilledSet, load
 from otdd.distill.config import require
 from otdd.distill.inputs.spec import published
 from otdd.distill.setfiles import CONFIG, EXPORTED, LAYOUTS
-from otdd.distill.store import MANIFEST, TEMP, Store, StoreError
+from otdd.distill.store import LOCK, MANIFEST, TEMP, Store, StoreError
 
 METRICS = "metrics.json"
 # Format -> its module, which has a function of this name, and where class folders are, if any.
@@ -82,11 +82,21 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Store]:
         what = "not empty" if path.is_dir() else "a file"
         raise StoreError(f"{path} is {what}; --out needs a new or an empty folder")
     path = path.resolve()
-    temp = path.parent / f"{TEMP}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    # One name for all processes: a second one is refused, and what a kill left is used again.
+    store = Store(path.parent / f"{TEMP}{hashlib.sha256(path.name.encode()).hexdigest()[:16]}")
+    mine = False
     try:
-        temp.mkdir(parents=True)
-        yield Store(temp)
-        os.replace(temp, path)
+        store.path.mkdir(parents=True, exist_ok=True)
+        store.lock()
+        mine = True
+        for name in os.listdir(store.path):
+            if name != LOCK:
+                store.remove(name)
+        store.sums.keep()
+        yield store
+        store.tidy()
+        store.remove(LOCK)
+        os.replace(store.path, path)
     except (OSError, StoreError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
@@ -94,7 +104,9 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Store]:
         reason = cause.strerror or cause
         raise StoreError(f"cannot write {out} ({reason}); nothing is left of it") from error
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        if mine:
+            shutil.rmtree(store.path, ignore_errors=True)
+        store.close()
 
 
 def without_paths(value: Any, key: str = "") -> Any:

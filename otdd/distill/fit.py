@@ -17,9 +17,8 @@ from otdd.distill.fit_config import LEARNING_RATES, FitConfig
 from otdd.distill.generator import Generator, build_transformer
 from otdd.distill.plots import MAX_CLASSES, grid
 from otdd.distill.sample import Batch, run_batch
-from otdd.distill.store import Store
 from otdd.distill.terms import rng
-from otdd.distill.trainer import Picture, Progress, Trainer, refuse_other, run
+from otdd.distill.trainer import Picture, Progress, Trainer, alone, refuse_other, run
 
 __all__ = ["FitConfig", "fit"]
 
@@ -68,31 +67,32 @@ def fit(
     """
     config, codec = resolved(config or FitConfig(), ""), codec or PixelCodec()
     target, key = Path(out), key_of(data, config, codec=codec.config())
-    if target.exists():
-        made = Generator.load(target)
-        refuse_other(target, made.info.get("fit"), key)
-        return made
-    latents = codec.encode(data.train.images)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = build_transformer(
-            transformer_config(config, tuple(latents.shape[1:]), data.num_classes)
+    with alone(target) as store:
+        if target.exists():
+            made = Generator.load(target)
+            refuse_other(target, made.info.get("fit"), key)
+            return made
+        latents = codec.encode(data.train.images)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = build_transformer(
+                transformer_config(config, tuple(latents.shape[1:]), data.num_classes)
+            )
+        _zero_init(model)
+        made = Generator(
+            transformer=model.to(device),
+            scheduler_config=dict(SCHEDULE),
+            codec=codec,
+            classes=list(data.classes),
+            image_shape=data.image_shape,
         )
-    _zero_init(model)
-    made = Generator(
-        transformer=model.to(device),
-        scheduler_config=dict(SCHEDULE),
-        codec=codec,
-        classes=list(data.classes),
-        image_shape=data.image_shape,
-    )
-    trainer = Trainer(model, latents, data.train.labels, SCHEDULE, config)
-    store = Store(target.parent)
-    run(trainer, store, target.name, key, made, picture or Pictures(data, config.seed), progress)
-    made.info = {"fit": key, **trainer.facts(), **(info or {})}
-    with trainer.averaged():
-        made.save(target)
-    store.remove(f"{target.name}.checkpoint")
+        trainer = Trainer(model, latents, data.train.labels, SCHEDULE, config)
+        picture = picture or Pictures(data, config.seed)
+        run(trainer, store, target.name, key, made, picture, progress)
+        made.info = {"fit": key, **trainer.facts(), **(info or {})}
+        with trainer.averaged():
+            made.save(target)
+        store.remove(f"{target.name}.checkpoint")
     return Generator.load(target)
 
 

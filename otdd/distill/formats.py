@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from otdd.distill.artefact import DistilledSet
-from otdd.distill.store import Store, png
+from otdd.distill.pictures import png
+from otdd.distill.store import Store
 
 SHARD_IMAGES, SHARD_BYTES = 10_000, 256 * 2**20
 

@@ -6,10 +6,11 @@ codec and the names of its classes. `otdd.distill.fit.fit` trains small ones.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -178,7 +179,7 @@ class Generator:
             "info": self.info,
         }
         target = Path(path)
-        Store(target.parent).write_tensors(target.name, half, meta)
+        Store(target.parent).write_sealed(target.name, half, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Generator:
@@ -192,21 +193,22 @@ class Generator:
             return cls._load_folder(source)
         store = Store(source.parent)
         try:
-            meta, tensors = store.read_meta(source.name), store.read_tensors(source.name)
+            tensors, meta = store.read_sealed(source.name)
         except StoreError as error:
             raise GeneratorError(f"generator {path} cannot be loaded: {error}") from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise GeneratorError(f"{path} is no generator written by this version of otdd")
-        transformer = build_transformer(meta["transformer"])
-        transformer.load_state_dict(_part(tensors, "transformer."))
-        return cls(
-            transformer=transformer.eval().requires_grad_(False),
-            scheduler_config=meta["scheduler"],
-            codec=codec_from_config(meta["codec"], _part(tensors, "codec.")),
-            classes=meta["classes"],
-            image_shape=tuple(meta["image_shape"]),
-            info=meta["info"],
-        )
+        with _readable(path):
+            transformer = build_transformer(meta["transformer"])
+            transformer.load_state_dict(_part(tensors, "transformer."))
+            return cls(
+                transformer=transformer.eval().requires_grad_(False),
+                scheduler_config=dict(meta["scheduler"]),
+                codec=codec_from_config(meta["codec"], _part(tensors, "codec.")),
+                classes=list(meta["classes"]),
+                image_shape=tuple(meta["image_shape"]),
+                info=dict(meta["info"]),
+            )
 
     @classmethod
     def _load_folder(cls, folder: Path) -> Generator:
@@ -214,20 +216,44 @@ class Generator:
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing:
             raise GeneratorError(f"{folder} is no DiT pipeline: {', '.join(missing)} missing")
+        for part in ("transformer", "vae"):  # other files of weights are pickles
+            if not list((folder / part).glob("*.safetensors")):
+                raise GeneratorError(f"{folder / part} holds no weights as safetensors")
         diffusers = import_diffusers()
-        transformer = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
-        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+        with _readable(folder):
+            transformer, vae = (
+                kind.from_pretrained(folder / part, use_safetensors=True)
+                for kind, part in (
+                    (diffusers.DiTTransformer2DModel, "transformer"),
+                    (diffusers.AutoencoderKL, "vae"),
+                )
+            )
+            scheduler = dict(json.loads((folder / wanted[1]).read_text(encoding="utf-8")))
         classes = _folder_classes(folder, transformer.config.num_embeds_ada_norm)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         side = transformer.config.sample_size * factor
         return cls(
             transformer=transformer.eval().requires_grad_(False),
-            scheduler_config=json.loads((folder / wanted[1]).read_text()),
+            scheduler_config=scheduler,
             codec=AutoencoderCodec(vae),
             classes=classes or [str(k) for k in range(transformer.config.num_embeds_ada_norm)],
             image_shape=(vae.config.out_channels, side, side),
             info={} if classes else {"unnamed": True},
         )
+
+
+@contextlib.contextmanager
+def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a damaged or foreign model raises in the libraries that build it, in one line."""
+    try:
+        yield
+    except GeneratorError as error:
+        raise GeneratorError(f"generator {path} cannot be loaded: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise GeneratorError(
+            f"generator {path} cannot be loaded ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _folder_classes(folder: Path, count: int) -> list[str]:

@@ -17,7 +17,14 @@ class ConfigError(ValueError):
 def require(ok: bool, key: str, value: Any, accepted: str) -> None:
     """Raise a `ConfigError` that names the key, the value and what is accepted."""
     if not ok:
-        raise ConfigError(f"{key}: {value!r} is not accepted; expected {accepted}")
+        seen = repr(value)
+        seen = seen if len(seen) <= 200 else f"{seen[:200]}..."
+        raise ConfigError(f"{key}: {seen} is not accepted; expected {accepted}")
+
+
+def printable(text: str) -> str:
+    """A text in one line, what does not print in it as Python spells it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from otdd.distill.stream import Known, StreamedImages, open_stream
 
 INDEX = "latents.json"
 LABELS = "labels.safetensors"
+STATISTICS = "statistics"
 
 
 class Latents:
@@ -38,6 +39,8 @@ class Latents:
         self.store = Store(folder)
         if not self.store.has(INDEX):
             raise ConfigError(f"latents: {folder} holds no finished latents; run `otdd encode`")
+        small = sorted(path.name for path in (self.store.path / STATISTICS).glob("*.safetensors"))
+        self.store.sums.verify([INDEX, LABELS, *(f"{STATISTICS}/{name}" for name in small)])
         self.index: dict[str, Any] = self.store.read_json(INDEX)
         self.labels = self.store.read_tensors(LABELS)["labels"]
         self._checked: set[int] = set()
@@ -195,4 +198,4 @@ def shard_name(number: int) -> str:
 
 def statistics_name(label: int) -> str:
     """File of the statistics of a class."""
-    return f"statistics/{label:05d}.safetensors"
+    return f"{STATISTICS}/{label:05d}.safetensors"

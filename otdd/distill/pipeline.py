@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,6 +101,7 @@ class Run:
             if self.workers.share(self.store.has_images(name)):
                 if self.workers.first:
                     self.store.remove(f"sets/{name}/groups")  # a kill may have come before this
+                    self.store.restore_pictures(name)
                 continue
             with self._timed(f"sample {name}"):
                 if name in SAMPLED:
@@ -233,7 +235,10 @@ class Run:
         return geometry.report(costs, entropy, count, students)
 
     def _teacher_facts(self) -> list[dict[str, Any]]:
-        if "teachers" not in self.__dict__:  # not asked for this time
+        lost = not self.store.has(METRICS) and any(
+            self.store.has(f"sets/{name}/labels") for name in self.config.sets
+        )
+        if "teachers" not in self.__dict__ and not lost:  # not asked for this time
             return self._known("teachers", [])
         return [{"name": t.name, "accuracy": t.accuracy} for t in self.teachers]
 
@@ -342,6 +347,7 @@ def _open_store(
     if not workers.first:
         store = Store(config.out)
         store.check(known)
+        store.sums.keep(f"{workers.rank}-{uuid.uuid4().hex[:8]}")
     return store
 
 

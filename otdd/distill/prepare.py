@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     check_tensorboard(config.train.tensorboard)
     known = {k: v for k, v in identity(config).items() if k != "data"}
     Store(config.out).check(known)
+    outside(config.out, config.data)
     data = _load_data(config, only_sample)
     known |= {"data": data.name, "data_sha256": data.fingerprint}
     Store(config.out).check(known)
@@ -63,6 +65,14 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
             latents = _load_latents(config, data, generator)
         known["latents_sha256"] = latents.digest if latents is not None else None
     return Prepared(data, generator, latents, known)
+
+
+def outside(out: str | os.PathLike[str], spec: str | os.PathLike[str]) -> None:
+    """Refuse an output that would be taken for a class of the data folder it comes from."""
+    root, target = Path(os.path.realpath(spec)), Path(os.path.realpath(out))
+    parts = [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else []
+    if root.is_dir() and any(target.is_relative_to(part) for part in parts or [root]):
+        raise ConfigError(f"out: {out} lies among the classes of the data folder {spec}")
 
 
 def real_images(config: RunConfig, fingerprint: str) -> tuple[ImageData, Codec]:

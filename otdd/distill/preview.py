@@ -32,6 +32,7 @@ def preview(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
     """
     made = prepare(config, only_sample=stages == ("sample",))
     store, data = Store(config.out), made.data
+    store.sums.verify()
     shape = "x".join(map(str, data.image_shape))
     sizes = f"{len(data.train)} training and {len(data.test)} test images of {shape}"
     held = [part.images for part in (data.train, data.test)]

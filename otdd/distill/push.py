@@ -10,11 +10,12 @@ from typing import Any
 from otdd.distill.config import ConfigError, require
 from otdd.distill.hf import CARD
 from otdd.distill.setfiles import LAYOUTS, SetFiles
-from otdd.distill.store import MANIFEST, StoreError
+from otdd.distill.store import MANIFEST, Store, StoreError
+from otdd.distill.sums import SUMS
 
 _REPO = re.compile(r"(?!.*(--|\.\.))(?:\w[\w.-]*/)?\w[\w.-]{0,94}(?<![-.])", re.ASCII)
 _NAMES = re.compile(
-    rf"{re.escape(CARD)}|{re.escape(MANIFEST)}|(classes|metrics)\.json|grid\.png"
+    rf"{re.escape(CARD)}|{re.escape(MANIFEST)}|{SUMS}|(classes|metrics)\.json|grid\.png"
     r"|data/train-\d{5}\.parquet|labels(-\d{5}-of-\d{5})?\.safetensors|images/\d{5}/\d{5}\.png"
 )
 
@@ -62,6 +63,7 @@ def push(
     ok = _REPO.fullmatch(repo_id) is not None and not repo_id.endswith(".git")
     require(ok, "repo_id", repo_id, "OWNER/NAME of letters, digits, '-', '_' and '.'")
     files = exported_files(folder)
+    Store(folder).sums.verify(name for name in files if name != CARD)
     if dry_run:
         return Upload(repo_id, files)
     if api is None:

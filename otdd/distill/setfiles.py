@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,15 @@ class SetFiles:
     exported: bool
 
     @classmethod
-    def find(cls, path: str | os.PathLike[str], name: str | None = None) -> SetFiles:
+    def find(
+        cls, path: str | os.PathLike[str], name: str | None = None, *, verify: bool = True
+    ) -> SetFiles:
         """Find a set.
 
         Args:
             path: folder of a run, or made by `otdd export`.
             name: of the set; by default `otg`, or the one of an exported folder.
+            verify: compare the files that say what is there with their hashes.
 
         Raises:
             StoreError: no such folder, none of otdd's, or the set is not in it.
@@ -75,6 +78,8 @@ class SetFiles:
             raise StoreError(f"{store.path}: no such folder")
         if not store.path.is_dir() or not store.has(MANIFEST):
             raise StoreError(f"{store.path} is no otdd folder: there is no {MANIFEST} in it")
+        if verify:
+            store.sums.verify([MANIFEST, DATA, CONFIG])
         manifest = store.read_json(MANIFEST)
         if not isinstance(manifest, dict):
             raise StoreError(f"{store.path / MANIFEST} was not written by otdd")
@@ -86,6 +91,12 @@ class SetFiles:
                 "an export in a format that otdd.load does not read"
             )
         return _of_run(store, manifest, name or DEFAULT)
+
+    def content(self) -> list[str]:
+        """Names of the files that `read` takes the images from."""
+        if not self.exported:
+            return [f"sets/{self.name}/images.safetensors"]
+        return [name for _, name in _png_names(self.manifest)]
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Images uint8 (N, C, H, W) and labels int64 (N,), class-major."""
@@ -117,10 +128,13 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
     labels: list[str] = []
     while store.has(file := f"sets/{name}/labels/{len(labels):05d}.safetensors"):
         labels.append(file)
-    config = store.read_json(CONFIG)
-    epochs = config["train"]["epochs"]
-    epochs = min(epochs, config["relabel"].get("label_epochs") or epochs)
     data = store.read_json(DATA)
+    try:
+        config = store.read_json(CONFIG)
+        epochs = int(config["train"]["epochs"])
+        epochs = min(epochs, int(config["relabel"].get("label_epochs") or epochs))
+    except (KeyError, TypeError, ValueError):
+        raise StoreError(f"{store.path / CONFIG} was not written by otdd") from None
     return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False)
 
 
@@ -157,6 +171,13 @@ def _well_formed(manifest: Mapping[str, Any]) -> bool:
         return False
 
 
+def _png_names(manifest: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Label and file of every image of an exported set."""
+    for label, count in enumerate(manifest["counts"]):
+        for index in range(count):
+            yield label, f"{LAYOUTS[manifest['layout']]}{label:05d}/{index:05d}.png"
+
+
 def _read_pngs(store: Store, manifest: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     import numpy as np
     import torch
@@ -165,19 +186,18 @@ def _read_pngs(store: Store, manifest: Mapping[str, Any]) -> tuple[Tensor, Tenso
     channels, height, width = manifest["data"]["image_shape"]
     mode = "L" if channels == 1 else "RGB"
     images, labels = [], []
-    for label, count in enumerate(manifest["counts"]):
-        for index in range(count):
-            path = store.path / LAYOUTS[manifest["layout"]] / f"{label:05d}/{index:05d}.png"
-            try:
-                with Image.open(path, formats=("PNG",)) as file:
-                    if file.size != (width, height) or file.mode != mode:
-                        raise StoreError(
-                            f"{path} is {file.width}x{file.height}, {file.mode}; the set has "
-                            f"images of {width}x{height}, {mode}"
-                        )
-                    pixels = np.array(file)
-            except OSError as error:
-                raise StoreError(f"{path} cannot be read ({error}); export the set again") from None
-            images.append(torch.from_numpy(pixels.reshape(height, width, channels)))
-            labels.append(label)
+    for label, name in _png_names(manifest):
+        path = store.path / name
+        try:
+            with Image.open(path, formats=("PNG",)) as file:
+                if file.size != (width, height) or file.mode != mode:
+                    raise StoreError(
+                        f"{path} is {file.width}x{file.height}, {file.mode}; the set has "
+                        f"images of {width}x{height}, {mode}"
+                    )
+                pixels = np.array(file)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); export the set again") from None
+        images.append(torch.from_numpy(pixels.reshape(height, width, channels)))
+        labels.append(label)
     return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from otdd.distill.config import PRESETS, PROTOCOLS, ConfigError, RunConfig, require
 
+MOST_VALUES = 10_000  # in a YAML file
 # What may change without changing any finished result of a folder: more seeds, sets, losses or
 # architectures add rows; the rest says where things are, or how they were asked for.
 # Data, generator, surrogate and latents count by their content.
@@ -139,19 +140,39 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
+        if not Path(path).is_file():
+            raise ConfigError(f"config: cannot read {path}: no regular file of this name")
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        size = _size(loaded)
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         problem = " ".join(str(error).split())
         raise ConfigError(f"config: {path} is not valid YAML: {problem}") from None
     require(loaded is None or isinstance(loaded, dict), "config", str(path), "a YAML mapping")
+    accepted = f"at most {MOST_VALUES} values, repeated ones counted"
+    require(size <= MOST_VALUES, "config", str(path), accepted)
     return dict(loaded or {})
+
+
+def _size(value: Any, known: dict[int, int] | None = None) -> int:
+    """Values in a nest, each as often as aliases repeat it: ten lines of them can be a billion."""
+    known = {} if known is None else known
+    if not isinstance(value, Mapping | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES + 1  # of one that holds itself
+        inside = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in inside)
+    return known[id(value)]
 
 
 def preset(name: str | None) -> dict[str, Any]:
     """Settings of a preset, its name among them; nothing for None."""
-    require(name is None or name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    ok = name is None or (isinstance(name, str) and name in PRESETS)
+    require(ok, "preset", name, f"one of {', '.join(PRESETS)}")
     return {} if name is None else {**PRESETS[name], "preset": name}
 
 

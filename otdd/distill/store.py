@@ -2,36 +2,40 @@
 
 A file appears in the store only when it is complete: it is written aside, flushed to the disk and
 renamed. So a run that was stopped anywhere goes on from the files it finds, and what is there was
-made by the settings in `otdd.json`, or the folder is refused.
+made by the settings in `otdd.json`, or the folder is refused. So it is when a file is not what was
+written: `SHA256SUMS` has the hash of each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otdd.distill import locks
+from otdd.distill.pictures import picture_names, png
+from otdd.distill.sums import SUMS, StoreError, Sums, tensor_digest
+
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["FORMAT", "LOCK", "MANIFEST", "TEMP", "Store", "StoreError", "png"]
 
 MANIFEST = "otdd.json"
 LOCK = ".otdd.lock"
 TEMP = ".tmp-"
 FORMAT = 1
 
+_HIDDEN = (LOCK, TEMP)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_ACCESS = {errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-class StoreError(RuntimeError):
-    """The output folder cannot be used, or cannot be written."""
 
 
 class Store:
@@ -44,6 +48,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock: int | None = None
+        self.sums = Sums(self.path, _HIDDEN)
 
     @classmethod
     def open(
@@ -58,18 +63,25 @@ class Store:
 
         Raises:
             StoreError: the folder holds another run (the differing fields are named) or other
-                files, is in use, or cannot be written.
+                files, is in use, holds files that are not what was written (all are named), or
+                cannot be written.
         """
         store = cls(path)
         plain = store.check(identity)
         with store._writing(MANIFEST):
             store.path.mkdir(parents=True, exist_ok=True)
-        if lock:
-            store._acquire()
-            store._sweep()
-        known = store.identity if store.has(MANIFEST) else {}
-        if {**known, **plain} != known:
-            store.write_json(MANIFEST, {"format": FORMAT, "identity": {**known, **plain}})
+        try:
+            if lock:
+                store.lock()
+                store._sweep()
+            store.sums.verify()
+            was = store.sums.known().get(MANIFEST, [])
+            store.sums.keep()
+            store._write_manifest(plain, was)
+            store.tidy()
+        except BaseException:
+            store.close()
+            raise
         return store
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,12 +93,14 @@ class Store:
         Returns:
             `identity` as plain JSON values.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise StoreError(f"{self.path} is a file; --out needs a folder")
+        with self._writing(MANIFEST):
+            if self.path.exists() and not self.path.is_dir():
+                raise StoreError(f"{self.path} is a file; --out needs a folder")
         plain: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         if self.has(MANIFEST):
+            self.sums.verify([MANIFEST])
             self._compare(plain)
-        elif self._foreign_files():
+        elif self._foreign_files() and MANIFEST not in self.sums.known():
             raise StoreError(
                 f"{self.path} is not empty and no otdd output (it holds "
                 f"{self._foreign_files()[0]!r}); choose another --out"
@@ -102,17 +116,40 @@ class Store:
         """Whether a file or folder of this name is there, hence complete."""
         return (self.path / name).exists()
 
+    def probe(self, target: str) -> None:
+        """Refuse a folder in which this file cannot be written, before any work."""
+        name = _temp_name(target)
+        with self._writing(name):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_flushed(self.path / name, b"otdd")
+            finally:
+                (self.path / name).unlink(missing_ok=True)
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, keys in the order given."""
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        self.write_bytes(name, text.encode())
+        self.write_bytes(name, _json(value))
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self._damaged(name, error) from None
+
+    def write_sealed(self, name: str, tensors: Mapping[str, torch.Tensor], meta: Any) -> None:
+        """Write a safetensors file that carries the hash of its content, for `read_sealed`."""
+        sealed = {"meta": meta, "content_sha256": tensor_digest(tensors, meta)}
+        self.write_tensors(name, tensors, sealed)
+
+    def read_sealed(self, name: str) -> tuple[dict[str, torch.Tensor], Any]:
+        """Tensors and JSON value of a file, checked by its hash if it carries one."""
+        tensors, meta = self.read_tensors(name), self.read_meta(name)
+        if not isinstance(meta, dict) or "content_sha256" not in meta:
+            return tensors, meta
+        if meta["content_sha256"] != tensor_digest(tensors, meta.get("meta")):
+            raise self._damaged(name, ValueError("its content has another hash than it carries"))
+        return tensors, meta["meta"]
 
     def write_tensors(
         self, name: str, tensors: Mapping[str, torch.Tensor], meta: Any = None
@@ -142,9 +179,9 @@ class Store:
         try:
             with safe_open(self.path / name, framework="np") as file:
                 header = file.metadata() or {}
-        except (OSError, SafetensorError) as error:
+            return json.loads(header["otdd"]) if "otdd" in header else None
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise self._damaged(name, error) from None
-        return json.loads(header["otdd"]) if "otdd" in header else None
 
     def write_images(
         self, set_name: str, images: torch.Tensor, labels: torch.Tensor, **extra: torch.Tensor
@@ -166,6 +203,13 @@ class Store:
         """Tensors of a distilled set: `images`, `labels` and what was stored with them."""
         return self.read_tensors(f"sets/{set_name}/images.safetensors")
 
+    def restore_pictures(self, set_name: str) -> None:
+        """Write the PNG files of a finished set again if one of them is missing."""
+        tensors = self.read_images(set_name)
+        folder = f"sets/{set_name}/images"
+        if not all(self.has(f"{folder}/{name}") for name in picture_names(tensors["labels"])):
+            self._write_pngs(folder, tensors["images"], tensors["labels"])
+
     def has_images(self, set_name: str) -> bool:
         """Whether the images of a set are finished."""
         return self.has(f"sets/{set_name}/images.safetensors")
@@ -175,9 +219,11 @@ class Store:
         target = self.path / name
         with self._writing(name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            temp = target.parent / _temp_name()
+            temp = target.parent / _temp_name(target.name)
             try:
                 _write_flushed(temp, data)
+                if name != SUMS:
+                    self.sums.note({name: hashlib.sha256(data).hexdigest()})
                 os.replace(temp, target)
                 _flush_folder(target.parent)
             finally:
@@ -191,8 +237,16 @@ class Store:
         else:
             path.unlink(missing_ok=True)
 
+    def sweep(self, *names: str) -> None:
+        """Remove what interrupted writes of these files left; only under a lock of them."""
+        for name in names:
+            for path in self.path.glob(_temp_start(name) + "*"):
+                path.unlink(missing_ok=True)
+
     def close(self) -> None:
-        """Give the lock back."""
+        """Put the list of hashes in order, and give the lock back."""
+        with contextlib.suppress(StoreError, OSError):  # as after a kill, notes need no order
+            self.tidy()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -200,20 +254,47 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self.sums.end_part()
         self.close()
 
+    def tidy(self) -> None:
+        """Put the list of hashes in order: every file that is there, once."""
+        data = self.sums.tidied()
+        if data is not None:
+            self.write_bytes(SUMS, data)
+            self.sums.end_parts()
+
+    def _write_manifest(self, plain: Mapping[str, Any], was: Sequence[str]) -> None:
+        """Add an identity to the manifest; one that was lost comes back as it was, or not at all.
+
+        Args:
+            plain: the identity.
+            was: hashes of the manifest that was there.
+        """
+        known = self.identity if self.has(MANIFEST) else {}
+        if {**known, **plain} == known:
+            return
+        made = _json({"format": FORMAT, "identity": {**known, **plain}})
+        if was and not self.has(MANIFEST) and hashlib.sha256(made).hexdigest() not in was:
+            raise StoreError(
+                f"{self.path / MANIFEST} is missing, and was not of this run; put it back or "
+                "choose another --out"
+            )
+        self.write_bytes(MANIFEST, made)
+
     def _write_pngs(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
-        target = self.path / name
-        seen: dict[int, int] = {}
+        target, digests = self.path / name, {}
         with self._writing(name):
             temp = target.parent / _temp_name()
             try:
-                for image, label in zip(images, labels.tolist(), strict=True):
-                    index = seen[label] = seen.get(label, -1) + 1
-                    folder = temp / f"{label:05d}"
-                    folder.mkdir(parents=True, exist_ok=True)
-                    _write_flushed(folder / f"{index:05d}.png", png(image))
+                for image, picture in zip(images, picture_names(labels), strict=True):
+                    data = png(image)
+                    (temp / picture).parent.mkdir(parents=True, exist_ok=True)
+                    _write_flushed(temp / picture, data)
+                    digests[f"{name}/{picture}"] = hashlib.sha256(data).hexdigest()
+                self.sums.note(digests)
                 # The tensors, written next, are what marks the set as finished: pictures that
                 # are already here come from a process that had no time for them.
                 shutil.rmtree(target, ignore_errors=True)
@@ -252,7 +333,9 @@ class Store:
 
     def _foreign_files(self) -> list[str]:
         names = os.listdir(self.path) if self.path.is_dir() else []
-        return sorted(n for n in names if n != LOCK and not n.startswith(TEMP))
+        found = sorted(n for n in names if not n.startswith(_HIDDEN))
+        begun = found == [SUMS] and not (self.path / SUMS).read_bytes().strip()
+        return [] if begun else found
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
         manifest = self.read_json(MANIFEST)
@@ -264,24 +347,19 @@ class Store:
             what = "; ".join(f"{k}: {old[k]!r} there, {identity[k]!r} here" for k in keys)
             raise StoreError(f"{self.path} holds another run ({what}); choose another --out")
 
-    def _acquire(self) -> None:
+    def lock(self) -> None:
+        """Take the lock of the folder.
+
+        Raises:
+            StoreError: another process holds it, which is told.
+        """
         try:
-            import fcntl
-        except ImportError:  # Windows: the atomic writes alone keep the store sound
-            return
-        with self._writing(LOCK):
-            handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
+            with self._writing(LOCK):
+                self._lock = locks.acquire(self.path / LOCK)
+        except locks.Held as holder:
             raise StoreError(
-                f"{self.path} is in use by another otdd process; wait for it"
+                f"{self.path} is in use by another otdd process ({holder}); wait for it"
             ) from None
-        except OSError:  # file systems without locks
-            os.close(handle)
-            return
-        self._lock = handle
 
     def _sweep(self) -> None:
         """Remove what interrupted processes left; only with the lock held."""
@@ -291,18 +369,17 @@ class Store:
             self.remove(str(path.relative_to(self.path)))
 
 
-def png(image: torch.Tensor) -> bytes:
-    """One image, uint8 (C, H, W) with 1 or 3 channels, as a PNG file."""
-    from PIL import Image
-
-    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _temp_name() -> str:
-    return f"{TEMP}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+def _temp_name(name: str = "") -> str:
+    return f"{_temp_start(name)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _temp_start(name: str) -> str:
+    """How unfinished files of a name begin; long names are not repeated whole."""
+    return f"{TEMP}{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}-"
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ whoever loads a checkpoint cannot disagree about it.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -177,7 +178,9 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a pickle that is refused then
+                state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state.get("model", state))
     except Exception as error:
         raise ConfigError(f"relabel.teachers: cannot read {path}: {_line(error)}") from error

@@ -91,7 +91,8 @@ def fit_surrogate(
     students.check_network(config.arch, data)
     about = {"surrogate": dataclasses.asdict(config), "data_sha256": data.fingerprint}
     with Store.open(out, about, lock=True) as store:
-        if not store.has(SUMMARY):
+        names = [_name(number) for number in range(config.checkpoints)]
+        if not all(map(store.has, [SUMMARY, *names])):
             with reproducible(data.image_shape):
                 _train(store, data, config, progress or (lambda *_: None))
         store.remove(STATE)
@@ -108,6 +109,8 @@ def load_surrogates(folder: str | os.PathLike[str], data: ImageData) -> list[nn.
     key = "sample.influence.surrogate"
     if not store.has(SUMMARY):
         raise ConfigError(f"{key}: {folder} holds no finished surrogate; run `otdd fit-surrogate`")
+    names = [path.name for path in store.path.glob("checkpoint-*.safetensors")]
+    store.sums.verify([SUMMARY, *sorted(names)])
     about = store.read_json(SUMMARY)
     if about["classes"] != list(data.classes) or tuple(about["image_shape"]) != data.image_shape:
         raise ConfigError(

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from otdd.distill.codec import import_diffusers
+from otdd.distill.config import ConfigError
+from otdd.distill.locks import Held, locked
 from otdd.distill.store import Store, StoreError
 from otdd.distill.terms import rng
 
@@ -223,6 +225,25 @@ class DiffusionLoss:
         return (bits.flatten(1).mean(1) * (t > 0)).mean()
 
 
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[Store]:
+    """The folder that a result is to be written to, held against a second training of it.
+
+    Raises:
+        StoreError: it cannot be written to, or another process makes the same result.
+    """
+    store = Store(target.parent)
+    store.probe(target.name)
+    try:
+        with locked(target.parent / f".{target.name}.lock"):
+            store.sweep(target.name, f"{target.name}.checkpoint")
+            yield store
+    except Held as holder:
+        raise StoreError(
+            f"{target} is being made by another otdd process ({holder}); wait for it"
+        ) from None
+
+
 def run(
     trainer: Trainer,
     store: Store,
@@ -244,14 +265,15 @@ def run(
         progress: called as progress("fit", step, steps, note).
 
     Raises:
-        StoreError: the checkpoint is that of another training.
+        StoreError: the checkpoint is that of another training, or damaged.
+        ConfigError: the training diverges.
         KeyboardInterrupt: on Ctrl-C, after the step in progress and its checkpoint; says so.
     """
     config, checkpoint = trainer.config, f"{name}.checkpoint"
     if store.has(checkpoint):
-        meta = store.read_meta(checkpoint)
+        tensors, meta = store.read_sealed(checkpoint)
         refuse_other(store.path / checkpoint, meta["key"], key)
-        trainer.load(store.read_tensors(checkpoint), meta["step"])
+        trainer.load(tensors, meta["step"])
 
     with _held_interrupt() as interrupted:
         while trainer.step < config.steps:
@@ -260,6 +282,11 @@ def run(
                 progress("fit", trainer.step, config.steps, note)
             trainer.train_step()
             step = trainer.step
+            if not math.isfinite(trainer.loss):
+                raise ConfigError(
+                    f"lr: {config.lr} makes the training diverge: the loss is {trainer.loss} after "
+                    f"step {step}; expected a smaller one"
+                )
             if config.grid_every and (step % config.grid_every == 0 or step == config.steps):
                 with trainer.averaged():
                     made = picture(generator, step)
@@ -268,7 +295,7 @@ def run(
                 break
             if interrupted.is_set() or step % config.checkpoint_every == 0:
                 meta = {"key": key, "step": step}
-                store.write_tensors(checkpoint, trainer.state(), meta)
+                store.write_sealed(checkpoint, trainer.state(), meta)
             if interrupted.is_set():
                 where = store.path / checkpoint
                 raise KeyboardInterrupt(f"{step} of {config.steps} steps are kept in {where}")

@@ -26,7 +26,7 @@ from otdd.distill.fit import Pictures, key_of, resolved
 from otdd.distill.fit_config import FitConfig
 from otdd.distill.generator import Generator, build_transformer, generator_digest
 from otdd.distill.store import Store
-from otdd.distill.trainer import Picture, Progress, Trainer, refuse_other, run
+from otdd.distill.trainer import Picture, Progress, Trainer, alone, refuse_other, run
 
 SUMMARY = "fit.json"
 TABLE = "class_embedder.embedding_table.weight"
@@ -80,24 +80,25 @@ def tune(
     config = resolved(config or FitConfig(), (config or FitConfig()).tune)
     _check(config, base, data)
     target, key = Path(out), key_of(data, config, base=generator_digest(base))
-    if target.exists():
-        store = Store(target)
-        refuse_other(target, store.read_json(SUMMARY) if store.has(SUMMARY) else None, key)
-        return _finished(target)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = with_classes(base.transformer, base.classes, data.classes)
-        model = choose(model, config.tune, config.rank).to(device)
-    base.codec.to(device)
-    latents = base.codec.encode(data.train.images)
-    now = dataclasses.replace(base, transformer=model, classes=list(data.classes), info={})
-    trainer = Trainer(model, latents, data.train.labels, base.scheduler_config, config)
-    picture = picture or Pictures(data, config.seed)
-    run(trainer, Store(target.parent), target.name, key, now, picture, progress)
-    facts = trainer.facts()
-    with trainer.averaged(), torch.no_grad():
-        _save(target, fold(model).cpu(), now, {**key, **facts})
-    Store(target.parent).remove(f"{target.name}.checkpoint")
+    with alone(target) as store:
+        if target.exists():
+            made = Store(target)
+            refuse_other(target, made.read_json(SUMMARY) if made.has(SUMMARY) else None, key)
+            return _finished(target)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = with_classes(base.transformer, base.classes, data.classes)
+            model = choose(model, config.tune, config.rank).to(device)
+        base.codec.to(device)
+        latents = base.codec.encode(data.train.images)
+        now = dataclasses.replace(base, transformer=model, classes=list(data.classes), info={})
+        trainer = Trainer(model, latents, data.train.labels, base.scheduler_config, config)
+        picture = picture or Pictures(data, config.seed)
+        run(trainer, store, target.name, key, now, picture, progress)
+        facts = trainer.facts()
+        with trainer.averaged(), torch.no_grad():
+            _save(target, fold(model).cpu(), now, {**key, **facts})
+        store.remove(f"{target.name}.checkpoint")
     return _finished(target)
 
 

@@ -39,7 +39,7 @@ def refusals(
 
 
 def as_read(C: Tensor, backend: str) -> Tensor:
-    """Costs for the solves of a backend: only the CUDA kernels read half precision by themselves."""
+    """Costs for the solves of a backend: only the CUDA kernels read half precision."""
     return C if backend == "cuda" else checks.as_float(C, "C")
 
 

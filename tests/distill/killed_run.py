@@ -78,7 +78,7 @@ def main(root: Path) -> None:
         ways[out.name] = [ended, second]
     # Killed again and again, a few files further each time.
     chain, deaths = root / "killed-often", 0
-    while forked(chain, 25, signal.SIGKILL)[0] != 0:
+    while forked(chain, 60, signal.SIGKILL)[0] != 0:
         deaths += 1
         assert deaths < 100
     ways[chain.name] = [deaths, 0]

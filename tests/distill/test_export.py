@@ -236,15 +236,15 @@ def test_damaged_or_changed_pictures_are_named(tmp_path):
     picture = tmp_path / "out/00001/00001.png"
     Image.new("RGB", (9000, 9)).save(picture)
     with pytest.raises(StoreError, match=r"00001\.png is 9000x9, RGB; the set has images of 8x8"):
-        otdd.load(tmp_path / "out")
+        otdd.load(tmp_path / "out", verify=False)
     picture.write_bytes(picture.read_bytes()[:40])
     with pytest.raises(StoreError, match=r"00001\.png cannot be read"):
-        otdd.load(tmp_path / "out")
+        otdd.load(tmp_path / "out", verify=False)
     manifest = json.loads((tmp_path / "out/otdd.json").read_text())
     manifest["labels"] = ["../../labels.safetensors"]
     (tmp_path / "out/otdd.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError, match=r"otdd\.json is damaged; export the set again"):
-        otdd.load(tmp_path / "out")
+        otdd.load(tmp_path / "out", verify=False)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_manifest_of_a_stranger_is_refused(tmp_path, key, value):
     file = tmp_path / "out/otdd.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(StoreError, match=r"otdd\.json is damaged; export the set again"):
-        otdd.load(tmp_path / "out")
+        otdd.load(tmp_path / "out", verify=False)
 
 
 def test_command(tmp_path, capsys):
@@ -278,7 +278,7 @@ def test_command(tmp_path, capsys):
         cli.main(["export", str(tmp_path / "run"), "--to", "npz", "--out", str(out)])
     assert not end.value.code
     said = capsys.readouterr().out
-    assert f"written to {out}: set otg, 4 images in 2 classes, no soft labels; 2 files" in said
+    assert f"written to {out}: set otg, 4 images in 2 classes, no soft labels; 3 files" in said
     with pytest.raises(SystemExit) as end:
         cli.main(["export", str(tmp_path / "run"), "--to", "npz", "--out", str(out)])
     assert end.value.code == 2

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from otdd.distill.store import LOCK, MANIFEST, TEMP, Store, StoreError
+from otdd.distill.sums import SUMS
 
 RUN = {"data": "digits", "ipc": 1, "window": (0.0, 1.0)}
 
@@ -86,7 +87,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch, code, words
     with pytest.raises(StoreError, match=words):
         store.write_images("otg", images, torch.tensor([0]))
     files = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
-    assert files == ["kept.json", MANIFEST]
+    assert files == [SUMS, "kept.json", MANIFEST]
     assert store.read_json("kept.json") == 1
 
 

@@ -1,4 +1,4 @@
-"""What the CUDA solver decides on the way: each of these problems goes wrong where a decision does."""
+"""What the CUDA solver decides on the way: each problem goes wrong where a decision does."""
 
 import math
 
@@ -23,7 +23,7 @@ def drifting(seed, rows=6):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("seed", [14, 54, 0, 1])
 def test_a_matrix_is_made_anew_before_it_lacks_digits(emulated_cuda, seed, grid):
-    """Of seeds 14 and 54 the one is lost without the upper bound of v, the other without the lower."""
+    """Seed 14 is lost without the upper bound of v, seed 54 without the lower."""
     C, a, b = drifting(seed, GRIDS[grid][0])
     options = {"eps": 1.0, "max_iter": 40}
     seen = sinkhorn(C, a, b, **options, backend="cuda")
@@ -60,7 +60,7 @@ def test_costs_are_read_at_the_begin_and_the_end(emulated_cuda, grid, passes):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("tiny", [1e-12, 1e-27])
 def test_a_matrix_is_not_kept_where_weights_leave_no_digits(emulated_cuda, grid, tiny):
-    """A column of 1e-27 of the mass leaves v a range of exp(3), less than making K anew is worth."""
+    """A column of 1e-27 of the mass leaves v a range of less than exp(3)."""
     C = torch.rand(GRIDS[grid])
     b = torch.tensor([tiny, *[0.2] * 5])
     a = torch.full((C.shape[0],), float(b.double().sum()) / C.shape[0])

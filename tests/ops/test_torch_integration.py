@@ -35,7 +35,9 @@ def test_opcheck_sinkhorn(backend, grad):
     torch.library.opcheck(OPS.sinkhorn.default, args)
     C, a, b, eps, *_ = args
     f, g, _, _, _, n_iter, history = OPS.sinkhorn(*args)
-    torch.library.opcheck(OPS.sinkhorn_plan.default, (C, f, g, a, b, eps, None, False, backend))
+    torch.library.opcheck(
+        OPS.sinkhorn_plan.default, (C, f, g, a, b, eps, None, False, False, backend)
+    )
     if grad != "envelope":
         problem_ = C, None, b, eps, 2 * eps, None, f, g, history, n_iter
         rest = torch.ones_like(f), torch.ones_like(g), torch.ones(3), grad, False, backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -194,7 +195,9 @@ class Listing:
 
 def read_all(source: Source, resolution: int | None) -> list[Tensor | str]:
     """Every image of a source decoded, or what is wrong with it."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    # Pillow warns of pictures from 89 million pixels; larger than twice that are errors.
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")
         return list(pool.map(lambda k: source.decode(k, resolution), range(len(source))))
 
 

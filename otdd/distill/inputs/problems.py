@@ -6,6 +6,8 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
+from otdd.distill.config import printable
+
 SHOWN = 200  # problems that a message lists
 
 
@@ -13,7 +15,8 @@ class DataError(ValueError):
     """Data that cannot be distilled; `problems` names every offending file, row or class."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        self.problems = list(problems)
+        # Names of files may hold line ends and the control codes of terminals.
+        message, *self.problems = map(printable, [message, *problems])
         lines = self.problems[:SHOWN]
         if len(self.problems) > SHOWN:
             lines.append(f"... and {len(self.problems) - SHOWN} more")
