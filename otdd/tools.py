@@ -186,7 +186,7 @@ def fit(flags: list[str]) -> int:
     loss, trained, weights = (made.info[k] for k in ("loss", "trained", "weights"))
     sys.stdout.write(
         f"written to {given.out}: loss {loss:.4f}; {trained:,} of {weights:,} weights trained in "
-        f"{wall / 60:.1f} min, {cpu / 60:.1f} of the processor, "
+        f"{wall / 60:.1f} min, {cpu / 60:.1f} min of processor time, "
         f"peak memory {costs.peak_memory() / 2**30:.2f} GiB\n"
     )
     return 0
