@@ -164,7 +164,11 @@ def _run(command: str, flags: list[str]) -> int:
 
     file, name = value(flags, "--config"), value(flags, "--preset")
     filed = load_yaml(file) if file is not None else {}
-    stored = {} if command == "run" else _stored(value(flags, "--out") or filed.get("out"))
+    out = value(flags, "--out") or filed.get("out")
+    stored = {} if command == "run" else _stored(out)
+    named = value(flags, "--data") is not None or "data" in filed
+    if command in ("relabel", "train", "evaluate") and out and not stored and not named:
+        raise ConfigError(f"--out: there is no run in {out} (no config.json); otdd run makes one")
     name = name or filed.get("preset")
     ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
     how = protocol(value(flags, "--train.protocol") or named_protocol(filed), ipc)

@@ -108,6 +108,7 @@ def test_help_of_run_imports_no_torch():
         (["encode", "--data", "digits", "--out", "x", "--shard", "0"], "--shard: 0 is not accept"),
         (["encode", "--data", "nowhere", "--out", "x"], "'nowhere' is no folder"),
         (["encode", "--data", "textures", "--out", "x"], "no generator is shipped"),
+        (["evaluate", "--out", "none"], "--out: there is no run in none"),
         (["fit-surrogate", "--data", "digits", "--out", "x", "--arch", "net"], "unknown .* 'net'"),
         (
             [

@@ -5,12 +5,13 @@ force a GPU to synchronise, so they are checked inside the op on the CPU, and on
 when the environment variable ``OTDD_CHECKS=1`` is set.
 """
 
+import dataclasses
 import functools
 import math
 import numbers
 import os
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -198,3 +199,18 @@ def outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
             return body(*args, **kwargs)
 
     return run
+
+
+def described(result: Any) -> str:
+    """A result in a line: the shapes and types of its tensors, and its settings."""
+    shown = []
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        if field.name.startswith("_"):
+            continue
+        if isinstance(value, Tensor):
+            value = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        elif isinstance(value, tuple):
+            value = f"{len(value)} tensors"
+        shown.append(f"{field.name}={value}")
+    return f"{type(result).__name__}({', '.join(shown)})"

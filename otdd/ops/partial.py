@@ -24,6 +24,9 @@ class PartialResult:
 
     extended: SinkhornResult
 
+    def __repr__(self) -> str:
+        return checks.described(self)
+
     @property
     def plan(self) -> Tensor:
         """What is transported, ``(..., N, M)``; its entries sum to the mass asked for."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from references import problem
 from scipy.optimize import linprog
 
-from otdd.ops import partial, sinkhorn
+from otdd.ops import partial, sinkhorn, sinkhorn_points
 
 BACKENDS = ("reference", "cpu")
 
@@ -133,3 +133,17 @@ def test_more_mass_costs_more(share, seed):
 def test_bad_mass(backend, mass, message):
     with pytest.raises(ValueError, match=message):
         partial(torch.rand(2, 4, 5), mass=mass, eps=0.1, backend=backend)
+
+
+def test_results_are_printed_in_a_line():
+    C, x = torch.rand(2, 30, 40), torch.rand(30, 3)
+    shown = [
+        repr(sinkhorn(C, eps=0.1)),
+        repr(sinkhorn_points(x, x, eps=0.1)),
+        repr(partial(C, mass=0.5, eps=0.1)),
+    ]
+    assert "f=float32 (2, 30)" in shown[0]
+    assert "C=float32 (2, 30, 40)" in shown[0]
+    assert shown[1].startswith("PointsResult(value=float32 ()")
+    assert shown[2].startswith("PartialResult(extended=SinkhornResult(")
+    assert all("tensor" not in text and "\n" not in text and len(text) < 400 for text in shown)

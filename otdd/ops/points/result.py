@@ -62,6 +62,9 @@ class PointsResult:
     backend: str
     labels: Labels | None = None
 
+    def __repr__(self) -> str:
+        return checks.described(self)
+
     @property
     def converged(self) -> Tensor:
         """``marginal_error <= tol``, bool ``(...)``; False for a problem that holds a NaN."""

@@ -57,6 +57,9 @@ class SinkhornResult:
     _b: Tensor | None
     _sinkd: bool
 
+    def __repr__(self) -> str:
+        return checks.described(self)
+
     @property
     def converged(self) -> Tensor:
         """``marginal_error <= tol``, bool ``(...)``; False for a problem that holds a NaN."""
