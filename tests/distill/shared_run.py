@@ -102,7 +102,7 @@ def main(root: Path) -> None:
     for size in (2, 3):
         ways[f"by-{size}"] = [run(root / f"by-{size}", size)]
     # Flush 3 of the second process is in its second group, and so is flush 7 of the first.
-    for name, kill, then in (("lost", (1, 3), 2), ("alone", (1, 3), 1), ("head", (0, 7), 3)):
+    for name, kill, then in (("lost", (1, 3), 2), ("alone", (1, 3), 1), ("head", (0, 14), 3)):
         out = root / name
         ways[name] = [run(out, 2, kill)]
         kept = sorted(p.name for p in (out / GROUPS).glob("0*"))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from distill.test_generator import toy
+from distill import tiny
 
 from otdd import cli
 from otdd.distill import update
@@ -31,14 +31,14 @@ class Stop(Exception):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("surrogate") / "s"
-    fit_surrogate(toy(), TINY, made)
+    fit_surrogate(tiny.images(), TINY, made)
     return made
 
 
 def test_checkpoints_over_the_training(folder):
     about = json.loads((folder / "surrogate.json").read_text())
     assert [c["epoch"] for c in about["checkpoints"]] == [2, 4]
-    first, last = load_surrogates(folder, toy())
+    first, last = load_surrogates(folder, tiny.images())
     assert not torch.equal(first.body.head.weight, last.body.head.weight)
     assert not any(p.requires_grad for p in last.parameters())
     assert SurrogateConfig(epochs=10).marks() == [3, 5, 8, 10]
@@ -52,22 +52,22 @@ def test_interrupted_training_ends_with_the_same_bytes(tmp_path, folder, at):
             raise Stop
 
     with pytest.raises(Stop):
-        fit_surrogate(toy(), TINY, tmp_path, progress=stop)
+        fit_surrogate(tiny.images(), TINY, tmp_path, progress=stop)
     with pytest.raises(ConfigError, match="holds no finished surrogate; run `otdd fit-surrogate`"):
-        load_surrogates(tmp_path, toy())
+        load_surrogates(tmp_path, tiny.images())
     seen = []
-    fit_surrogate(toy(), TINY, tmp_path, progress=lambda _, epoch, __: seen.append(epoch))
+    fit_surrogate(tiny.images(), TINY, tmp_path, progress=lambda _, epoch, __: seen.append(epoch))
     assert seen == list(range(at, 5))
     assert surrogate_digest(tmp_path) == surrogate_digest(folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in folder.iterdir())
-    fit_surrogate(toy(), TINY, tmp_path, progress=lambda *_: pytest.fail("it was finished"))
+    fit_surrogate(tiny.images(), TINY, tmp_path, progress=lambda *_: pytest.fail("it was finished"))
 
 
 def test_other_settings_and_other_data_are_refused(folder):
     with pytest.raises(StoreError, match="another run"):
-        fit_surrogate(toy(), dataclasses.replace(TINY, lr=1e-2), folder)
+        fit_surrogate(tiny.images(), dataclasses.replace(TINY, lr=1e-2), folder)
     with pytest.raises(ConfigError, match="was trained on 3 classes"):
-        load_surrogates(folder, toy(classes=4))
+        load_surrogates(folder, tiny.images((6,) * 4))
     with pytest.raises(ConfigError, match="checkpoints: 5 is not accepted; expected 1 to the"):
         SurrogateConfig(epochs=4, checkpoints=5)
 
@@ -82,14 +82,14 @@ def test_command(tmp_path, capsys):
 
 
 def test_a_run_trains_the_surrogate_that_it_needs(tmp_path, monkeypatch):
-    tiny = functools.partial(dataclasses.replace, TINY)
-    monkeypatch.setattr(update, "SurrogateConfig", tiny)
+    small = functools.partial(dataclasses.replace, TINY)
+    monkeypatch.setattr(update, "SurrogateConfig", small)
 
     def folder(seen=None, **influence):
         sampling = SampleConfig(influence=InfluenceConfig(**influence))
         config = RunConfig(data="toy", ipc=1, out="x", seed=3, sample=sampling)
         show = None if seen is None else lambda *told: seen.append(told)
-        return update.surrogate_for(Store(tmp_path), toy(), config, Workers(), show)
+        return update.surrogate_for(Store(tmp_path), tiny.images(), config, Workers(), show)
 
     assert folder() is None
     assert folder(strength=1.0, surrogate="given") == "given"
@@ -97,7 +97,7 @@ def test_a_run_trains_the_surrogate_that_it_needs(tmp_path, monkeypatch):
     seen = []
     made = folder(seen, strength=1.0)
     assert seen[-1] == ("surrogate", TINY.epochs, TINY.epochs)
-    assert len(load_surrogates(made, toy())) == TINY.checkpoints
+    assert len(load_surrogates(made, tiny.images())) == TINY.checkpoints
     about = json.loads((tmp_path / "surrogate" / "otdd.json").read_text())
     assert about["identity"]["surrogate"]["seed"] == 3
     again = []
