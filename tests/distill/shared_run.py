@@ -101,7 +101,8 @@ def main(root: Path) -> None:
     ways = {"one": [run(root / "one", 1)]}
     for size in (2, 3):
         ways[f"by-{size}"] = [run(root / f"by-{size}", size)]
-    # Flush 3 of the second process is in its second group, and so is flush 7 of the first.
+    # Flush 3 of the second process is in its second group; flush 14 of the first, which also opens
+    # the folder and lists its hashes, is in one of its own.
     for name, kill, then in (("lost", (1, 3), 2), ("alone", (1, 3), 1), ("head", (0, 14), 3)):
         out = root / name
         ways[name] = [run(out, 2, kill)]
