@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from otdd.distill.store import Store, StoreError
-from otdd.distill.training import Training, digest
+from otdd.distill.training import Training
 
 INTERVAL = 60.0  # seconds between checkpoints where no number of epochs is set
 
@@ -36,11 +36,9 @@ class Checkpoint:
         if not self.store.has(self.name):
             return begin()
         try:
-            tensors, meta = self.store.read_tensors(self.name), self.store.read_meta(self.name)
+            tensors, meta = self.store.read_sealed(self.name)
             if meta["about"] != self.about:
                 raise ValueError(f"it is of {meta['about']}")
-            if meta["sha256"] != digest(tensors):
-                raise ValueError("its content is not what was written")
             training = begin()
             training.load(tensors, meta)
         except (StoreError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -58,7 +56,7 @@ class Checkpoint:
         if not due or training.number == training.total:
             return False
         tensors, meta = training.state()
-        self.store.write_tensors(self.name, tensors, {**meta, "about": self.about})
+        self.store.write_sealed(self.name, tensors, {**meta, "about": self.about})
         self._last = time.monotonic()
         return True
 

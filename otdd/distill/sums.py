@@ -151,7 +151,7 @@ def tensor_digest(tensors: Mapping[str, Tensor], meta: Any) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(plain.numpy().data.cast("B"))
+        digest.update(plain.numpy().data.cast("B") if plain.numel() else b"")
     return digest.hexdigest()
 
 

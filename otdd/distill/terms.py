@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 RHO = 0.0015
-TARGETS = ("z_t", "q_sample", "x0", "through")
 
 Memory = tuple[Tensor, Tensor]
 """Finished latents (M, ...) and their labels (M,)."""

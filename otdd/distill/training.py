@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -140,7 +139,7 @@ class Training:
         self._start()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything between two epochs: tensors, and plain values that name their hash."""
+        """Everything between two epochs: tensors, and plain values."""
         tensors = {f"student.{k}": v for k, v in self.student.state_dict().items()}
         if self.config.ema:
             tensors |= {f"average.{k}": v for k, v in self.average.model.state_dict().items()}
@@ -148,8 +147,7 @@ class Training:
             tensors |= {f"optimizer.{index}.{name}": v for name, v in slots.items()}
         tensors["log"] = torch.tensor(self.rows, dtype=torch.float64)
         tensors["scores"] = torch.tensor(self.scores, dtype=torch.float64).reshape(-1, 2)
-        columns = list(self.columns)
-        return tensors, {"steps": self.number, "columns": columns, "sha256": digest(tensors)}
+        return tensors, {"steps": self.number, "columns": list(self.columns)}
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over what `state` gave.
@@ -199,16 +197,6 @@ def learning_rate(config: TrainConfig, arch: str) -> float:
         if fnmatch.fnmatchcase(arch, pattern):
             return float(rate)
     return config.lr
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values."""
-    made = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        made.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        made.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return made.hexdigest()
 
 
 class _Average:

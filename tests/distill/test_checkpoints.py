@@ -188,7 +188,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_a_student(labelled, monkeypatch):
     with pytest.raises(Killed):
         evaluate.train(store, DATA, config, "random", progress=killed)
     assert kept.is_file()
-    assert store.read_meta(student.file("checkpoints", "random"))["steps"] == 9
+    assert store.read_sealed(student.file("checkpoints", "random"))[1]["steps"] == 9
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate.train(store, DATA, config, "random")
