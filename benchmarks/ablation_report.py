@@ -188,14 +188,11 @@ def plot_arms(labels: Rows, path: Path) -> None:
 
 
 def _figure(count: int, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     size = {"figsize": (4.2 * count + 1.2 * (count == 1), height), "layout": "constrained"}
-    figure, axes = plt.subplots(1, count, sharey="row", squeeze=False, **size)
-    return figure, axes[0]
+    figure = Figure(**size)
+    return figure, figure.subplots(1, count, sharey="row", squeeze=False)[0]
 
 
 def main() -> None:

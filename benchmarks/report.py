@@ -84,15 +84,13 @@ def curves(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 def plot(results: dict, path: Path) -> None:
     """Time per element and iteration against N = M, a panel per number of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = [row for row in results["rows"] if row["case"].startswith("scaling")]
     threads = sorted({row["threads"] for row in rows})
     size = {"figsize": (4.4 * len(threads), 4), "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(threads), sharey=True, squeeze=False, **size)
+    figure = Figure(**size)
+    axes = figure.subplots(1, len(threads), sharey=True, squeeze=False)
     for axis, t in zip(axes[0], threads, strict=True):
         for name, points in curves([row for row in rows if row["threads"] == t]).items():
             label, colour = CURVES[name]
