@@ -35,9 +35,12 @@ class Batch:
     partner: Tensor
     box: Tensor
 
-    def apply(self, images: Tensor) -> Tensor:
-        """Augmented images in [0, 1]; `images` is the whole set, uint8 or in [0, 1]."""
-        x = images[self.index]
+    def apply(self, images: Tensor, device: torch.device | None = None) -> Tensor:
+        """Augmented images in [0, 1], on a device or where `images` are.
+
+        `images` is the whole set, uint8 or in [0, 1]; only the rows of the batch are moved.
+        """
+        x = images[self.index].to(device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         grid = F.affine_grid(self.theta.to(x), list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)

@@ -205,6 +205,9 @@ class TrainConfig:
     """The cosine schedule is this many times longer than the training (2 in EDC)."""
     ema: float = 0.99
     """Decay of the averaged weights that are evaluated; 0 means none."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where students train and teachers are trained and label; of several processes on a machine
+    each takes the GPU of its own rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the student's products in training (bf16: autocast); loss and tests are fp32."""
     tau: float = 2.0
