@@ -28,8 +28,8 @@ def bars(count=64):
 
 
 DATA = bars()
-TRAIN = TrainConfig(epochs=30, batch=20, device="cuda", losses=("ce", "kl", "mse", "otm"))
-RELABEL = RelabelConfig(flip="off")
+TRAIN = TrainConfig(epochs=15, batch=20, device="cuda", losses=("ce", "kl", "mse", "otm"))
+RELABEL = RelabelConfig(flip="off", teacher_epochs=40, cutmix=0.0)
 CONFIG = RunConfig("bars", 32, "unused", sets=("random",), seeds=1, train=TRAIN, relabel=RELABEL)
 
 
