@@ -137,7 +137,7 @@ def _fit_flags() -> type:
 
 
 def _surrogate_flags() -> type:
-    from otdd.distill.surrogate import SurrogateConfig
+    from otdd.distill.surrogate_config import SurrogateConfig
 
     @dataclass(frozen=True)
     class SurrogateFlags(SurrogateConfig, DataFlags):
@@ -147,7 +147,7 @@ def _surrogate_flags() -> type:
 
 
 def _encode_flags() -> type:
-    from otdd.distill.encode import EncodeConfig
+    from otdd.distill.encode_config import EncodeConfig
 
     @dataclass(frozen=True)
     class EncodeFlags(EncodeConfig, DataFlags):
@@ -213,7 +213,8 @@ def _training(given: Any) -> tuple[Any, Callable[..., Any]]:
 def fit_surrogate(flags: list[str]) -> int:
     """`otdd fit-surrogate`."""
     from otdd.distill.data import load_data
-    from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
+    from otdd.distill.surrogate import fit_surrogate
+    from otdd.distill.surrogate_config import SurrogateConfig
     from otdd.terminal import shown
 
     about = "Train the networks of influence guidance; an interrupted training continues."
@@ -236,7 +237,8 @@ def fit_surrogate(flags: list[str]) -> int:
 def encode(flags: list[str]) -> int:
     """`otdd encode`."""
     from otdd import _torchvision
-    from otdd.distill.encode import EncodeConfig, encode
+    from otdd.distill.encode import encode
+    from otdd.distill.encode_config import EncodeConfig
     from otdd.distill.stream import open_stream
     from otdd.distill.workers import local_device
     from otdd.terminal import shown

@@ -31,7 +31,7 @@ from otdd.distill.workers import local_device
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
     from otdd.distill.stream import Stream
-    from otdd.distill.surrogate import SurrogateConfig
+    from otdd.distill.surrogate_config import SurrogateConfig
 
 BUDGET = 1.0  # seconds that the steps of one kind are timed for
 LEAST = 3  # steps timed at least, after one that is not

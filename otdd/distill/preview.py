@@ -15,7 +15,7 @@ from otdd.distill.prepare import SAMPLED, Prepared, prepare
 from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
-from otdd.distill.surrogate import SurrogateConfig
+from otdd.distill.surrogate_config import SurrogateConfig
 
 MIB = 2**20
 
