@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
@@ -21,36 +22,31 @@ from otdd.distill.config import ConfigError, RunConfig, printable, require_path
 from otdd.distill.inputs.problems import DataError, DataWarning
 from otdd.flags import Log, flags_of, nearest, parse, value
 
-USAGE = """\
-usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a command
-
-  run        all stages: images, soft labels, students, table (continues an interrupted run)
-  sample     stage 1: the images of every set
-  relabel    stage 2: soft labels from teachers
-  train      stage 3: students of every set
-  evaluate   the table, transport costs and the picture of what is there
-  fit        train a small generator for a data set, or a DiT further (--from)
-  fit-surrogate  train the networks of influence guidance for a data set
-  encode     the latents of a data set, once
-  report     a run as one HTML page with its figures: otdd report DIR
-  export     a distilled set in the format of others: otdd export DIR --to hf --out OUT
-  push       an exported set to the Hugging Face Hub: otdd push DIR OWNER/NAME
-  env        versions, backends, and why some are missing
-
-first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
-completion: eval "$(otdd --print-completion bash)"   (or zsh; fish: ... fish | source)
-exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted
-"""
-
 ABOUT = {
-    "run": "Distil a data set: images, soft labels, students, table.",
-    "sample": "Stage 1: make the images of every set.",
-    "relabel": "Stage 2: soft labels for the sets in the folder; --out is all it needs.",
-    "train": "Stage 3: students on the sets in the folder; --out is all it needs.",
-    "evaluate": "Table, transport costs and picture of a folder; --out is all it needs.",
+    "run": "All stages: images, soft labels, students, table.",
+    "sample": "Stage 1: the images of every set.",
+    "relabel": "Stage 2: soft labels of teachers; --out is all it needs.",
+    "train": "Stage 3: students of every set; --out is all it needs.",
+    "evaluate": "Table, transport costs, pictures; --out is all it needs.",
 }
 
-TOOLS = ("fit", "fit-surrogate", "encode", "report", "export", "push")  # functions of otdd.tools
+TOOLS = {  # functions of otdd.tools
+    "fit": "A small generator for a data set, or a DiT further (--from).",
+    "fit-surrogate": "The networks of influence guidance for a data set.",
+    "encode": "The latents of a data set, once.",
+    "report": "A run as one HTML page, with its figures.",
+    "export": "A distilled set in the format of others.",
+    "push": "An exported set to the Hugging Face Hub.",
+}
+
+COMMANDS = {**ABOUT, **TOOLS, "env": "Versions, backends, why some are missing."}
+
+HINTS = (
+    "otdd COMMAND --help: the flags of a command, with units and defaults",
+    "first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1",
+    'completion: eval "$(otdd --print-completion bash)"   (or zsh)',
+    "in fish: otdd --print-completion fish | source",
+)
 
 
 @dataclass(frozen=True)
@@ -58,19 +54,19 @@ class RunFlags(RunConfig):
     """Flags of the stages: the settings of a run, and how to show it."""
 
     config: str | None = None
-    """YAML file of settings, under the flags."""
+    """YAML or JSON file of settings, under the flags; by default none."""
     dry_run: bool = False
-    """Check everything, print what would be done, and write nothing."""
+    """Check everything, time some steps, print what it takes, and write nothing."""
     log: Log = "auto"
-    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    """What is told while it works, on standard error; auto: bars on a terminal, else lines."""
     quiet: bool = False
-    """As --log quiet."""
+    """The same as --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    """Run one command and exit with a code of `otdd.helptext.EXIT_CODES`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -95,14 +91,18 @@ def _guarded(arguments: list[str]) -> int:
 def _caught(arguments: list[str], as_json: bool) -> int:
     try:
         with _noted(as_json):
-            return _dispatch(arguments)
+            try:
+                return _dispatch(arguments)
+            finally:
+                sys.stdout.flush()  # a reader that went away is noticed here, not after the end
     except KeyboardInterrupt as stop:
         kept = str(stop) or "what is finished is kept"
         text = f"stopped; {kept}, and the same command continues from there"
         code, text = 130, ("" if as_json else "\n") + f"otdd: {text}"
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        for stream in (sys.stdout, sys.stderr):  # what is still buffered has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -135,8 +135,8 @@ def _noted(as_json: bool) -> Iterator[None]:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(USAGE)
+    if not arguments or arguments in (["-h"], ["--help"], ["help"]):
+        sys.stdout.write(_usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from otdd import __version__
@@ -145,6 +145,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[0] == "--print-completion":
         return _completion(arguments[1:])
+    if arguments[0] == "help":
+        arguments = [arguments[1], "--help"]
     command, flags = arguments[0], arguments[1:]
     if command in ABOUT:
         return _run(command, flags)
@@ -153,10 +155,19 @@ def _dispatch(arguments: list[str]) -> int:
     if command in TOOLS:
         from otdd import tools
 
-        return getattr(tools, command.replace("-", "_"))(flags)
-    known = [*ABOUT, *TOOLS, "env"]
-    hint = nearest(command, known)
-    raise ConfigError(f"unknown command {command!r}; {hint or 'known: ' + ', '.join(known)}")
+        return int(getattr(tools, command.replace("-", "_"))(flags))
+    hint = nearest(command, COMMANDS) or "known: " + ", ".join(COMMANDS)
+    raise ConfigError(f"unknown command {command!r}; {hint}")
+
+
+def _usage() -> str:
+    from otdd.helptext import exit_codes, wrapped
+
+    rows = (wrapped(f"{name:<14} {text}", "  ", " " * 17) for name, text in COMMANDS.items())
+    lines = ["usage: otdd COMMAND [flags]", "", *itertools.chain.from_iterable(rows), ""]
+    for hint in HINTS:
+        lines += wrapped(hint, "", "  ")
+    return "\n".join([*lines, "", *exit_codes()]) + "\n"
 
 
 def _run(command: str, flags: list[str]) -> int:
@@ -223,8 +234,13 @@ def _completion(shells: list[str]) -> int:
         raise ConfigError(f"--print-completion: {seen} is not accepted; one of {', '.join(SHELLS)}")
     classes: dict[str, type] = dict.fromkeys(ABOUT, RunFlags)
     classes |= {name: tools.flags_class(name) for name in TOOLS}
-    commands = {name: {**dict(flags_of(cls)), "--help": ()} for name, cls in classes.items()}
-    commands["env"] = {"--json": (), "--help": ()}
+    commands: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, cls in classes.items():
+        known = {word: flag.choices() for flag in flags_of(cls) for word in flag.spellings()}
+        commands[name] = {**known, "--help": ()}
+    commands["env"] = {"--json": (), "--debug": (), "--help": ()}
+    commands["help"] = {"": tuple(COMMANDS)}
+    commands["--print-completion"] = {"": SHELLS}
     sys.stdout.write(script(shells[0], commands))
     return 0
 
@@ -260,16 +276,23 @@ def _explained(error: Exception) -> tuple[int, str]:
     """The exit code, and one line that says what is wrong."""
     if isinstance(error, ModuleNotFoundError):
         return 1, f'otdd: {error}; this command needs: pip install "otdd[distill]"'
-    expected: list[type[Exception]] = [ConfigError, DataError]
-    with contextlib.suppress(ImportError):
-        from otdd.distill.store import StoreError
-
-        expected.append(StoreError)
-    loaded = sys.modules.get("otdd.distill.generator")
-    if loaded is not None:
-        expected.append(loaded.GeneratorError)
     listing = bool(getattr(error, "problems", None))  # a `DataError` names every file in a line
     text = str(error) if listing else printable(" ".join(str(error).split()))
-    if isinstance(error, tuple(expected)):
-        return 2, f"otdd: {text}"
-    return 1, f"otdd: failed: {type(error).__name__}: {text} (--debug shows where)"
+    code = _exit_code(error)
+    if code == 1:
+        return 1, f"otdd: failed: {type(error).__name__}: {text} (--debug shows where)"
+    return code, f"otdd: {text}"
+
+
+def _exit_code(error: Exception) -> int:
+    from otdd.distill.sums import InUseError, StoreError, WriteError
+
+    refused: list[type[Exception]] = [ConfigError, DataError, StoreError]
+    loaded = sys.modules.get("otdd.distill.generator")  # which imports torch
+    if loaded is not None:
+        refused.append(loaded.GeneratorError)
+    if isinstance(error, InUseError):
+        return 3
+    if isinstance(error, WriteError):
+        return 4
+    return 2 if isinstance(error, tuple(refused)) else 1

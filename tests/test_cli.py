@@ -13,7 +13,7 @@ from otdd import cli
 
 TINY = [
     *("--data", "digits", "--ipc", "1", "--seeds", "1", "--sets", "random", "kmeans"),
-    *("--relabel.teacher_epochs", "1", "--train.epochs", "2"),
+    *("--relabel.teacher-epochs", "1", "--train.epochs", "2"),
 ]
 
 
@@ -76,7 +76,10 @@ def test_help_of_run_imports_no_torch():
             ["run", *TINY, "--out", "x", "--sample.guidance.strength", "-1"],
             "--sample.guidance.strength: -1.0 is not accepted; expected a number >= 0",
         ),
-        (["run", *TINY, "--out", "x", "--sample.order", "no"], "'no'.*--sample.order.*'joint'"),
+        (
+            ["run", *TINY, "--out", "x", "--sample.order", "no"],
+            "--sample.order: 'no' .* one of joint",
+        ),
         (["run", *TINY, "--out", "x", "--sampel.steps", "3"], "--sampel.steps"),
         (["run", *TINY, "--out", "x", "--preset", "best"], "preset: 'best' .* one of paper"),
         (["run", *TINY, "--out", "x", "--config", "none.yaml"], "cannot read none.yaml"),
@@ -97,11 +100,11 @@ def test_help_of_run_imports_no_torch():
         ),
         (["export"], "missing: --dir, --to, --out"),
         (["export", "none", "--to", "hf", "--out", "x"], "none: no such folder"),
-        (["export", "none", "--to", "csv", "--out", "x"], "'csv'.*--to.*'hf'"),
+        (["export", "none", "--to", "csv", "--out", "x"], "--to: 'csv' is not accepted; .* hf"),
         (["report"], "missing: --dir"),
         (["report", "none"], "none: no such folder"),
         (["report", "none", "--classes", "0"], "classes: 0 is not accepted; expected"),
-        (["push", "none"], "missing: --repo_id"),
+        (["push", "none"], "missing: --repo-id"),
         (["push", "none", "me/set"], "none: no such folder"),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),

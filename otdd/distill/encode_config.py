@@ -16,9 +16,9 @@ class EncodeConfig:
     batch: int = 64
     """Images read and encoded at once."""
     support: int = 10
-    """k-means centres of every class kept with its mean and deviation; 0 for none."""
+    """k-means centres of every class kept with its mean and deviation; 0: none."""
     seed: int = 0
-    """Seed of k-means, and of the split of a folder without val/."""
+    """Seed of k-means, and of the split of data without test images."""
 
     def __post_init__(self) -> None:
         require(self.shard >= 1, "shard", self.shard, "an integer >= 1")

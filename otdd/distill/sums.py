@@ -30,6 +30,14 @@ class StoreError(RuntimeError):
     """The output folder cannot be used, or cannot be written."""
 
 
+class InUseError(StoreError):
+    """Another process works on the output."""
+
+
+class WriteError(StoreError):
+    """The output cannot be written: the disk is full, or does not allow it."""
+
+
 class Sums:
     """The hashes of a folder.
 

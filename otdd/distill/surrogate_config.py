@@ -12,7 +12,7 @@ class SurrogateConfig:
     """The network and its training."""
 
     arch: str = "convnet-6"
-    """Architecture, as for students."""
+    """Architecture, as of students: convnet, convnet-3, convnet-6, resnetap-10 or any timm name."""
     checkpoints: int = 4
     """Networks kept, evenly spaced over the training; the last is that of its end."""
     epochs: int = 40
@@ -22,7 +22,7 @@ class SurrogateConfig:
     lr: float = 1e-3
     """Learning rate of AdamW at the start of a cosine."""
     weight_decay: float = 0.01
-    """Weight decay."""
+    """Weight decay of AdamW, per step as a factor of the learning rate."""
     seed: int = 0
     """Seed of weights, batches and augmentation."""
 
