@@ -135,7 +135,7 @@ def test_zsh_completes(tmp_path):
     (tmp_path / "dogs").mkdir()
     cases = [(" ".join(words), wanted[0]) for words, wanted in CASES]
     cases += [GLUED, ("otdd run --data d", "dogs/"), ("otdd fit-", "fit-surrogate")]
-    script = tmp_path / "drive.zsh"
+    script = tmp_path / "keys.zsh"
     script.write_text(ZSH)
     command = ["zsh", "-f", script.name, *(line for line, _ in cases)]
     environment = os.environ | {"HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "xterm"}
