@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from otdd.distill.config import HEADINGS
+from otdd.distill.config import HEADINGS, counted
 from otdd.flags import Log
 from otdd.joblog import JsonLog
 
@@ -148,6 +148,8 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from otdd.distill.inputs.spec import published
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
@@ -158,11 +160,10 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
     seeds = max((len(row["runs"]) for row in rows), default=0)
     for arch in archs:
         config = metrics["config"]
-        title = f"{config['data']}, {config['ipc']} per class"
+        title = f"{published(config['data'])}, {counted(config['ipc'], 'image')} per class"
         if rows:
-            title += f": test accuracy of {arch} in %, mean ± std of {seeds} student" + "s" * (
-                seeds != 1
-            )
+            students = counted(seeds, "student")
+            title += f": test accuracy of {arch} in %, mean ± std of {students}"
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         table = Table()
         table.add_column("set")

@@ -14,6 +14,7 @@ from datetime import datetime
 import pytest
 
 from otdd import cli
+from otdd.distill.inputs.problems import warn
 from otdd.joblog import JsonLog
 
 DRAW = """
@@ -80,13 +81,30 @@ def test_progress_is_rare_and_knows_the_time_left(capsys, monkeypatch):
         for n in range(11):
             log("fit", n, 10)
             now[0] += 2
-        warnings.warn("low memory", stacklevel=1)
     seen = events(capsys.readouterr().err)
-    assert [line.get("done") for line in seen] == [0, 3, 6, 9, None, None]
+    assert [line.get("done") for line in seen] == [0, 3, 6, 9, None]
     assert (seen[0]["rate"], seen[0]["eta_s"]) == (None, None)
     assert (seen[1]["rate"], seen[1]["eta_s"]) == (0.5, 14.0)
     assert (seen[4]["event"], seen[4]["seconds"]) == ("task_done", 20.0)
-    assert (seen[5]["level"], seen[5]["message"]) == ("warning", "UserWarning: low memory")
+
+
+def test_warnings_are_events_with_their_parts(capsys, monkeypatch):
+    def warning(_):
+        warnings.warn("low memory", stacklevel=1)
+        for _ in range(2):  # a remark about data is made once
+            warn("data folder photos", "1 image is left out", ["cat/1.png: unreadable image"])
+        return 0
+
+    monkeypatch.setattr(cli, "_env", warning)
+    code, _, err = call(capsys, "env", "--log", "json")
+    assert code == 0
+    _, memory, data, end = events(err)
+    about = {"level": "warning", "event": "warning"}
+    assert memory | about | {"message": "low memory", "category": "UserWarning"} == memory
+    about |= {"message": "1 image is left out", "category": "DataWarning"}
+    about |= {"where": "data folder photos", "items": ["cat/1.png: unreadable image"]}
+    assert data | about == data
+    assert end["exit_code"] == 0
 
 
 def drawn(columns, **environment):

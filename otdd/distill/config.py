@@ -17,6 +17,7 @@ from otdd.distill.guidance_config import (
     GuidanceConfig,
     InfluenceConfig,
     ModeConfig,
+    counted,
     printable,
     require,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
+    "counted",
     "printable",
     "require",
     "require_path",
@@ -52,6 +54,14 @@ TITLES = {
     "random": "random real",
     "kmeans": "k-means centroids",
     "kmeans-real": "k-means, nearest real",
+}
+# Okabe and Ito's palette for colour-blind readers: what of it stands out on white and on black.
+COLOURS = {
+    "otg": "#d55e00",
+    "unguided": "#0072b2",
+    "random": "#7f7f7f",
+    "kmeans": "#009e73",
+    "kmeans-real": "#cc79a7",
 }
 HEADINGS = {
     "ce": "hard, CE",

@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor
 
 from otdd.distill import costs
-from otdd.distill.config import RunConfig
+from otdd.distill.config import RunConfig, counted
 from otdd.distill.costs import Cost, duration
 from otdd.distill.evaluate import LABELS, Student
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
@@ -169,12 +169,14 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
     if not config.relabel.store_labels:
         return "nothing is stored: teachers label while students train"
     plan, names = _plan(config, made), teacher_names(config)
-    count = f"1 to {len(names)}" if MEASURED in config.relabel.teachers else len(names)
+    measured = MEASURED in config.relabel.teachers
+    count = "1 to " * (measured and len(names) > 1) + counted(len(names), "teacher")
     parts = _labelled(config, made, store)
-    done = f", {sum(parts)} of {len(parts)} shards finished" if any(parts) else ""
+    done = f", {sum(parts)} of {counted(len(parts), 'shard')} finished" if any(parts) else ""
     return (
-        f"{len(config.sets)} sets by {count} teachers ({', '.join(names)}), {plan.labelled} "
-        f"epochs of {plan.steps_per_epoch} batches of {plan.batch}: "
+        f"{counted(len(config.sets), 'set')} by {count} ({', '.join(names)}), "
+        f"{counted(plan.labelled, 'epoch')} of {counted(plan.steps_per_epoch, 'batch', 'batches')} "
+        f"of {plan.batch}: "
         f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
     )
 
@@ -190,8 +192,9 @@ def _training(config: RunConfig, made: Prepared) -> str:
     train = config.train
     students = len(config.sets) * len(train.archs) * len(train.losses) * config.seeds
     return (
-        f"{students} students ({len(config.sets)} sets, {', '.join(train.archs)}; "
-        f"{', '.join(train.losses)}; {config.seeds} seeds) of {_plan(config, made).total} steps"
+        f"{counted(students, 'student')} ({counted(len(config.sets), 'set')}, "
+        f"{', '.join(train.archs)}; {', '.join(train.losses)}; {counted(config.seeds, 'seed')}) "
+        f"of {counted(_plan(config, made).total, 'step')}"
     )
 
 
