@@ -181,7 +181,7 @@ def complaint(said: str) -> list[str]:
 def one_line(done: dict) -> bool:
     """Whether a command ended with one line that says what is wrong, and a right exit code."""
     lines = complaint(done["said"])
-    return done["code"] in (1, 2) and len(lines) == 1 and lines[0].startswith("otdd: ")
+    return done["code"] in (1, 2, 3, 4) and len(lines) == 1 and lines[0].startswith("otdd: ")
 
 
 def contents(root: Path) -> dict[str, str]:
