@@ -20,7 +20,7 @@ from typing import Any
 from otdd import joblog
 from otdd.distill.config import ConfigError, RunConfig, printable, require_path
 from otdd.distill.inputs.problems import DataError, DataWarning
-from otdd.flags import Log, flags_of, nearest, parse, value
+from otdd.flags import Log, asks_help, flags_of, nearest, parse, value
 
 ABOUT = {
     "run": "All stages: images, soft labels, students, table.",
@@ -168,7 +168,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[0] == "--print-completion":
         return _completion(arguments[1:])
-    if arguments[0] == "help":
+    if arguments[0] in ("-h", "--help", "help"):
         arguments = [arguments[1], "--help"]
     command, flags = arguments[0], arguments[1:]
     if command in ABOUT:
@@ -179,6 +179,8 @@ def _dispatch(arguments: list[str]) -> int:
         from otdd import tools
 
         return int(getattr(tools, command.replace("-", "_"))(flags))
+    if command.startswith("-"):
+        raise ConfigError(f"unknown flag {command}; flags follow a command: otdd COMMAND [flags]")
     hint = nearest(command, COMMANDS) or "known: " + ", ".join(COMMANDS)
     raise ConfigError(f"unknown command {command!r}; {hint}")
 
@@ -194,19 +196,7 @@ def _usage() -> str:
 
 
 def _run(command: str, flags: list[str]) -> int:
-    from otdd.distill.settings import load_yaml, merge, named_protocol, preset, protocol
-
-    file, name = value(flags, "--config"), value(flags, "--preset")
-    filed = load_yaml(file) if file is not None else {}
-    out = value(flags, "--out") or filed.get("out")
-    stored = {} if command == "run" else _stored(out)
-    named = value(flags, "--data") is not None or "data" in filed
-    if command in ("relabel", "train", "evaluate") and out and not stored and not named:
-        raise ConfigError(f"--out: there is no run in {out} (no config.json); otdd run makes one")
-    name = name or filed.get("preset")
-    ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
-    how = protocol(value(flags, "--train.protocol") or named_protocol(filed), ipc)
-    base = merge(merge(merge(stored, preset(name)), how), filed)
+    base = _under_flags(command, flags)
     given = parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
     plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**plain)
@@ -229,6 +219,31 @@ def _run(command: str, flags: list[str]) -> int:
     if first and command in ("run", "train", "evaluate"):
         print_metrics(metrics, config.out)
     return 0
+
+
+def _under_flags(command: str, flags: list[str]) -> dict[str, Any]:
+    """Settings of the folder, over them a preset and a protocol, and over these a file."""
+    from otdd.distill import settings
+
+    file, name = value(flags, "--config"), value(flags, "--preset")
+    filed = settings.load_yaml(file) if file is not None else {}
+    settings.require_known(RunConfig, filed)
+    out = value(flags, "--out") or filed.get("out")
+    stored = {} if command == "run" else _stored(out)
+    named = value(flags, "--data") is not None or "data" in filed
+    homeless = command in ("relabel", "train", "evaluate") and not (stored or named)
+    if homeless and not asks_help(flags):
+        if not out:
+            raise ConfigError(f"missing: --out (otdd {command} --help explains)")
+        raise ConfigError(f"--out: there is no run in {out} (no config.json); otdd run makes one")
+    ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
+    how = value(flags, "--train.protocol") or settings.named_protocol(filed)
+    base = settings.merge(stored, settings.preset(name or filed.get("preset")))
+    base = settings.merge(settings.merge(base, settings.protocol(how, ipc)), filed)
+    if asks_help(flags):
+        settings.convert_fields(RunConfig, base)
+        base |= dict.fromkeys(("data", "ipc"), "that of the folder") if homeless else {}
+    return base
 
 
 def _tell_stage(stage: str, seconds: float | None) -> None:

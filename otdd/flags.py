@@ -83,9 +83,8 @@ def parse(
         base: nested settings under the flags.
         leading: settings whose values may come first without their flags.
     """
-    from otdd.distill.settings import convert_fields, from_dict, merge
+    from otdd.distill.settings import from_dict, merge
 
-    convert_fields(cls, base)
     if asks_help(flags):
         from otdd.helptext import page
 
@@ -141,7 +140,7 @@ def _read(cls: type, flags: list[str], prog: str) -> Iterator[tuple[Flag, Any]]:
         word, equals, first = rest.pop(0).partition("=")
         spelling = word.replace("_", "-")
         if spelling not in known:
-            hint = nearest(spelling, known) or f"{prog} --help lists all"
+            hint = _meant(spelling, known) or f"{prog} --help lists all"
             what = f"unknown flag {word}" if _FLAG.match(word) else f"{word!r} follows no flag"
             raise ConfigError(f"{what}; {hint}")
         flag = known[spelling]
@@ -155,6 +154,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A question about the likeliest of the known words, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else ""
+
+
+def _meant(spelling: str, known: Iterable[str]) -> str:
+    """A question about the flags of groups that end like an unknown one, or about the likeliest."""
+    last = spelling.lstrip("-").split(".")[-1]
+    same = [name for name in known if name.split(".")[-1] == last and "." in name]
+    return f"did you mean {' or '.join(same[:3])}?" if same else nearest(spelling, known)
 
 
 def flags_of(cls: type, prefix: str = "", key: str = "") -> Iterator[Flag]:
@@ -208,7 +214,7 @@ def _expected(kind: Any) -> str:
         return _expected(args[0]) if args[-1] is ... else f"{len(args)} values"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_expected(part) for part in args if part is not type(None))
-    words: dict[Any, str] = {int: "an integer", float: "a number", str: "a text"}
+    words: dict[Any, str] = {int: "an integer", float: "a number", str: "a name or a path"}
     return words[kind]
 
 

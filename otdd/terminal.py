@@ -6,7 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from otdd.distill.config import HEADINGS, counted
+from otdd.distill.config import HEADINGS
+from otdd.distill.words import counted
 from otdd.flags import Log
 from otdd.joblog import JsonLog
 
@@ -177,6 +178,8 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
         console.print(table)
         found = [c for c in metrics["comparisons"] if c["arch"] == arch]
         if any(c["ci95"] for c in found):
+            what = "points, 95 % interval, p (paired t test by seed, Holm)"
+            console.print(f"{found[0]['set']} less another set: {what}", highlight=False)
             console.print(_compared(found, losses))
         elif found:
             console.print(f"{arch}: to compare sets takes two seeds that they share")
@@ -187,9 +190,7 @@ def _compared(found: list[dict[str, Any]], losses: list[str]) -> Table:
     """The first set less each other one, with the interval and p of each difference."""
     from rich.table import Table
 
-    first = found[0]["set"]
-    title = f"{first} less another set: points, 95 % interval, p (paired t test by seed, Holm)"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("against")
     for loss in losses:
         table.add_column(HEADINGS[loss], justify="right")

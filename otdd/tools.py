@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from otdd.distill.config import ConfigError, require, require_path
+from otdd.distill.words import counted, sized
 from otdd.flags import Log, parse
 
 
@@ -263,9 +264,9 @@ def encode(flags: list[str]) -> int:
         codec.to(device)
         cost = costs.encoding(data, codec, config.batch)
         latent = codec.latent_shape(data.image_shape)
-        size = 2 * len(data) * math.prod(latent) / 2**20
+        size = sized(2 * len(data) * math.prod(latent))
         shape = "x".join(map(str, latent))
-        about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        about = f"encode   {len(data)} images to latents of {shape}, {size} of disk"
         sys.stdout.write(_found(data, data))
         sys.stdout.write(costs.lines(about, cost))
         return 0
@@ -273,9 +274,9 @@ def encode(flags: list[str]) -> int:
     units = {"encode": "images", "check": "images", "statistics": "classes"}
     with shown(given.log, given.quiet, units) as pace:
         made = encode(data, codec, config, given.out, progress=pace)
-    size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
+    size = sized(sum(f.stat().st_size for f in Path(given.out).glob("latents-*")))
     shape = "x".join(map(str, made.latent_shape))
-    sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")
+    sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size}\n")
     return 0
 
 
@@ -289,11 +290,13 @@ def export(flags: list[str]) -> int:
 
     made = export(given.dir, given.to, given.out, set=given.set, license=given.license)
     files = [f for f in Path(given.out).rglob("*") if f.is_file()]
-    size = sum(f.stat().st_size for f in files) / 2**20
-    soft = f"soft labels of {made.epochs} epochs" if made.has_soft_labels else "no soft labels"
+    size = sized(sum(f.stat().st_size for f in files))
+    soft = "no soft labels"
+    if made.has_soft_labels:
+        soft = f"soft labels of {counted(made.epochs, 'epoch')}"
     sys.stdout.write(
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
-        f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
+        f"classes, {soft}; {counted(len(files), 'file')}, {size}\n"
     )
     return 0
 
@@ -322,7 +325,7 @@ def push(flags: list[str]) -> int:
     if given.dry_run:
         for name, size in sent.files.items():
             sys.stdout.write(f"{size:>12,}  {name}\n")
-    total = f"{len(sent.files)} files, {sum(sent.files.values()) / 2**20:.1f} MiB"
+    total = f"{counted(len(sent.files), 'file')}, {sized(sum(sent.files.values()))}"
     where = f"{total}, to the data set {sent.repo_id}"
     sys.stdout.write(f"would send {where}\n" if given.dry_run else f"sent {where}: {sent.url}\n")
     return 0

@@ -17,7 +17,6 @@ from otdd.distill.guidance_config import (
     GuidanceConfig,
     InfluenceConfig,
     ModeConfig,
-    counted,
     printable,
     require,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
-    "counted",
     "printable",
     "require",
     "require_path",

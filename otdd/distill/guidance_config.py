@@ -27,11 +27,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """A number of things: 1 set, 2 sets; the plural is given where it is not noun + s."""
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
-
-
 @dataclass(frozen=True)
 class GuidanceConfig:
     """Optimal-transport guidance of the sampler."""

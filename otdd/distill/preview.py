@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor
 
 from otdd.distill import costs
-from otdd.distill.config import RunConfig, counted
+from otdd.distill.config import RunConfig
 from otdd.distill.costs import Cost, duration
 from otdd.distill.evaluate import LABELS, Student
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
@@ -16,8 +16,7 @@ from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
 from otdd.distill.surrogate_config import SurrogateConfig
-
-MIB = 2**20
+from otdd.distill.words import counted, sized
 
 
 def preview(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
@@ -53,7 +52,7 @@ def preview(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
     if spent:
         rows.append(("time", f"{duration(total)} in all, on this machine as busy as it is now"))
     rows.append(("memory", _memory(real, bool(spent))))
-    rows.append(("disk", f"about {disk_bytes(config, made, stages) / MIB:.1f} MiB in all"))
+    rows.append(("disk", f"about {sized(disk_bytes(config, made, stages))} in all"))
     return [f"{name:<9}{text}" for name, text in rows]
 
 
@@ -98,10 +97,10 @@ def _costs(
 
 
 def _memory(real: int, was_timed: bool) -> str:
-    held = f"{real / MIB:.1f} MiB of real images"
+    held = f"{sized(real)} of real images"
     if not was_timed:
         return held
-    return f"about {costs.peak_memory() / MIB:.0f} MiB at the peak of the timed steps, {held}"
+    return f"about {sized(costs.peak_memory())} at the peak of the timed steps, {held}"
 
 
 def denoising_steps(config: RunConfig, made: Prepared, name: str) -> int:
@@ -177,7 +176,7 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
         f"{counted(len(config.sets), 'set')} by {count} ({', '.join(names)}), "
         f"{counted(plan.labelled, 'epoch')} of {counted(plan.steps_per_epoch, 'batch', 'batches')} "
         f"of {plan.batch}: "
-        f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
+        f"{sized(label_bytes(config, made))} a set{done}"
     )
 
 

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from otdd.distill import locks
 from otdd.distill.pictures import picture_names, png
-from otdd.distill.sums import SUMS, InUseError, StoreError, Sums, WriteError, tensor_digest
+from otdd.distill.sums import (
+    SUMS,
+    InUseError,
+    StoreError,
+    Sums,
+    WriteError,
+    tensor_digest,
+    unwritable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +44,6 @@ FORMAT = 1
 _HIDDEN = (LOCK, TEMP)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_ACCESS = {errno.EROFS, errno.EACCES, errno.EPERM}
-_NO_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
 
 
 class Store:
@@ -324,8 +331,8 @@ class Store:
                 raise WriteError(
                     f"cannot write {where} ({error.strerror}); everything finished before is kept"
                 ) from error
-            kind = StoreError if error.errno in _NO_PATH else WriteError
-            raise kind(f"cannot write {where}: {error.strerror or error}") from error
+            said = f"cannot write {where}: {error.strerror or error}"
+            raise unwritable(error)(said) from error
 
     def _damaged(self, name: str, error: Exception) -> StoreError:
         path = self.path / name

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from otdd.distill.config import counted
 from otdd.distill.inputs.listing import Listing
 from otdd.distill.inputs.problems import DataError, warn
+from otdd.distill.words import counted
 
 SKIP = "; mend or remove these, or leave out images that cannot be read with --skip-bad-images"
 
