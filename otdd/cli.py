@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # terminals without ± or box drawing
+            stream.reconfigure(errors="replace")  # terminals without some character
     sys.exit(_guarded(arguments))
 
 
