@@ -75,9 +75,8 @@ def test_help_of_a_command(capsys, command):
         said = " ".join(text).partition("\n")[0]
         assert "(default: " in said or "(required)" in said or "by default" in said.lower(), entry
         number = re.search(r"\b(INT|NUMBER)\b", name)
-        assert not number or set(re.findall(r"\w+", said.lower())) & set(map(str.lower, UNITS)), (
-            said
-        )
+        units = set(re.findall(r"\w+", said.lower())) & set(map(str.lower, UNITS))
+        assert units or not number, entry
         assert "_" not in name.split()[0]
     assert max(map(len, out.splitlines())) <= 100
 
@@ -128,12 +127,12 @@ def test_help_shows_what_a_preset_and_a_file_set(capsys, tmp_path):
         ),
         (
             ["run", *TINY, "--out", "x", "--quiet=3"],
-            "--quiet: '3' is not accepted; expected no val",
+            "--quiet: '3' .* expected no value",
         ),
         (["run", *TINY, "--out", "x", "--train.lr", "inf"], "--train.lr: inf .* a finite number"),
         (
             ["run", *TINY, "--out", "x", "--sample.batch_images", "x"],
-            "an integer or one of auto|or auto",
+            "an integer or auto",
         ),
         (["run", *TINY, "--out", "x", "--train.batch-few", "1"], "--train.batch-few: 1 is not acc"),
         (["run", *TINY, "--out", "x", "--epochs", "1"], "did you mean --train.epochs"),
