@@ -148,6 +148,9 @@ def _surrogate_flags() -> type:
         out: str
         """Folder of the networks; an interrupted training continues there."""
 
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the network is trained."""
+
     return SurrogateFlags
 
 
@@ -224,18 +227,20 @@ def fit_surrogate(flags: list[str]) -> int:
     from otdd.distill.data import load_data
     from otdd.distill.surrogate import fit_surrogate
     from otdd.distill.surrogate_config import SurrogateConfig
+    from otdd.distill.workers import local_device
     from otdd.terminal import shown
 
+    config, device = _only(SurrogateConfig, given), local_device(given.device, "--device")
     data = load_data(given.data, **_reading(given))
     if given.dry_run:
         from otdd.distill import costs
 
-        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        timed = costs.surrogate(data, config, given.device)
         sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
         return 0
     with shown(given.log, given.quiet) as bars:
-        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
+        made = fit_surrogate(data, config, given.out, device=device, progress=bars)
     reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
     sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
     return 0

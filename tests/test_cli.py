@@ -56,7 +56,7 @@ def test_help_is_quick_and_imports_no_torch():
 
 UNITS = """images image classes steps step epochs students seed seeds pixels degrees GiB fraction
 fractions factor probability share weight rate temperature decay blocks iterations latents networks
-centres logits bytes features""".split()
+centres logits bytes features patches shape""".split()
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
