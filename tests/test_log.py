@@ -1,6 +1,7 @@
 """`--log`: events as JSON lines, and bars in a terminal of any width."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ import pytest
 from otdd import cli
 from otdd.distill.inputs.problems import warn
 from otdd.joblog import JsonLog
+from otdd.terminal import print_metrics
 
 DRAW = """
 from otdd.terminal import shown
@@ -129,6 +131,23 @@ def drawn(columns, **environment):
     text = raw.decode()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     return text, [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+def test_table_of_a_run_names_its_data_and_fits_any_encoding(monkeypatch):
+    row = {"set": "otg", "arch": "convnet", "loss": "ce", "mean": 91.5, "std": 0.6, "runs": [1]}
+    config = {"data": "/home/someone/photos", "ipc": 1}
+    metrics = {"accuracy": [row], "ot_cost": {"otg": 11.25}, "comparisons": [], "config": config}
+    for encoding, spread in (("utf-8", "±"), ("ascii", "+-")):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+        print_metrics(metrics, "runs/a")
+        sys.stdout.flush()
+        title, *lines = raw.getvalue().decode(encoding).splitlines()
+        about = f"test accuracy of convnet in %, mean {spread} std of 1 student"
+        assert title == f"photos, 1 image per class: {about}"
+        assert any(f"91.5 {spread} 0.6" in line for line in lines)
+        assert len({len(line) for line in lines[:-1]}) == 1
+        assert lines[-1] == "written to runs/a"
 
 
 def test_bars_fit_into_terminals():
