@@ -40,6 +40,8 @@ TOOLS = {  # functions of otdd.tools
 
 COMMANDS = {**ABOUT, **TOOLS, "env": "Versions, backends, why some are missing."}
 
+LOGGED = (*ABOUT, "fit", "fit-surrogate", "encode", "report")  # they have --log
+
 HINTS = (
     "otdd COMMAND --help: the flags of a command, with units and defaults",
     "first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1",
@@ -70,7 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # terminals without some character
-    sys.exit(_guarded(arguments))
+    sys.exit(_guarded(_with_log(arguments)))
+
+
+def _with_log(arguments: list[str]) -> list[str]:
+    """The arguments, with OTDD_LOG as the flag: torchrun takes `--log` for one of its own."""
+    wanted, given = os.environ.get("OTDD_LOG"), value(arguments, "--log")
+    shows = arguments[:1] and arguments[0] in LOGGED
+    return [*arguments, "--log", wanted] if wanted and shows and given is None else arguments
 
 
 def _guarded(arguments: list[str]) -> int:

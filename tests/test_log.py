@@ -76,6 +76,18 @@ def test_errors_are_events_with_their_exit_code(capsys):
     assert end["exit_code"] == 2
 
 
+def test_the_environment_chooses_where_no_flag_does(capsys, monkeypatch):
+    bad = ["run", "--data", "nowhere", "--ipc", 1, "--out", "x"]
+    monkeypatch.setenv("OTDD_LOG", "json")
+    assert [e["event"] for e in events(call(capsys, *bad)[2])] == ["start", "error", "end"]
+    assert call(capsys, *bad, "--log", "lines")[2].startswith("otdd: ")
+    assert call(capsys, "env")[0] == 0  # which has no such flag
+    monkeypatch.setenv("OTDD_LOG", "yaml")
+    code, _, err = call(capsys, *bad)
+    assert code == 2
+    assert "--log: 'yaml' is not accepted; expected one of auto, bars, lines, json, quiet" in err
+
+
 def test_progress_is_rare_and_knows_the_time_left(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("otdd.joblog.time.perf_counter", lambda: now[0])
