@@ -79,7 +79,8 @@ def test_errors_are_events_with_their_exit_code(capsys):
 def test_the_environment_chooses_where_no_flag_does(capsys, monkeypatch):
     bad = ["run", "--data", "nowhere", "--ipc", 1, "--out", "x"]
     monkeypatch.setenv("OTDD_LOG", "json")
-    assert [e["event"] for e in events(call(capsys, *bad)[2])] == ["start", "error", "end"]
+    start, *_, error, end = events(call(capsys, *bad)[2])
+    assert (start["event"], error["event"], end["event"]) == ("start", "error", "end")
     assert call(capsys, *bad, "--log", "lines")[2].startswith("otdd: ")
     assert call(capsys, "env")[0] == 0  # which has no such flag
     monkeypatch.setenv("OTDD_LOG", "yaml")
