@@ -86,8 +86,15 @@ class OTLogitLoss(nn.Module):
         require(enough, "student_logits", f"shape {tuple(student.shape)}", "(..., B, K), not empty")
         rows, sinkd = student.shape[-2], self.marginals == "sinkd"
         if self.grad == "envelope":
-            options = {"tau": self.tau, "eps": self.eps, "max_iter": self.max_iter}
-            cost = logit_transport(student, teacher, **options, sinkd=sinkd, backend=self.backend)
+            cost = logit_transport(
+                student,
+                teacher,
+                tau=self.tau,
+                eps=self.eps,
+                max_iter=self.max_iter,
+                sinkd=sinkd,
+                backend=self.backend,
+            )
         else:
             cost = self._composed(student, teacher)
         factor = (rows if self.reduction == "sum" else 1) / (rows if sinkd else 1)
