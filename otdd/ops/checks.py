@@ -58,8 +58,8 @@ def floating(t: Tensor, name: str) -> Tensor:
 
 
 def same_kind(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
-    """Raises unless ``t`` has the device and, widened, the dtype of ``like``."""
-    if t.dtype != wide(like.dtype):
+    """Raises unless ``t`` has the device and the dtype of ``like``, both widened."""
+    if wide(t.dtype) != wide(like.dtype):
         accepted = f"that of {like_name}, {wide(like.dtype)}"
         raise TypeError(f"{name}: got dtype {t.dtype}; accepted: {accepted}")
     if t.device != like.device:
