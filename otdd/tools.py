@@ -67,11 +67,12 @@ class ExportFlags:
 class ReportFlags:
     """Flags of `otdd report`."""
 
-    dir: str
-    """Folder of a run, finished or not; as the first argument it needs no --dir."""
+    dir: tuple[str, ...]
+    """Folder of a run, finished or not; as the first argument it needs no --dir. Several folders:
+    runs of the same data, side by side."""
     out: str | None = None
     """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
-    ends in .html, for the page alone. An earlier report is replaced."""
+    ends in .html, for the page alone. An earlier report is replaced. Several runs need it."""
     classes: int = 20
     """Most classes whose images, costs and maps are shown, the first ones."""
     pdf: bool = False
@@ -292,13 +293,24 @@ def export(flags: list[str]) -> int:
 
 def report(flags: list[str]) -> int:
     """`otdd report`."""
-    about = "Write a run as one HTML page that needs nothing else, and its figures."
-    given = parse(ReportFlags, _named(flags, "--dir"), "otdd report", about, {})
-    from otdd.distill.report import report
+    about = "Write a run, or several side by side, as one HTML page that needs nothing else."
+    first = next((k for k, flag in enumerate(flags) if flag.startswith("-")), len(flags))
+    named = ["--dir", *flags] if first else flags
+    given = parse(ReportFlags, named, "otdd report", about, {})
+    require(len(given.dir) > 0, "dir", given.dir, "the folder of a run")
+    for folder in given.dir:
+        require_path(folder, "dir")
+    from otdd.distill.report import report, report_several
     from otdd.terminal import shown
 
+    how: dict[str, Any] = {"classes": given.classes, "pdf": given.pdf}
     with shown(given.log, given.quiet) as bars:
-        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+        if len(given.dir) == 1:
+            page = report(given.dir[0], given.out, **how, progress=bars)
+        elif given.out is None:
+            raise ConfigError("--out: give a folder or a .html file for a page of several runs")
+        else:
+            page = report_several(given.dir, given.out, **how)
     sys.stdout.write(f"written to {page}\n")
     return 0
 

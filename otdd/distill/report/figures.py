@@ -169,6 +169,75 @@ def _students(axes: Axes, rows: Sequence[Row], ink: str, bars: bool) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+def accuracy_lines(
+    found: Mapping[str, Mapping[str, Row]],
+    teachers: Mapping[str, Sequence[float]],
+    ipcs: Mapping[str, int],
+) -> tuple[float, Draw]:
+    """Accuracy over images per class, a line per set, whiskers of one standard deviation.
+
+    Args:
+        found: run -> set -> its students, of one architecture and loss.
+        teachers: run -> accuracies of its teachers.
+        ipcs: run -> images per class.
+    """
+    runs = sorted(found, key=lambda run: ipcs[run])
+
+    def draw(figure: Figure, ink: str) -> None:
+        axes = figure.subplots()
+        for name in COLOURS:
+            some = [(ipcs[run], found[run][name]) for run in runs if name in found[run]]
+            if some:
+                style: dict[str, Any] = {"marker": MARKERS[name], "markersize": 5, "capsize": 2.5}
+                style |= {"markeredgecolor": ink, "markeredgewidth": 0.5, "linewidth": 1.4}
+                means, stds = [row.mean for _, row in some], [row.std for _, row in some]
+                places = [ipc for ipc, _ in some]
+                axes.errorbar(places, means, stds, color=COLOURS[name], label=name, **style)
+        taught = [(ipcs[run], float(np.mean(teachers[run]))) for run in runs if teachers[run]]
+        if taught:
+            dashed: dict[str, Any] = {"color": ink, "linestyle": "--", "linewidth": 0.9}
+            axes.plot(*zip(*taught, strict=True), **dashed)
+        every = [ipcs[run] for run in runs]
+        axes.set_xscale("log")
+        axes.set_xticks(every, list(map(str, every)))
+        axes.set_xticks([], minor=True)
+        axes.grid(axis="y", color=ink, alpha=0.15)
+        axes.set(xlabel="images per class", ylabel="test accuracy in %")
+        figure.legend(loc="outside upper center", ncols=3, columnspacing=1)
+
+    return 3.3, draw
+
+
+def accuracy_dots(found: Mapping[str, Mapping[str, Row]]) -> tuple[float, Draw]:
+    """Accuracy by run, a mark per set, whiskers of one standard deviation.
+
+    Args:
+        found: run -> set -> its students, of one architecture and loss.
+    """
+    names = [name for name in COLOURS if any(name in rows for rows in found.values())]
+    places = np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0]
+
+    def draw(figure: Figure, ink: str) -> None:
+        axes = figure.subplots()
+        for name, shift in zip(names, places, strict=True):
+            some = [(k, rows[name]) for k, rows in enumerate(found.values()) if name in rows]
+            at = [k + float(shift) for k, _ in some]
+            means, stds = [row.mean for _, row in some], [row.std for _, row in some]
+            axes.errorbar(
+                means, at, xerr=stds, fmt="none", ecolor=_colour(name), capsize=2, linewidth=1
+            )
+            axes.scatter(means, at, s=26, zorder=3, label=name, **_mark(name, ink))
+        titles = [class_title(run, k + 1).replace("class ", "run ") for k, run in enumerate(found)]
+        axes.set_yticks(range(len(found)), titles, parse_math=False)  # names may hold dollars
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.grid(axis="x", color=ink, alpha=0.15)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("test accuracy in %")
+        figure.legend(loc="outside upper center", ncols=3, handletextpad=0.2, columnspacing=1)
+
+    return (0.16 * len(names) + 0.25) * len(found) + 1.1, draw
+
+
 def costs(found: Sequence[ClassTransport], titles: Sequence[str]) -> tuple[float, Draw]:
     """Transport cost per class and set."""
     names = _names(found)

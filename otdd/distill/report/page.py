@@ -49,10 +49,14 @@ def page(
         *_settings(found),
     ]
     title = f"{found.data['name']}, {count(found.config.ipc, 'image')} per class"
+    return document(title, [*_facts(found), *_missing(found)], parts)
+
+
+def document(title: str, top: Sequence[Markup], parts: Sequence[Section]) -> str:
+    """A whole page: its title, what stands above the contents, and its sections."""
     links = [tag("li", tag("a", heading, href=f"#{key}")) for key, heading, _ in parts]
     body = [
-        tag("header", tag("h1", title), *_facts(found)),
-        *_missing(found),
+        tag("header", tag("h1", title), *top),
         tag("nav", tag("ul", *links), aria_label="Contents"),
         tag("main", *(tag("section", tag("h2", h), c, id=key) for key, h, c in parts)),
     ]
