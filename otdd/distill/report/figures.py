@@ -185,13 +185,15 @@ def accuracy_lines(
 
     def draw(figure: Figure, ink: str) -> None:
         axes = figure.subplots()
-        for name in COLOURS:
-            some = [(ipcs[run], found[run][name]) for run in runs if name in found[run]]
+        for shift, name in enumerate(COLOURS, start=-len(COLOURS) // 2):
+            some = [
+                (ipcs[run] * 1.015**shift, found[run][name]) for run in runs if name in found[run]
+            ]
             if some:
                 style: dict[str, Any] = {"marker": MARKERS[name], "markersize": 5, "capsize": 2.5}
                 style |= {"markeredgecolor": ink, "markeredgewidth": 0.5, "linewidth": 1.4}
                 means, stds = [row.mean for _, row in some], [row.std for _, row in some]
-                places = [ipc for ipc, _ in some]
+                places = [ipc * 1.015**shift for ipc, _ in some]  # apart, so that whiskers show
                 axes.errorbar(places, means, stds, color=COLOURS[name], label=name, **style)
         taught = [(ipcs[run], float(np.mean(teachers[run]))) for run in runs if teachers[run]]
         if taught:

@@ -11,7 +11,7 @@ from otdd.distill.report.figures import Picture
 from otdd.distill.report.gather import Found, Row
 from otdd.distill.report.html import Markup, join, plain, table, tag
 from otdd.distill.report.page import PAPER, document
-from otdd.distill.report.sections import Section, card, count, set_name, strip
+from otdd.distill.report.sections import Section, card, count, set_name, span, strip
 from otdd.distill.store import StoreError
 
 Runs = Mapping[str, Found]  # name -> run
@@ -116,34 +116,34 @@ def _accuracy(runs: Runs, drawn: Mapping[str, Picture]) -> Iterator[Section]:
     note = (
         "Students trained on a set and tested on the real test images, which are the same for all "
         "runs: mean after the last step ± one standard deviation over students. All sets but otg "
-        "are baselines. "
+        "are baselines. IPC: images per class. "
     )
     if grows(runs):
         note += "Dashed: the teachers, on average; the axis is that of the results."
     else:
         note += "The axis is that of the results."
+    seeds = {len(row.runs) for run in runs.values() for row in run.metrics.rows}
+    note += f" {span(seeds).capitalize()} a row."
     several = len({arch for arch, _ in kinds}) > 1
-    cells = []
+    cards = []
     for picture, (arch, loss) in zip(drawn.values(), kinds, strict=True):
         found = [_rows(run, arch, loss) for run in runs.values()]
         names = [name for name in SETS if any(name in rows for rows in found)]
         lines = [(set_name(n), *(_result(rows.get(n)) for rows in found)) for n in names]
         title = f"{arch}, {HEADINGS[loss]}" if several else HEADINGS[loss]
-        numbers = tag("div", tag("h3", title), table(("set", *_heads(runs)), lines))
-        cells += [card(picture, picture.alt), numbers]
-    yield "accuracy", "Accuracy", join([tag("p", note), tag("div", *cells, class_="figures")])
+        numbers = table(("set", *_heads(runs)), lines)
+        cards.append(tag("div", tag("h3", title), card(picture, picture.alt), numbers))
+    yield "accuracy", "Accuracy", join([tag("p", note), tag("div", *cards, class_="figures")])
 
 
-def _result(row: Row | None) -> object:
-    if row is None:
-        return ""
-    note = tag("small", f"n = {len(row.runs)}")
-    return join([f"{row.mean:.1f} ± {row.std:.1f}", note])
+def _result(row: Row | None) -> str:
+    return "" if row is None else f"{row.mean:.1f} ± {row.std:.1f}"
 
 
 def _heads(runs: Runs) -> list[Markup]:
+    """Names of the runs, with the images per class."""
     return [
-        join([tag("bdi", name), tag("small", f"{count(run.config.ipc, 'image')} per class")])
+        join([tag("bdi", name), tag("small", f"IPC {run.config.ipc}")])
         for name, run in runs.items()
     ]
 
@@ -180,7 +180,9 @@ def _images(runs: Runs, sets: Sequence[str], classes: int) -> Iterator[Section]:
             ]
         cards.append(tag("div", tag("h3", tag("bdi", title)), *rows, class_="card"))
     some = f"The first {classes} of {len(names)} classes. " if classes < len(names) else ""
-    note = f"The sets side by side, run by run. {some}Of more images per class, {SHOWN}."
+    most = max(run.config.ipc for run in runs.values())
+    few = f"Of {most} images per class, {SHOWN}." if most > SHOWN else ""
+    note = f"The sets side by side, run by run. {some}{few}"
     least = f"{4.2 * len(sets) + 2:g}rem"
     layout = f"grid-template-columns:repeat(auto-fill,minmax(min(100%,{least}),1fr))"
     grids = tag("div", *cards, class_="grids", style=layout)
@@ -196,7 +198,11 @@ def _settings(runs: Runs) -> Iterator[Section]:
         if any(s.get(key) != every[0].get(key) for s in every)
     ]
     note = "Settings, versions and hashes in which the runs differ; all others are the same."
-    body = table(("setting", *_heads(runs)), lines) if lines else tag("p", "None: the runs were made alike.")
+    body = (
+        table(("setting", *_heads(runs)), lines)
+        if lines
+        else tag("p", "None: the runs were made alike.")
+    )
     yield "settings", "Settings that differ", join([tag("p", note), body])
 
 
