@@ -186,9 +186,7 @@ def accuracy_lines(
     def draw(figure: Figure, ink: str) -> None:
         axes = figure.subplots()
         for shift, name in enumerate(COLOURS, start=-len(COLOURS) // 2):
-            some = [
-                (ipcs[run] * 1.015**shift, found[run][name]) for run in runs if name in found[run]
-            ]
+            some = [(ipcs[run], found[run][name]) for run in runs if name in found[run]]
             if some:
                 style: dict[str, Any] = {"marker": MARKERS[name], "markersize": 5, "capsize": 2.5}
                 style |= {"markeredgecolor": ink, "markeredgewidth": 0.5, "linewidth": 1.4}
