@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 from otdd.distill.config import HEADINGS
 from otdd.distill.geometry import MAX_ITER, TOL
+from otdd.distill.plots import shown_name
 from otdd.distill.report.gather import Entropy, Metrics, Row
 from otdd.distill.report.transport import MARKS, ClassTransport
 
@@ -102,20 +102,8 @@ def _small(file: io.BytesIO) -> bytes:
 
 def class_title(name: str, label: int, width: int = 22) -> str:
     """Name of a class as a figure can show it: on one line, short, with letters of its font."""
-    flat = " ".join(name.split())
-    if not flat.isprintable() or not all(ord(c) in _letters() for c in flat):
-        return f"class {label}"
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
-
-
-def _letters() -> set[int]:
-    if not _LETTERS:
-        file = matplotlib.font_manager.findfont("DejaVu Sans")
-        _LETTERS.update(FT2Font(file).get_charmap())
-    return _LETTERS
-
-
-_LETTERS: set[int] = set()
+    shown = shown_name(name, label)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def accuracy(rows: Sequence[Row], metrics: Metrics, *, bars: bool) -> tuple[float, Draw]:
