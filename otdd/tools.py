@@ -6,6 +6,7 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable, Sized
@@ -293,6 +294,8 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
     )
+    licence = json.loads((Path(given.out) / "otdd.json").read_text(encoding="utf-8"))["license"]
+    sys.stdout.write(_licence(licence, "with --license"))
     return 0
 
 
@@ -334,7 +337,13 @@ def push(flags: list[str]) -> int:
     total = f"{len(sent.files)} files, {sum(sent.files.values()) / 2**20:.1f} MiB"
     where = f"{total}, to the data set {sent.repo_id}"
     sys.stdout.write(f"would send {where}\n" if given.dry_run else f"sent {where}: {sent.url}\n")
+    sys.stdout.write(_licence(sent.license, "in the head of its README.md (license: ...)"))
     return 0
+
+
+def _licence(name: str, where: str) -> str:
+    """The licence of a set that is passed on, and where to name one."""
+    return f"licence  {name}" + f"; name one {where}" * (name == "unknown") + "\n"
 
 
 def _named(flags: list[str], *names: str) -> list[str]:

@@ -51,8 +51,8 @@ def table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
 
 def tree(values: Mapping[str, Any]) -> Markup:
     """Nested settings: a table, and groups that fold."""
-    plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
-    rows = [tag("tr", tag("th", k, scope="row"), tag("td", plain(v))) for k, v in plain.items()]
+    single = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+    rows = [tag("tr", tag("th", k, scope="row"), tag("td", plain(v))) for k, v in single.items()]
     groups = [
         tag("details", tag("summary", k), tree(v))
         for k, v in values.items()
