@@ -145,13 +145,12 @@ def _students(axes: Axes, rows: Sequence[Row], ink: str, bars: bool) -> None:
         axes.scatter(row.runs, place + np.asarray(spread), s=7, zorder=3, **dots)
         stroke: dict[str, Any] = {"marker": "|", "color": ink, "linewidths": 1.6}
         axes.scatter([row.best_mean], [place], s=60, zorder=4, **stroke)
-        text = f"{row.mean:.1f} ± {row.std:.1f}"
         where: dict[str, Any] = {
             "transform": axes.get_yaxis_transform(),
             "va": "center",
             "ha": "left",
         }
-        axes.text(1.02, place, text, **where)
+        axes.text(1.02, place, row.text, **where)
     axes.set_yticks(range(len(rows)), [row.set for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

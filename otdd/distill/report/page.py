@@ -109,7 +109,9 @@ def _settings(found: Found) -> Iterator[Section]:
     content = [tag("details", tag("summary", "Resolved settings"), tree(found.settings), open="")]
     if found.metrics.versions:
         content.append(tag("details", tag("summary", "Versions"), tree(found.metrics.versions)))
-    seeds = f"seed {found.config.seed} of everything; students have 0 to {found.config.seeds - 1}"
+    last = found.config.seeds - 1
+    students = f"students have 0 to {last}" if last else "the student has 0"
+    seeds = f"seed {found.config.seed} of everything; {students}"
     known = {"seeds": seeds, "data": found.data["name"], "data_sha256": found.data["sha256"]}
     hashes = {k: v for k, v in found.identity.items() if k.endswith("_sha256") and v is not None}
     summary = tag("summary", "Seeds and hashes")

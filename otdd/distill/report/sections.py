@@ -49,7 +49,7 @@ def _accuracy_table(rows: Sequence[Row]) -> Markup:
         cells[name] = []
         for loss in losses:
             found = [row for row in rows if (row.set, row.loss) == (name, loss)]
-            mean = [f"{row.mean:.1f} ± {row.std:.1f}" for row in found]
+            mean = [row.text for row in found]
             best = [f"best {row.best_mean:.1f}{_students(row, rows)}" for row in found]
             cells[name].append(join([*mean, *(tag("small", text) for text in best)]))
     lines = [(set_name(name), *line) for name, line in cells.items()]

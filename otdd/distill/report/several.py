@@ -129,15 +129,13 @@ def _accuracy(runs: Runs, drawn: Mapping[str, Picture]) -> Iterator[Section]:
     for picture, (arch, loss) in zip(drawn.values(), kinds, strict=True):
         found = [_rows(run, arch, loss) for run in runs.values()]
         names = [name for name in SETS if any(name in rows for rows in found)]
-        lines = [(set_name(n), *(_result(rows.get(n)) for rows in found)) for n in names]
+        lines = [
+            (set_name(n), *(rows[n].text if n in rows else "" for rows in found)) for n in names
+        ]
         title = f"{arch}, {HEADINGS[loss]}" if several else HEADINGS[loss]
         numbers = table(("set", *_heads(runs)), lines)
         cards.append(tag("div", tag("h3", title), card(picture, picture.alt), numbers))
     yield "accuracy", "Accuracy", join([tag("p", note), tag("div", *cards, class_="figures")])
-
-
-def _result(row: Row | None) -> str:
-    return "" if row is None else f"{row.mean:.1f} ± {row.std:.1f}"
 
 
 def _heads(runs: Runs) -> list[Markup]:
