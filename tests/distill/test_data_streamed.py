@@ -243,6 +243,9 @@ def test_a_line_that_breaks_keeps_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fsspec, "open", fail)
     with pytest.raises(DataError, match=r"1\.png cannot be read \(503\)"):
         load_data("hf:me/photos,streaming=true", resolution=8)
+    monkeypatch.setattr(Streamed, "_rows", lambda *_: iter(lambda: 1 / 0, None))
+    with pytest.raises(DataError, match="reading test stopped after 0 rows: division by zero"):
+        Streamed({}, "data", None, (), tmp_path, 8, None).hidden("test", "label")
     assert [f for f in (tmp_path / "cache").rglob("*") if "otdd" in f.parts and f.is_file()] == []
 
 

@@ -145,10 +145,8 @@ def list_hub(name: str, options: Mapping[str, str], resolution: int | None = Non
         )
     image = _image_column(datasets, features, options.get("image_column"), where)
     label = _label_column(datasets, features, options.get("label_column"), where)
-    hidden = [key for key in tests if splits.hidden(key, label)]  # how the Hub withholds labels
-    tests = [key for key in tests if key not in hidden]
-    used, notes = [train, *tests[:1]], [f"split {k} is not used: no labels" for k in hidden]
-    notes += [f"split {key} is not used: there is {tests[0]}" for key in tests[1:]]
+    test, notes = _test(splits, tests, label)
+    used = [train, *test]
     found = [splits.read(key, image, label) for key in used]
     notes += [note for part in found for note in part.notes]
     names = getattr(features[label], "names", None)
@@ -294,6 +292,15 @@ def _choose(splits: list[str], options: Mapping[str, str], where: str) -> tuple[
         raise DataError(f"{where}: no split is called train; {there}; give ,split=NAME")
     tests = [options["test"]] if "test" in options else [n for n in TEST if n in splits]
     return train, [name for name in tests if name != train]
+
+
+def _test(splits: Loaded | Streamed, tests: list[str], label: str) -> tuple[list[str], list[str]]:
+    """The split that tests, if there is one, and why others do not."""
+    hidden = [key for key in tests if splits.hidden(key, label)]  # how the Hub withholds labels
+    tests = [key for key in tests if key not in hidden]
+    notes = [f"split {key} is not used: no labels" for key in hidden]
+    notes += [f"split {key} is not used: there is {tests[0]}" for key in tests[1:]]
+    return tests[:1], notes
 
 
 def _image_column(datasets: Any, features: Any, given: str | None, where: str) -> str:

@@ -122,8 +122,8 @@ class Streamed:
 
     def hidden(self, split: str, label: str) -> bool:
         """Whether the labels of a split are withheld; its first row tells."""
-        first = next(iter(self._rows(split, [label], 1)), None)
-        return first is not None and first[label] == -1
+        first = self._next(iter(self._rows(split, [label], 1)), split, 0)
+        return bool(first) and first[0][label] == -1
 
     def read(self, split: str, image: str, label: str) -> Read:
         """The images of a split, read unless they are kept already, and their labels.
