@@ -6,6 +6,7 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable, Sized
@@ -66,11 +67,12 @@ class ExportFlags:
 class ReportFlags:
     """Flags of `otdd report`."""
 
-    dir: str
-    """Folder of a run, finished or not; the flag may be left out."""
+    dir: tuple[str, ...]
+    """Folder of a run, finished or not; the flag may be left out. Several folders: runs of the same
+    data, side by side."""
     out: str | None = None
     """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
-    ends in .html, for the page alone. An earlier report is replaced."""
+    ends in .html, for the page alone. An earlier report is replaced. Several runs need it."""
     classes: int = 20
     """Most classes whose images, costs and maps are shown, the first ones of the data."""
     pdf: bool = False
@@ -303,18 +305,29 @@ def export(flags: list[str]) -> int:
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
         f"classes, {soft}; {counted(len(files), 'file')}, {size}\n"
     )
+    licence = json.loads((Path(given.out) / "otdd.json").read_text(encoding="utf-8"))["license"]
+    sys.stdout.write(_licence(licence, "with --license"))
     return 0
 
 
 def report(flags: list[str]) -> int:
     """`otdd report`."""
-    about = "Write a run as one HTML page that needs nothing else, and its figures."
+    about = "Write a run, or several side by side, as one HTML page that needs nothing else."
     given = parse(ReportFlags, flags, "otdd report", about, {}, ("dir",))
-    from otdd.distill.report import report
+    require(len(given.dir) > 0, "dir", given.dir, "the folder of a run")
+    for folder in given.dir:
+        require_path(folder, "dir")
+    from otdd.distill.report import report, report_several
     from otdd.terminal import shown
 
+    how: dict[str, Any] = {"classes": given.classes, "pdf": given.pdf}
     with shown(given.log, given.quiet) as bars:
-        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+        if len(given.dir) == 1:
+            page = report(given.dir[0], given.out, **how, progress=bars)
+        elif given.out is None:
+            raise ConfigError("--out: give a folder or a .html file for a page of several runs")
+        else:
+            page = report_several(given.dir, given.out, **how)
     sys.stdout.write(f"written to {page}\n")
     return 0
 
@@ -333,7 +346,13 @@ def push(flags: list[str]) -> int:
     total = f"{counted(len(sent.files), 'file')}, {sized(sum(sent.files.values()))}"
     where = f"{total}, to the data set {sent.repo_id}"
     sys.stdout.write(f"would send {where}\n" if given.dry_run else f"sent {where}: {sent.url}\n")
+    sys.stdout.write(_licence(sent.license, "in the head of its README.md (license: ...)"))
     return 0
+
+
+def _licence(name: str, where: str) -> str:
+    """The licence of a set that is passed on, and where to name one."""
+    return f"licence  {name}" + f"; name one {where}" * (name == "unknown") + "\n"
 
 
 def _reading(given: DataFlags) -> dict[str, Any]:

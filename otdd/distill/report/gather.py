@@ -36,6 +36,11 @@ class Row:
     std: float
     best_mean: float
 
+    @property
+    def text(self) -> str:
+        """Mean and, of several students, deviation."""
+        return f"{self.mean:.1f}" + f" ± {self.std:.1f}" * (len(self.runs) > 1)
+
 
 @dataclass(frozen=True)
 class Metrics:
