@@ -143,6 +143,9 @@ def _surrogate_flags() -> type:
     class SurrogateFlags(SurrogateConfig, DataFlags):
         """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
 
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the network is trained."""
+
     return SurrogateFlags
 
 
@@ -214,20 +217,22 @@ def fit_surrogate(flags: list[str]) -> int:
     """`otdd fit-surrogate`."""
     from otdd.distill.data import load_data
     from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
+    from otdd.distill.workers import local_device
     from otdd.terminal import shown
 
     about = "Train the networks of influence guidance; an interrupted training continues."
     given = _flags(_surrogate_flags(), flags, "otdd fit-surrogate", about)
+    config, device = _only(SurrogateConfig, given), local_device(given.device, "--device")
     data = load_data(given.data, **_reading(given))
     if given.dry_run:
         from otdd.distill import costs
 
-        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        timed = costs.surrogate(data, config, given.device)
         sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
         return 0
     with shown(given.log, given.quiet) as bars:
-        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
+        made = fit_surrogate(data, config, given.out, device=device, progress=bars)
     reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
     sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
     return 0

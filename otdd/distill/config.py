@@ -157,6 +157,12 @@ class RelabelConfig:
     """Largest relative change of width and height."""
     cutmix: float = 0.5
     """Probability that a batch is mixed by CutMix."""
+    mixup: float = 0.0
+    """Probability that a batch which CutMix left alone is mixed by Mixup."""
+    mixup_alpha: float = 0.8
+    """Weights of Mixup are drawn of Beta(mixup_alpha, mixup_alpha)."""
+    patch_shuffle: int = 1
+    """Patches a side that change places in each image, before the crop; 1 means none (RDED: 2)."""
 
     def __post_init__(self) -> None:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
@@ -171,7 +177,12 @@ class RelabelConfig:
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
         for key in ("shift", "rotate", "zoom"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "a number >= 0")
-        require(0 <= self.cutmix <= 1, "cutmix", self.cutmix, "a probability in [0, 1]")
+        for key in ("cutmix", "mixup"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, key, value, "a probability in [0, 1]")
+        alpha, side = self.mixup_alpha, self.patch_shuffle
+        require(0 < alpha <= 1, "mixup_alpha", alpha, "a number in (0, 1]")
+        require(1 <= side <= 16, "patch_shuffle", side, "an integer in [1, 16]")
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,9 @@ class TrainConfig:
     """The cosine schedule is this many times longer than the training (2 in EDC)."""
     ema: float = 0.99
     """Decay of the averaged weights that are evaluated; 0 means none."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where students train and teachers are trained and label; of several processes on a machine
+    each takes the GPU of its own rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the student's products in training (bf16: autocast); loss and tests are fp32."""
     tau: float = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ class Watch:
         self._times = [time.perf_counter()]
 
     def tick(self) -> None:
+        if torch.cuda.is_initialized():  # what was launched is not yet done
+            torch.cuda.synchronize()
         self._times.append(time.perf_counter())
 
     @property
@@ -159,12 +162,12 @@ def fitting(train: Callable[..., object], steps: int) -> Cost | None:
     return None if step is None else Cost(steps, step)
 
 
-def surrogate(data: ImageData, config: SurrogateConfig) -> Cost:
+def surrogate(data: ImageData, config: SurrogateConfig, device: Literal["cpu", "cuda"]) -> Cost:
     """Of the steps of `otdd fit-surrogate`."""
     drawn = augmentation(RelabelConfig(), data.name, data.image_shape[1:])
     batch = min(config.batch, len(data.train))
     plan = Plan(drawn, len(data.train), batch, data.image_shape[1:], config.epochs, config.seed)
-    settings = TrainConfig(losses=("ce",), batch=batch, ema=0.0)
+    settings = TrainConfig(losses=("ce",), batch=batch, ema=0.0, device=device)
     images, labels = data.train.images, data.train.labels
     step = _steps_of(data, config.arch, "ce", images, labels, plan, settings)
     return Cost(plan.total, step)
@@ -192,17 +195,19 @@ def teaching(config: RunConfig, made: Prepared, arch: str) -> Cost:
     """Of the steps of a teacher that is trained here."""
     plan = relabel.teacher_plan(made.data, config, config.seed)
     images, labels = _some(made, len(made.data.train))
-    return Cost(plan.total, _steps_of(made.data, arch, "ce", images, labels, plan, relabel.TEACHER))
+    settings = dataclasses.replace(relabel.TEACHER, device=config.train.device)
+    return Cost(plan.total, _steps_of(made.data, arch, "ce", images, labels, plan, settings))
 
 
 def labelling(config: RunConfig, made: Prepared, arch: str) -> float:
     """Seconds in which a teacher labels one batch."""
     plan = Plan.of(config, made.data, config.ipc * made.data.num_classes)
     images, _ = _some(made, config.ipc * made.data.num_classes)
-    network, watch = students.make_network(arch, made.data, config.seed).eval(), Watch()
+    device = torch.device(local_device(config.train.device, "train.device"))
+    network, watch = students.make_network(arch, made.data, config.seed).to(device).eval(), Watch()
     with torch.no_grad(), reproducible(made.data.image_shape):
         for batch in _batches(plan):
-            network(batch.apply(images))
+            network(batch.apply(images, device)).cpu()
             watch.tick()
             if watch.enough:
                 break
@@ -228,8 +233,9 @@ def _steps_of(
             if watch.enough:
                 return
 
+    device = local_device(settings.device, "train.device")
     with reproducible(data.image_shape):
-        network: nn.Module = students.make_network(arch, data, 0)
+        network: nn.Module = students.make_network(arch, data, 0).to(device)
         objective = make_loss(loss, settings)
         training = Training(network, objective, settings, 1 << 20, arch=arch)
         train_student(training, images, labels, steps())

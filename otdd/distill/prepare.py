@@ -98,11 +98,13 @@ def _has_generator(config: RunConfig) -> bool:
 
 
 def _check_networks(config: RunConfig, data: ImageData) -> None:
+    from otdd.distill.augment import augmentation
     from otdd.distill.labels import LabelFormat
     from otdd.distill.relabel import MEASURED, teacher_names
     from otdd.distill.students import check_network
 
     LabelFormat.of(config.relabel, len(data.classes))
+    augmentation(config.relabel, data.name, (data.image_shape[1], data.image_shape[2]))
     for arch in config.train.archs:
         check_network(arch, data)
     if MEASURED in config.relabel.teachers:

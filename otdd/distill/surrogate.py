@@ -28,6 +28,7 @@ from otdd.distill.data import ImageData
 from otdd.distill.match import accuracy, reproducible
 from otdd.distill.relabel import Plan
 from otdd.distill.store import Store
+from otdd.distill.training import device_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,6 +75,7 @@ def fit_surrogate(
     config: SurrogateConfig | None = None,
     out: str | os.PathLike[str] = "surrogate",
     *,
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains the surrogate and writes its checkpoints into a folder; continues where it stopped.
@@ -82,6 +84,7 @@ def fit_surrogate(
         data: training images; the test images give the accuracies.
         config: the network and its training.
         out: folder of the checkpoints.
+        device: where the network is trained.
         progress: called as progress("fit-surrogate", epoch, epochs).
 
     Returns:
@@ -94,7 +97,7 @@ def fit_surrogate(
         names = [_name(number) for number in range(config.checkpoints)]
         if not all(map(store.has, [SUMMARY, *names])):
             with reproducible(data.image_shape):
-                _train(store, data, config, progress or (lambda *_: None))
+                _train(store, data, config, torch.device(device), progress or (lambda *_: None))
         store.remove(STATE)
         return dict(store.read_json(SUMMARY))
 
@@ -134,12 +137,18 @@ def surrogate_digest(folder: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _train(store: Store, data: ImageData, config: SurrogateConfig, progress: Progress) -> None:
+def _train(
+    store: Store,
+    data: ImageData,
+    config: SurrogateConfig,
+    device: torch.device,
+    progress: Progress,
+) -> None:
     size = (data.image_shape[1], data.image_shape[2])
     batch = min(config.batch, len(data.train))
     drawn = augmentation(RelabelConfig(), data.name, size)
     plan = Plan(drawn, len(data.train), batch, size, config.epochs, config.seed)
-    network = students.make_network(config.arch, data, config.seed)
+    network = students.make_network(config.arch, data, config.seed).to(device)
     optimizer = torch.optim.AdamW(
         network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -168,12 +177,13 @@ def _epoch(
     config: SurrogateConfig,
 ) -> None:
     network.train()
+    device = device_of(network)
     for step, batch in enumerate(plan.epoch(epoch)):
         done = (epoch * plan.steps_per_epoch + step) / plan.total
         for group in optimizer.param_groups:
             group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * done))
-        targets = batch.targets(data.train.labels, data.num_classes, plan.size)
-        loss = F.cross_entropy(network(batch.apply(data.train.images)), targets)
+        targets = batch.targets(data.train.labels, data.num_classes, plan.size).to(device)
+        loss = F.cross_entropy(network(batch.apply(data.train.images, device)), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -161,7 +161,7 @@ def labels(found: Found, pictures: Mapping[str, Picture]) -> Iterator[Section]:
         return
     note = (
         "Entropy of the teachers' labels: 0 is one class for certain. Filled: views of single "
-        "images; outlined: views that CutMix mixed."
+        "images; outlined: views that CutMix or Mixup mixed."
     )
     rows = []
     for name, entropy in found.entropies.items():
