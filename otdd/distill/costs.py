@@ -27,12 +27,13 @@ from otdd.distill.prepare import Prepared
 from otdd.distill.relabel import Plan
 from otdd.distill.store import Store
 from otdd.distill.training import Step, Training
+from otdd.distill.words import sized
 from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
     from otdd.distill.stream import Stream
-    from otdd.distill.surrogate import SurrogateConfig
+    from otdd.distill.surrogate_config import SurrogateConfig
 
 BUDGET = 1.0  # seconds that the steps of one kind are timed for
 LEAST = 3  # steps timed at least, after one that is not
@@ -92,7 +93,7 @@ def duration(seconds: float) -> str:
 def lines(made: str, cost: Cost | None) -> str:
     """What `--dry-run` prints for a command that is one task."""
     time_ = "not timed: too few steps" if cost is None else str(cost)
-    memory = f"about {peak_memory() / 2**20:.0f} MiB at the peak of the timed steps"
+    memory = f"about {sized(peak_memory())} at the peak of the timed steps"
     return f"{made}\ntime     {time_}\nmemory   {memory}\nnothing was written (--dry-run)\n"
 
 

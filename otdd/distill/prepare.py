@@ -127,7 +127,8 @@ def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:
     if "otg" not in config.sets or influence.strength == 0:
         return {}
     from otdd.distill.students import check_network
-    from otdd.distill.surrogate import SurrogateConfig, load_surrogates, surrogate_digest
+    from otdd.distill.surrogate import load_surrogates, surrogate_digest
+    from otdd.distill.surrogate_config import SurrogateConfig
 
     if influence.surrogate is None:
         check_network(SurrogateConfig.arch, data)

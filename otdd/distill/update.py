@@ -22,7 +22,8 @@ from otdd.distill.influence import InfluenceGuidance
 from otdd.distill.latents import Latents
 from otdd.distill.modes import ModeGuidance
 from otdd.distill.store import Store
-from otdd.distill.surrogate import SurrogateConfig, fit_surrogate, load_surrogates
+from otdd.distill.surrogate import fit_surrogate, load_surrogates
+from otdd.distill.surrogate_config import SurrogateConfig
 from otdd.distill.terms import Guidance
 from otdd.distill.workers import Workers
 

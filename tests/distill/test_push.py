@@ -74,7 +74,7 @@ def test_dry_run_prints_and_asks_nobody(folder, capsys):
     code, out, _ = call(capsys, "push", folder, "me/set", "--dry-run")
     assert code == 0
     assert f"{(folder / 'README.md').stat().st_size:>12,}  README.md\n" in out
-    assert "would send 10 files, 0.0 MiB, to the data set me/set" in out
+    assert "would send 10 files, 13 KiB, to the data set me/set" in out
     assert "notes.txt" not in out
 
 

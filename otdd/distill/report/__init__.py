@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from otdd.distill.config import ConfigError, require
 from otdd.distill.store import TEMP, Store, StoreError
+from otdd.distill.sums import unwritable
 
 if TYPE_CHECKING:
     from otdd.distill.report.figures import Picture
@@ -181,7 +182,7 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
             os.rename(target, old)
         os.rename(new, target)
     except OSError as error:
-        raise StoreError(f"cannot write {target} ({error.strerror or error})") from error
+        raise unwritable(error)(f"cannot write {target} ({error.strerror or error})") from error
     finally:
         if old.exists() and not target.exists():
             os.rename(old, target)

@@ -16,20 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from otdd.distill.config import HEADINGS
+from otdd.distill.config import COLOURS, HEADINGS
 from otdd.distill.geometry import MAX_ITER, TOL
 from otdd.distill.report.gather import Entropy, Metrics, Row
 from otdd.distill.report.transport import MARKS, ClassTransport
 
-# Okabe and Ito's palette for colour-blind readers, those of its colours that stand out on white and
-# on black; markers tell sets apart too.
-COLOURS = {
-    "otg": "#d55e00",
-    "unguided": "#0072b2",
-    "random": "#7f7f7f",
-    "kmeans": "#009e73",
-    "kmeans-real": "#cc79a7",
-}
 MARKERS = {"otg": "o", "unguided": "s", "random": "^", "kmeans": "D", "kmeans-real": "v"}
 WIDTH = 4.4  # inches: as wide as a narrow page, so that text is not made smaller there
 DPI = 200  # twice the pixels of a page

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from otdd.distill import plots
-from otdd.distill.config import HEADINGS
+from otdd.distill.config import COLOURS, HEADINGS
 from otdd.distill.geometry import MAX_ITER, TOL
-from otdd.distill.report.figures import COLOURS, Picture
+from otdd.distill.report.figures import Picture
 from otdd.distill.report.gather import Found, Row
 from otdd.distill.report.html import Markup, image_url, join, table, tag
 from otdd.distill.report.transport import POINTS, ClassTransport, Transports
