@@ -109,6 +109,8 @@ def open_listing(text: str | os.PathLike[str], resolution: int | None = None) ->
 
 def absolute(text: str) -> str:
     """The same place, found from any folder."""
+    if text in BUILTIN:  # as `open_listing` has it, a folder of that name or not
+        return text
     spec = Spec.parse(text)
     if not Path(spec.place).expanduser().exists():
         return text
