@@ -194,15 +194,16 @@ def test_a_continued_fit_forgets_what_it_does_again(tmp_path):
     report = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
     report.begin(0)
     for step, right in ((10, 50.0), (20, 85.0), (30, 90.0)):
-        report.add({"step": step, "cpu_minutes": step / 10, "wall_minutes": 1.0, "right": right})
+        seen = {"right": {"1": right - 15, "2": right}}
+        report.add({"step": step, "cpu_minutes": step / 10, "wall_minutes": 1.0, **seen})
     again = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
     again.begin(20)
     assert [row["step"] for row in again.rows] == [10, 20]
     spent = again.spent()
     assert 2.0 <= spent["cpu_minutes"] < 2.5
-    again.add({"step": 30, **spent, "right": 70.0})
+    again.add({"step": 30, **spent, "right": {"1": 79.9, "2": 70.0}})
     content = json.loads((tmp_path / "fit.json").read_text())
-    assert content["cpu_minutes_to_80"] == 2.0
+    assert content["cpu_minutes_to_80"] == {"1": None, "2": 2.0}
 
 
 def test_samples_are_judged_by_class(tmp_path):
@@ -213,7 +214,8 @@ def test_samples_are_judged_by_class(tmp_path):
     torch.nn.init.zeros_(network[1].weight)
     network[1].bias.data = torch.tensor([0.0, 1.0, 0.0])  # says c1 of everything
     teacher = Teacher("toy", network, "", 0.0)
-    seen = fit_textures.judged(made, teacher, count=2)
-    assert seen["by_class"] == {"c0": 0.0, "c1": 100.0, "c2": 0.0}
+    seen = fit_textures.judged(made, teacher, 2, (1.0, 2.5))
+    wanted = {"c0": 0.0, "c1": 100.0, "c2": 0.0}
+    assert seen["by_class"] == {"1": wanted, "2.5": wanted}
     assert seen["images"] == 6
-    assert seen["right"] == pytest.approx(33.33)
+    assert seen["right"] == pytest.approx(dict.fromkeys(("1", "2.5"), 33.33))
