@@ -144,7 +144,8 @@ def transformer_config(
 ) -> dict[str, Any]:
     """Configuration of the DiT for latents of (c, h, w): 2 M parameters and 16 or 64 patches.
 
-    Large patches make most of little work: a quarter of the side, up to 8, then an eighth.
+    Large patches make most of little work: a quarter of the side, up to 8, then an eighth. They
+    overlap, as samples of so little training would otherwise have seams.
     """
     channels, height, width = latent_shape
     if height != width:
@@ -163,6 +164,7 @@ def transformer_config(
         "patch_size": patch,
         "num_embeds_ada_norm": classes,
         "norm_elementwise_affine": False,
+        "lapped": True,
     }
 
 

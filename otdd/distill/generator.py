@@ -272,8 +272,13 @@ def _folder_classes(folder: Path, count: int) -> list[str]:
 
 
 def build_transformer(config: dict[str, Any]) -> torch.nn.Module:
-    """A `DiTTransformer2DModel` from its configuration."""
-    return import_diffusers().DiTTransformer2DModel(**config)
+    """A `DiTTransformer2DModel`, or with `lapped` a `LappedDiT`, from its configuration."""
+    from otdd.distill.lapped import LappedDiT
+
+    settings = dict(config)
+    if settings.pop("lapped", False):
+        return LappedDiT(**settings)
+    return import_diffusers().DiTTransformer2DModel(**settings)
 
 
 def load_generator(spec: str | os.PathLike[str] | None, data: ImageData | Stream) -> Generator:
