@@ -135,14 +135,15 @@ def cells(monkeypatch, module, out, *flags):
 
 def test_guidance_ablation_goes_on_and_its_variants_differ(monkeypatch, tmp_path):
     out = tmp_path / "cells.json"
-    few = ["--variants", "default", "target-z_t", "kmeans", "--seeds"]
+    names = ["default", "target-z_t", "kmeans", "cfg-2", "unguided", "unguided-cfg-2"]
+    few = ["--variants", *names, "--seeds"]
     first = cells(monkeypatch, ablation_guidance, out, *few, "3")
     both = cells(monkeypatch, ablation_guidance, out, *few, "3", "4")
-    assert both[:3] == first
-    assert [row["seed"] for row in both] == [3] * 3 + [4] * 3
-    for part in (both[:3], both[3:]):
-        assert len({row["digest"] for row in part}) == 3
-    assert ablation_report.guidance_table(both, range(10)).count("\n") == 4
+    assert both[:6] == first
+    assert [row["seed"] for row in both] == [3] * 6 + [4] * 6
+    for part in (both[:6], both[6:]):
+        assert len({row["digest"] for row in part}) == 6
+    assert ablation_report.guidance_table(both, range(10)).count("\n") == 7
 
 
 def test_label_ablation_goes_on_and_its_arms_differ(monkeypatch, tmp_path):
