@@ -1,7 +1,7 @@
 """A class-conditional diffusion model with all that sampling needs, kept in one file.
 
 A `Generator` is a diffusers `DiTTransformer2DModel`, the configuration of its noise schedule, a
-codec and the names of its classes. `otdd.distill.fit.fit` trains small ones.
+codec and the names of its classes. `otdd.distill.fit.fit` trains small ones, whose patches overlap.
 """
 
 from __future__ import annotations

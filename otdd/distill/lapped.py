@@ -24,13 +24,13 @@ class LappedDiT(DiTTransformer2DModel):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
-        self.register_to_config(lapped=True)
+        made: Any = self  # attributes of diffusers' own types
+        made.register_to_config(lapped=True)
         patch, channels = self.patch_size, self.out_channels
         before = patch // 2
-        around = (before, patch - before) * 2
         wide = nn.Conv2d(config["in_channels"], self.inner_dim, 2 * patch, stride=patch)
-        self.pos_embed.proj = nn.Sequential(nn.ZeroPad2d(around), wide)
-        # The output of a wide patch as four of the plain size: of the patches around its corner.
+        made.pos_embed.proj = nn.Sequential(nn.ZeroPad2d((before, patch - before) * 2), wide)
+        # The output of a wide patch as four of the plain size.
         self.out_channels = 4 * channels
         self.proj_out_2 = nn.Linear(self.inner_dim, patch * patch * self.out_channels)
 
@@ -46,13 +46,10 @@ class LappedDiT(DiTTransformer2DModel):
         """The sum of wide patches where they belong: (B, 4c, h, w) to (B, c, h, w)."""
         patch, (height, width) = self.patch_size, quarters.shape[-2:]
         before = patch // 2
-        moved = [
+        places = ((0, 0), (0, patch), (patch, 0), (patch, patch))
+        parts = [
             F.pad(part, (x, patch - x, y, patch - y))
-            for part, (y, x) in zip(
-                quarters.chunk(4, 1),
-                ((0, 0), (0, patch), (patch, 0), (patch, patch)),
-                strict=True,
-            )
+            for part, (y, x) in zip(quarters.chunk(4, 1), places, strict=True)
         ]
-        laid = moved[0] + moved[1] + moved[2] + moved[3]
+        laid = sum(parts[1:], parts[0])
         return laid[..., before : before + height, before : before + width]
