@@ -16,6 +16,7 @@ CASES = [
     Case("tiny", "given", 4096, 16, 16, **F32, directions=BOTH),
     Case("one-2048", "given", 1, 2048, 2048, **F32, directions=BOTH),
     Case("classes-l1", "points", 64, 64, 1300, 4096, "l1", **F32),
+    Case("logits-128", "logits", 1, 128, 128, 1000, "l1", iterations=10, **F32),
     Case("logits-1024", "logits", 1, 1024, 1024, 1000, "l1", iterations=10, **F32),
     Case("points-2048", "points", 1, 2048, 2048, 64, "sqeuclidean", **F32),
     Case("cost-1024", "metric", 1, 1024, 1024, 1000, "l1", **F32, **ALONE),

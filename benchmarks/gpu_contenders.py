@@ -78,6 +78,24 @@ def otdd(grad: str, backend: str | None = None) -> Callable[[Case, Data, str, in
     return build
 
 
+def one_call(case: Case, data: Data, direction: str, iterations: int) -> Run:
+    """What `OTLogitLoss` runs: softmaxes, costs and solve in one op, the gradient in another."""
+    from otdd.ops.logits import logit_transport
+
+    refuse(case.kind != "logits", "is for logits")
+    leaf = leaves_of(case, data, direction)[0]
+    options = {"tau": 1.0, "eps": data.eps, "max_iter": iterations, "sinkd": True}
+
+    def run() -> Output:
+        with refusals():
+            cost = logit_transport(leaf, data.y, **options, backend=leaf.device.type)
+        if direction == "forward":
+            return cost, []
+        return cost, list(torch.autograd.grad(cost.sum(), leaf))
+
+    return run
+
+
 def compiled_value(C: Tensor, data: Data, iterations: int) -> Tensor:
     return peers.solved(C, *peers.compiled_loop(C, data, iterations), data)[0]
 
@@ -159,6 +177,7 @@ def torch_contender(name: str, build: Callable, gradient: str = "unrolled") -> C
 EAGER = [
     Contender("otdd", "otdd", otdd("envelope"), read_torch),
     Contender("otdd, unrolled", "otdd", otdd("unrolled"), read_torch, gradient="unrolled"),
+    Contender("otdd, one call", "otdd", one_call, read_torch),
     Contender("otdd, triton", "otdd", otdd("envelope", "triton"), read_torch),
     Contender(
         "otdd, triton, unrolled",

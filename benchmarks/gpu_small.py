@@ -13,6 +13,7 @@ from torch import Tensor
 
 from otdd import ops
 from otdd.backends import BackendError
+from otdd.ops.logits import logit_transport
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-3, "float64": 1e-7}  # relative, in L1
@@ -53,6 +54,11 @@ COSTS = {  # B, N, M, D, of each kernel and tile in csrc/cuda/cost.cu
     "large tiles": (1, 2048, 2047, 8),
     "many features": (1, 2048, 64, 1024),
 }
+LOGITS = {  # B, N, K, of csrc/cuda/logits.cu
+    "few classes": (2, 20, 10),
+    "many classes": (1, 40, 1000),
+    "classes in slices": (1, 3, 9000),
+}
 
 
 def programs() -> Iterator[tuple[str, str]]:
@@ -63,6 +69,7 @@ def programs() -> Iterator[tuple[str, str]]:
             options = OPTIONS if B * N * M <= SMALL else LARGE
             yield from ((f"{shape}, {option}", dtype) for option in options)
         yield from ((f"cost, {shape}", dtype) for shape in COSTS)
+        yield from ((f"logits, {shape}", dtype) for shape in LOGITS)
 
 
 def solve(shape: str, option: str, dtype: str, device: str, backend: str) -> list[Tensor]:
@@ -93,10 +100,24 @@ def cost(shape: str, dtype: str, device: str, backend: str) -> list[Tensor]:
     return [C, *torch.autograd.grad(C, (x, y), G.to(device))]
 
 
+def logits(shape: str, dtype: str, device: str, backend: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (
+        torch.randn(LOGITS[shape], generator=generator, dtype=DTYPES[dtype]).to(device)
+        for _ in range(2)
+    )
+    student.requires_grad_()
+    options = {"tau": 2.0, "eps": 0.1, "max_iter": 3, "sinkd": False}
+    value = logit_transport(student, teacher, **options, backend=backend)
+    return [value, *torch.autograd.grad(value.sum(), student)]
+
+
 def run(name: str, dtype: str, device: str, backend: str) -> list[Tensor]:
     shape, option = name.rsplit(", ", 1)
     if shape == "cost":
         return cost(option, dtype, device, backend)
+    if shape == "logits":
+        return logits(option, dtype, device, backend)
     return solve(shape, option, dtype, device, backend)
 
 

@@ -23,11 +23,11 @@ import torch
 RESULTS = Path(__file__).parent / "results" / "label_formats.json"
 FORMATS: dict[str, list[str]] = {
     "fp16": [],
-    "q8": ["--relabel.label_format", "q8"],
-    "topk-4": ["--relabel.label_format", "topk", "--relabel.top_k", "4"],
-    "topk-1": ["--relabel.label_format", "topk", "--relabel.top_k", "1"],
-    "fp16, 7 epochs": ["--relabel.label_epochs", "7"],
-    "q8, 14 epochs": ["--relabel.label_format", "q8", "--relabel.label_epochs", "14"],
+    "q8": ["--relabel.label-format", "q8"],
+    "topk-4": ["--relabel.label-format", "topk", "--relabel.top-k", "4"],
+    "topk-1": ["--relabel.label-format", "topk", "--relabel.top-k", "1"],
+    "fp16, 7 epochs": ["--relabel.label-epochs", "7"],
+    "q8, 14 epochs": ["--relabel.label-format", "q8", "--relabel.label-epochs", "14"],
 }
 
 

@@ -20,14 +20,14 @@ FORMATS = {  # and the epochs that are labelled
     "`topk`, 32 of 1000": (LabelFormat("topk", 32), EPOCHS),
     "`topk`, 10": (LabelFormat("topk", 10), EPOCHS),
     "`topk`, 4 (default)": (LabelFormat("topk", 4), EPOCHS),
-    "`fp16`, `--relabel.label_epochs 7`": (LabelFormat(), 7),
-    "`q8`, `--relabel.label_epochs 14`": (LabelFormat("q8"), 14),
+    "`fp16`, `--relabel.label-epochs 7`": (LabelFormat(), 7),
+    "`q8`, `--relabel.label-epochs 14`": (LabelFormat("q8"), 14),
 }
 
 
 def table() -> str:
     """One line per format: size and share of FKD's at each number of images per class."""
-    head = ["`--relabel.label_format`", "bytes a label"]
+    head = ["`--relabel.label-format`", "bytes a label"]
     head += [text for ipc in FKD for text in (f"IPC {ipc}", "of FKD's")]
     lines = [head, ["---"] * len(head)]
     lines.append(["FKD", "2000"] + [c for size in FKD.values() for c in (gigabytes(size), "100 %")])

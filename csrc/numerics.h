@@ -67,7 +67,7 @@ OTDD_HOST_DEVICE double backward_reach() {
 // The error to stop at, so that the result's, which is measured anew, meets tol.
 template <class T>
 OTDD_HOST_DEVICE double within(double tol, double mass) {
-  const double rounding = (sizeof(T) == 4 ? 3e-7 : 1e-15) * mass;
+  const double rounding = (sizeof(T) == 4 ? 3e-7 : 3e-15) * mass;
   return tol > 4 * rounding ? tol - rounding : tol;
 }
 

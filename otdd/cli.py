@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from otdd import joblog
 from otdd.distill.config import ConfigError, RunConfig, printable, require_path
-from otdd.distill.inputs.problems import DataError, DataWarning
-from otdd.flags import Log, flags_of, nearest, parse, value
-
-USAGE = """\
-usage: otdd COMMAND [flags]        otdd COMMAND --help shows the flags of a command
-
-  run        all stages: images, soft labels, students, table (continues an interrupted run)
-  sample     stage 1: the images of every set
-  relabel    stage 2: soft labels from teachers
-  train      stage 3: students of every set
-  evaluate   the table, transport costs and the picture of what is there
-  fit        train a small generator for a data set, or a DiT further (--from)
-  fit-surrogate  train the networks of influence guidance for a data set
-  encode     the latents of a data set, once
-  report     a run as one HTML page with its figures: otdd report DIR
-  export     a distilled set in the format of others: otdd export DIR --to hf --out OUT
-  push       an exported set to the Hugging Face Hub: otdd push DIR OWNER/NAME
-  env        versions, backends, and why some are missing
-
-first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1
-completion: eval "$(otdd --print-completion bash)"   (or zsh; fish: ... fish | source)
-exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted
-"""
+from otdd.distill.inputs.problems import DataError
+from otdd.flags import Log, asks_help, flags_of, nearest, parse, value
+from otdd.remarks import noted
 
 ABOUT = {
-    "run": "Distil a data set: images, soft labels, students, table.",
-    "sample": "Stage 1: make the images of every set.",
-    "relabel": "Stage 2: soft labels for the sets in the folder; --out is all it needs.",
-    "train": "Stage 3: students on the sets in the folder; --out is all it needs.",
-    "evaluate": "Table, transport costs and picture of a folder; --out is all it needs.",
+    "run": "All stages: images, soft labels, students, table.",
+    "sample": "Stage 1: the images of every set.",
+    "relabel": "Stage 2: soft labels of teachers; --out is all it needs.",
+    "train": "Stage 3: students of every set; --out is all it needs.",
+    "evaluate": "Table, transport costs, pictures; --out is all it needs.",
 }
 
-TOOLS = ("fit", "fit-surrogate", "encode", "report", "export", "push")  # functions of otdd.tools
+TOOLS = {  # functions of otdd.tools
+    "fit": "A small generator for a data set, or a DiT further (--from).",
+    "fit-surrogate": "The networks of influence guidance for a data set.",
+    "encode": "The latents of a data set, once.",
+    "report": "A run as one HTML page, with its figures.",
+    "export": "A distilled set in the format of others.",
+    "push": "An exported set to the Hugging Face Hub.",
+}
+
+COMMANDS = {**ABOUT, **TOOLS, "env": "Versions, backends, why some are missing."}
+
+LOGGED = (*ABOUT, "fit", "fit-surrogate", "encode", "report")  # they have --log
+
+HINTS = (
+    "otdd COMMAND --help: the flags of a command, with units and defaults",
+    "first try: otdd run --data digits --ipc 1 --out runs/digits-ipc1",
+    'completion: eval "$(otdd --print-completion bash)"   (or zsh)',
+    "in fish: otdd --print-completion fish | source",
+)
 
 
 @dataclass(frozen=True)
@@ -58,24 +55,31 @@ class RunFlags(RunConfig):
     """Flags of the stages: the settings of a run, and how to show it."""
 
     config: str | None = None
-    """YAML file of settings, under the flags."""
+    """YAML or JSON file of settings, under the flags; by default none."""
     dry_run: bool = False
-    """Check everything, print what would be done, and write nothing."""
+    """Check everything, time some steps, print what it takes, and write nothing."""
     log: Log = "auto"
-    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    """What is told while it works, on standard error; auto: bars on a terminal, else lines."""
     quiet: bool = False
-    """As --log quiet."""
+    """The same as --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    """Run one command and exit with a code of `otdd.helptext.EXIT_CODES`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # terminals without ± or box drawing
-    sys.exit(_guarded(arguments))
+            stream.reconfigure(errors="replace")  # terminals without some character
+    sys.exit(_guarded(_with_log(arguments)))
+
+
+def _with_log(arguments: list[str]) -> list[str]:
+    """The arguments, with OTDD_LOG as the flag: torchrun takes `--log` for one of its own."""
+    wanted, given = os.environ.get("OTDD_LOG"), value(arguments, "--log")
+    shows = arguments[:1] and arguments[0] in LOGGED
+    return [*arguments, "--log", wanted] if wanted and shows and given is None else arguments
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -94,15 +98,19 @@ def _guarded(arguments: list[str]) -> int:
 
 def _caught(arguments: list[str], as_json: bool) -> int:
     try:
-        with _noted(as_json):
-            return _dispatch(arguments)
+        with noted(as_json, value(arguments, "--out")):
+            try:
+                return _dispatch(arguments)
+            finally:
+                sys.stdout.flush()  # a reader that went away is noticed here, not after the end
     except KeyboardInterrupt as stop:
         kept = str(stop) or "what is finished is kept"
         text = f"stopped; {kept}, and the same command continues from there"
         code, text = 130, ("" if as_json else "\n") + f"otdd: {text}"
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        for stream in (sys.stdout, sys.stderr):  # what is still buffered has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -114,29 +122,9 @@ def _caught(arguments: list[str], as_json: bool) -> int:
     return code
 
 
-@contextlib.contextmanager
-def _noted(as_json: bool) -> Iterator[None]:
-    """Remarks about the data as lines of otdd; other warnings as they are."""
-    show = warnings.showwarning
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
-
-    def told(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if not issubclass(category, DataWarning):
-            show(message, category, *where, **more)
-        elif as_json:
-            joblog.write("warning", "warning", message=str(message))
-        elif first:
-            sys.stderr.write(f"otdd: {message}\n")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", DataWarning)
-        warnings.showwarning = told
-        yield
-
-
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(USAGE)
+    if not arguments or arguments in (["-h"], ["--help"], ["help"]):
+        sys.stdout.write(_usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from otdd import __version__
@@ -145,6 +133,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[0] == "--print-completion":
         return _completion(arguments[1:])
+    if arguments[0] in ("-h", "--help", "help"):
+        arguments = [arguments[1], "--help"]
     command, flags = arguments[0], arguments[1:]
     if command in ABOUT:
         return _run(command, flags)
@@ -153,26 +143,25 @@ def _dispatch(arguments: list[str]) -> int:
     if command in TOOLS:
         from otdd import tools
 
-        return getattr(tools, command.replace("-", "_"))(flags)
-    known = [*ABOUT, *TOOLS, "env"]
-    hint = nearest(command, known)
-    raise ConfigError(f"unknown command {command!r}; {hint or 'known: ' + ', '.join(known)}")
+        return int(getattr(tools, command.replace("-", "_"))(flags))
+    if command.startswith("-"):
+        raise ConfigError(f"unknown flag {command}; flags follow a command: otdd COMMAND [flags]")
+    hint = nearest(command, COMMANDS) or "known: " + ", ".join(COMMANDS)
+    raise ConfigError(f"unknown command {command!r}; {hint}")
+
+
+def _usage() -> str:
+    from otdd.helptext import exit_codes, wrapped
+
+    rows = (wrapped(f"{name:<14} {text}", "  ", " " * 17) for name, text in COMMANDS.items())
+    lines = ["usage: otdd COMMAND [flags]", "", *itertools.chain.from_iterable(rows), ""]
+    for hint in HINTS:
+        lines += wrapped(hint, "", "  ")
+    return "\n".join([*lines, "", *exit_codes()]) + "\n"
 
 
 def _run(command: str, flags: list[str]) -> int:
-    from otdd.distill.settings import load_yaml, merge, named_protocol, preset, protocol
-
-    file, name = value(flags, "--config"), value(flags, "--preset")
-    filed = load_yaml(file) if file is not None else {}
-    out = value(flags, "--out") or filed.get("out")
-    stored = {} if command == "run" else _stored(out)
-    named = value(flags, "--data") is not None or "data" in filed
-    if command in ("relabel", "train", "evaluate") and out and not stored and not named:
-        raise ConfigError(f"--out: there is no run in {out} (no config.json); otdd run makes one")
-    name = name or filed.get("preset")
-    ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
-    how = protocol(value(flags, "--train.protocol") or named_protocol(filed), ipc)
-    base = merge(merge(merge(stored, preset(name)), how), filed)
+    base = _under_flags(command, flags)
     given = parse(RunFlags, flags, f"otdd {command}", ABOUT[command], base)
     plain = {f.name: getattr(given, f.name) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**plain)
@@ -195,6 +184,31 @@ def _run(command: str, flags: list[str]) -> int:
     if first and command in ("run", "train", "evaluate"):
         print_metrics(metrics, config.out)
     return 0
+
+
+def _under_flags(command: str, flags: list[str]) -> dict[str, Any]:
+    """Settings of the folder, over them a preset and a protocol, and over these a file."""
+    from otdd.distill import settings
+
+    file, name = value(flags, "--config"), value(flags, "--preset")
+    filed = settings.load_yaml(file) if file is not None else {}
+    settings.require_known(RunConfig, filed)
+    out = value(flags, "--out") or filed.get("out")
+    stored = {} if command == "run" else _stored(out)
+    named = value(flags, "--data") is not None or "data" in filed
+    homeless = command in ("relabel", "train", "evaluate") and not (stored or named)
+    if homeless and not asks_help(flags):
+        if not out:
+            raise ConfigError(f"missing: --out (otdd {command} --help explains)")
+        raise ConfigError(f"--out: there is no run in {out} (no config.json); otdd run makes one")
+    ipc = value(flags, "--ipc") or filed.get("ipc", stored.get("ipc"))
+    how = value(flags, "--train.protocol") or settings.named_protocol(filed)
+    base = settings.merge(stored, settings.preset(name or filed.get("preset")))
+    base = settings.merge(settings.merge(base, settings.protocol(how, ipc)), filed)
+    if asks_help(flags):
+        settings.convert_fields(RunConfig, base)
+        base |= dict.fromkeys(("data", "ipc"), "that of the folder") if homeless else {}
+    return base
 
 
 def _tell_stage(stage: str, seconds: float | None) -> None:
@@ -223,8 +237,13 @@ def _completion(shells: list[str]) -> int:
         raise ConfigError(f"--print-completion: {seen} is not accepted; one of {', '.join(SHELLS)}")
     classes: dict[str, type] = dict.fromkeys(ABOUT, RunFlags)
     classes |= {name: tools.flags_class(name) for name in TOOLS}
-    commands = {name: {**dict(flags_of(cls)), "--help": ()} for name, cls in classes.items()}
-    commands["env"] = {"--json": (), "--help": ()}
+    commands: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, cls in classes.items():
+        known = {word: flag.choices() for flag in flags_of(cls) for word in flag.spellings()}
+        commands[name] = {**known, "--help": ()}
+    commands["env"] = {"--json": (), "--debug": (), "--help": ()}
+    commands["help"] = {"": tuple(COMMANDS)}
+    commands["--print-completion"] = {"": SHELLS}
     sys.stdout.write(script(shells[0], commands))
     return 0
 
@@ -260,16 +279,23 @@ def _explained(error: Exception) -> tuple[int, str]:
     """The exit code, and one line that says what is wrong."""
     if isinstance(error, ModuleNotFoundError):
         return 1, f'otdd: {error}; this command needs: pip install "otdd[distill]"'
-    expected: list[type[Exception]] = [ConfigError, DataError]
-    with contextlib.suppress(ImportError):
-        from otdd.distill.store import StoreError
-
-        expected.append(StoreError)
-    loaded = sys.modules.get("otdd.distill.generator")
-    if loaded is not None:
-        expected.append(loaded.GeneratorError)
     listing = bool(getattr(error, "problems", None))  # a `DataError` names every file in a line
     text = str(error) if listing else printable(" ".join(str(error).split()))
-    if isinstance(error, tuple(expected)):
-        return 2, f"otdd: {text}"
-    return 1, f"otdd: failed: {type(error).__name__}: {text} (--debug shows where)"
+    code = _exit_code(error)
+    if code == 1:
+        return 1, f"otdd: failed: {type(error).__name__}: {text} (--debug shows where)"
+    return code, f"otdd: {text}"
+
+
+def _exit_code(error: Exception) -> int:
+    from otdd.distill.sums import InUseError, StoreError, WriteError
+
+    refused: list[type[Exception]] = [ConfigError, DataError, StoreError]
+    loaded = sys.modules.get("otdd.distill.generator")  # which imports torch
+    if loaded is not None:
+        refused.append(loaded.GeneratorError)
+    if isinstance(error, InUseError):
+        return 3
+    if isinstance(error, WriteError):
+        return 4
+    return 2 if isinstance(error, tuple(refused)) else 1

@@ -9,7 +9,9 @@ several processes share the work. The events and their keys:
   and for some tasks a `note`, such as the loss
 - `task_done`: `task`, `total`, `seconds`
 - `metrics`: `out`, `accuracy`, `ot_cost`, `timings`, as in `metrics.json`
-- `warning`: `message`; `error`: `message`, `exit_code`
+- `warning`: `message`, `category`; of data also `where` it is, and the `items` that are meant, such
+  as images with the reason why each is left out
+- `error`: `message`, `exit_code`
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import json
 import os
 import sys
 import time
-import warnings
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any
+
+from otdd.distill.inputs.problems import DataWarning
 
 
 def write(event: str, level: str = "info", **values: Any) -> None:
@@ -33,10 +36,20 @@ def write(event: str, level: str = "info", **values: Any) -> None:
     sys.stderr.flush()
 
 
-class JsonLog:
-    """Progress as events, at most one every `interval` seconds for each task, and warnings.
+def warned(message: Warning | str, category: type[Warning]) -> None:
+    """Write a warning; of one about data, its parts are keys of their own."""
+    kind = category.__name__
+    if isinstance(message, DataWarning):
+        about = {"where": message.where, "items": message.items}
+        write("warning", "warning", message=message.note, category=kind, **about)
+    else:
+        write("warning", "warning", message=str(message), category=kind)
 
-    Call it as progress(text, done, total), within a `with` block.
+
+class JsonLog:
+    """Progress as events, at most one every `interval` seconds for each task.
+
+    Call it as progress(text, done, total).
     """
 
     def __init__(self, interval: float = 5.0) -> None:
@@ -45,13 +58,10 @@ class JsonLog:
         self._last: dict[str, float] = {}
 
     def __enter__(self) -> JsonLog:
-        self._catch = warnings.catch_warnings()
-        self._catch.__enter__()
-        warnings.showwarning = _warning
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._catch.__exit__(None, None, None)
+        pass
 
     def __call__(self, text: str, done: int, total: int, note: str = "") -> None:
         """Tell that `done` of `total` steps are finished."""
@@ -70,14 +80,3 @@ class JsonLog:
             rate = None if rate is None else round(rate, 4)
             values: dict[str, Any] = {"done": done, "total": total, "rate": rate, "eta_s": eta}
             write("progress", task=text, **values, **({"note": note} if note else {}))
-
-
-def _warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    write("warning", "warning", message=f"{category.__name__}: {message}")

@@ -13,7 +13,7 @@ from otdd.backends import NAMES
 from otdd.ops import cost_matrix, sinkhorn
 from otdd.ops.checks import (
     as_float,
-    finite,
+    floating,
     number,
     positive,
     require,
@@ -21,6 +21,7 @@ from otdd.ops.checks import (
     solver_options,
     values_are_checked,
 )
+from otdd.ops.logits import check_softmaxes, logit_transport
 from otdd.ops.sinkhorn import GRADS, MARGINALS, Grad, Marginals
 
 SOFT = ("mse", "kl")
@@ -42,7 +43,8 @@ class OTLogitLoss(nn.Module):
         reduction: ``mean`` (the plan has mass 1) or ``sum`` (mass B, SinKD's scale).
         marginals: ``measure`` or ``sinkd``, as in `otdd.ops.sinkhorn`.
         grad: ``envelope`` holds the plan fixed; ``unrolled`` differentiates the iterations too.
-        backend: As in `otdd.ops.sinkhorn`.
+        backend: As in `otdd.ops.sinkhorn`. With `cuda` and ``envelope`` softmaxes, costs and solve
+            are one native call, and so is the gradient.
 
     Shape: logits ``(..., B, K)`` both -> a scalar, the mean over leading dimensions.
     """
@@ -73,8 +75,8 @@ class OTLogitLoss(nn.Module):
         self.marginals, self.grad, self.backend = marginals, grad, backend
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        student = as_float(student_logits, "student_logits")
-        teacher = as_float(teacher_logits, "teacher_logits").detach()
+        student = floating(student_logits, "student_logits")
+        teacher = floating(teacher_logits, "teacher_logits").detach()
         same_kind(teacher, "teacher_logits", student, "student_logits")
         shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         require(
@@ -82,22 +84,39 @@ class OTLogitLoss(nn.Module):
         )
         enough = student.dim() >= 2 and student.numel() > 0
         require(enough, "student_logits", f"shape {tuple(student.shape)}", "(..., B, K), not empty")
-        p, q = (torch.softmax(logits / self.tau, -1) for logits in (student, teacher))
-        if values_are_checked(p):  # of the softmax: a logit of -inf is fine
-            finite(p, "student_logits, their softmax")
-            finite(q, "teacher_logits, their softmax")
+        rows, sinkd = student.shape[-2], self.marginals == "sinkd"
+        if self.grad == "envelope":
+            cost = logit_transport(
+                student,
+                teacher,
+                tau=self.tau,
+                eps=self.eps,
+                max_iter=self.max_iter,
+                sinkd=sinkd,
+                backend=self.backend,
+            )
+        else:
+            cost = self._composed(student, teacher)
+        factor = (rows if self.reduction == "sum" else 1) / (rows if sinkd else 1)
+        mean = cost.mean() if cost.dim() else cost
+        return mean if factor == 1 else mean * factor
+
+    def _composed(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Costs of transport by the ops one by one, of which each has its own derivative."""
+        p, q = (
+            torch.softmax(as_float(logits, "logits") / self.tau, -1)
+            for logits in (student, teacher)
+        )
+        check_softmaxes(p, q)
         C = cost_matrix(p, q, "l1", backend=self.backend)
-        result = sinkhorn(
+        return sinkhorn(
             C,
             eps=self.eps,
             max_iter=self.max_iter,
             grad=self.grad,
             marginals=self.marginals,
             backend=self.backend,
-        )
-        mass_of_plan = C.shape[-1] if self.marginals == "sinkd" else 1
-        mass_wanted = C.shape[-1] if self.reduction == "sum" else 1
-        return result.cost.mean() * (mass_wanted / mass_of_plan)
+        ).cost
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}, eps={self.eps}, max_iter={self.max_iter}, {self.reduction}"

@@ -7,10 +7,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from otdd.distill.config import HEADINGS
+from otdd.distill.words import counted
 from otdd.flags import Log
 from otdd.joblog import JsonLog
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import TaskID
     from rich.table import Table
 
@@ -146,23 +148,31 @@ def _duration(seconds: float) -> str:
 def print_metrics(metrics: dict[str, Any], out: str) -> None:
     """Print the accuracies of a run as a table, and where its files are."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
-    rows, costs = metrics["accuracy"], metrics["ot_cost"]
+    # Captured: when its reader goes away, rich would end the program as failed.
+    with console.capture() as text:
+        _tell_metrics(console, metrics)
+    sys.stdout.write(f"{text.get()}written to {out}\n")
+
+
+def _tell_metrics(console: Console, metrics: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from otdd.distill.inputs.spec import published
+
+    rows, costs, config = metrics["accuracy"], metrics["ot_cost"], metrics["config"]
     archs = list(dict.fromkeys(row["arch"] for row in rows)) or [""]
     losses = [loss for loss in HEADINGS if any(row["loss"] == loss for row in rows)]
     sets = list(dict.fromkeys([*(row["set"] for row in rows), *costs]))
-    seeds = max((len(row["runs"]) for row in rows), default=0)
+    spread = "±" if "utf" in console.encoding else "+-"
+    students = counted(max((len(row["runs"]) for row in rows), default=0), "student")
     for arch in archs:
-        config = metrics["config"]
-        title = f"{config['data']}, {config['ipc']} per class"
+        title = f"{published(config['data'])}, {counted(config['ipc'], 'image')} per class"
         if rows:
-            title += f": test accuracy of {arch} in %, mean ± std of {seeds} student" + "s" * (
-                seeds != 1
-            )
+            title += f": test accuracy of {arch} in %, mean {spread} std of {students}"
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         table = Table()
         table.add_column("set")
@@ -170,25 +180,25 @@ def print_metrics(metrics: dict[str, Any], out: str) -> None:
             table.add_column(HEADINGS[loss], justify="right")
         table.add_column("OT cost", justify="right")
         for name in sets:
-            cells = [_cell(rows, name, arch, loss) for loss in losses]
+            cells = [_cell(rows, name, arch, loss).replace("±", spread) for loss in losses]
             cost = f"{costs[name]:.4g}" if name in costs else ""
             table.add_row(name, *cells, cost)
         console.print(table)
         found = [c for c in metrics["comparisons"] if c["arch"] == arch]
         if any(c["ci95"] for c in found):
+            what = "points, 95 % interval, p (paired t test by seed, Holm)"
+            title = f"{found[0]['set']} less another set: {what}"
+            console.print(title, markup=False, highlight=False, soft_wrap=True)
             console.print(_compared(found, losses))
         elif found:
             console.print(f"{arch}: to compare sets takes two seeds that they share")
-    console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _compared(found: list[dict[str, Any]], losses: list[str]) -> Table:
     """The first set less each other one, with the interval and p of each difference."""
     from rich.table import Table
 
-    first = found[0]["set"]
-    title = f"{first} less another set: points, 95 % interval, p (paired t test by seed, Holm)"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("against")
     for loss in losses:
         table.add_column(HEADINGS[loss], justify="right")

@@ -6,16 +6,16 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from otdd.distill.config import ConfigError, require, require_path
+from otdd.distill.words import counted, sized
 from otdd.flags import Log, parse
 
 
@@ -26,19 +26,19 @@ class DataFlags:
     data: str
     """digits, textures, an image folder with train/ (and val/), a table of paths and labels (.csv,
     .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME). Settings
-    of the input follow it: photos.csv,label_column=breed."""
+    of the input follow it: photos.csv,label_column=breed or hf:OWNER/NAME,streaming=true."""
     out: str
     """What is written; an interrupted command continues there."""
     resolution: int | None = None
-    """Side of the images in pixels; by default that of the data."""
+    """Side of the images in pixels, 4 to 4096; by default that of the data."""
     skip_bad_images: bool = False
-    """Leave out images that cannot be read, named on the terminal."""
+    """Leave out images that cannot be read."""
     dry_run: bool = False
     """Check everything, time some steps, print what it takes, and write nothing."""
     log: Log = "auto"
-    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    """What is told while it works, on standard error; auto: bars on a terminal, else lines."""
     quiet: bool = False
-    """As --log quiet."""
+    """The same as --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -48,7 +48,7 @@ class ExportFlags:
     """Flags of `otdd export`."""
 
     dir: str
-    """Folder of a run, or an earlier export; as the first argument it needs no --dir."""
+    """Folder of a run, or of an earlier export; the flag may be left out."""
     to: Literal["hf", "imagefolder", "npz", "webdataset", "ddranking"]
     """Format: a Hugging Face data set, an ImageFolder, NumPy arrays, tar files of WebDataset, or
     tensors for DD-Ranking."""
@@ -58,7 +58,7 @@ class ExportFlags:
     """Name of the set; by default otg, or the one of an exported folder."""
     license: str | None = None
     """Licence that the card names, as the Hugging Face Hub spells it (cc-by-4.0, mit, ...); by
-    default that of an exported folder, or unknown."""
+    default that of an exported folder, else unknown."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -67,19 +67,20 @@ class ExportFlags:
 class ReportFlags:
     """Flags of `otdd report`."""
 
-    dir: str
-    """Folder of a run, finished or not; as the first argument it needs no --dir."""
+    dir: tuple[str, ...]
+    """Folder of a run, finished or not; the flag may be left out. Several folders: runs of the same
+    data, side by side."""
     out: str | None = None
     """Folder for index.html and the figures as PNG files, by default DIR/report; or a file that
-    ends in .html, for the page alone. An earlier report is replaced."""
+    ends in .html, for the page alone. An earlier report is replaced. Several runs need it."""
     classes: int = 20
-    """Most classes whose images, costs and maps are shown, the first ones."""
+    """Most classes whose images, costs and maps are shown, the first ones of the data."""
     pdf: bool = False
     """Figures as PDF files too, but for the grid of images."""
     log: Log = "auto"
-    """What is told while it works: bars, lines or json, or quiet; auto: bars on a terminal."""
+    """What is told while it works, on standard error; auto: bars on a terminal, else lines."""
     quiet: bool = False
-    """As --log quiet."""
+    """The same as --log quiet."""
     debug: bool = False
     """Show the stack trace of an error."""
 
@@ -89,27 +90,26 @@ class PushFlags:
     """Flags of `otdd push`."""
 
     dir: str
-    """Folder made by `otdd export --to hf`; as the first argument it needs no --dir."""
+    """Folder made by `otdd export --to hf`; the flag may be left out."""
     repo_id: str
-    """Data set repository, OWNER/NAME, made where there is none; as the second argument it needs no
-    --repo_id."""
+    """Data set repository, OWNER/NAME, made where there is none; the flag may be left out."""
     private: bool = False
     """A new repository is private."""
     dry_run: bool = False
-    """Only print what would be sent; needs neither network nor token."""
+    """Print what would be sent, and send nothing; needs neither network nor token."""
     debug: bool = False
     """Show the stack trace of an error."""
 
 
 def _flags(cls: type, flags: list[str], prog: str, about: str) -> Any:
     """Flags of a command that works on data, its output not among the classes of them."""
-    from otdd.distill.prepare import outside
-
     given = parse(cls, flags, prog, about, {})
     require(bool(given.data), "data", given.data, "a data set name or a folder")
     require(bool(given.out), "out", given.out, "where to write")
     require_path(given.data, "data")
     require_path(given.out, "out")
+    from otdd.distill.prepare import outside
+
     outside(given.out, given.data)
     return given
 
@@ -124,12 +124,16 @@ def flags_class(command: str) -> type:
 def _fit_flags() -> type:
     from otdd.distill.fit_config import FitConfig
 
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class FitFlags(FitConfig, DataFlags):
-        """Flags of `otdd fit`; --out is the file of the generator, with --from a new folder."""
+        """Flags of `otdd fit`."""
 
-        base: Annotated[str | None, tyro.conf.arg(name="from")] = None
-        """Folder of a DiTPipeline to train further, on the classes of the data."""
+        out: str
+        """File of the generator, such as photos.safetensors, with --from the folder of a pipeline;
+        an interrupted training continues there."""
+        base: str | None = field(default=None, metadata={"flag": "from"})
+        """Folder of a DiTPipeline to train further, on the classes of the data; by default a small
+        generator is trained from scratch."""
         device: Literal["cpu", "cuda"] = "cpu"
         """Where the model is trained."""
 
@@ -137,22 +141,30 @@ def _fit_flags() -> type:
 
 
 def _surrogate_flags() -> type:
-    from otdd.distill.surrogate import SurrogateConfig
+    from otdd.distill.surrogate_config import SurrogateConfig
 
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class SurrogateFlags(SurrogateConfig, DataFlags):
-        """Flags of `otdd fit-surrogate`; --out is the folder of the checkpoints."""
+        """Flags of `otdd fit-surrogate`."""
+
+        out: str
+        """Folder of the networks; an interrupted training continues there."""
+
+        device: Literal["cpu", "cuda"] = "cpu"
+        """Where the network is trained."""
 
     return SurrogateFlags
 
 
 def _encode_flags() -> type:
-    from otdd.distill.encode import EncodeConfig
+    from otdd.distill.encode_config import EncodeConfig
 
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class EncodeFlags(EncodeConfig, DataFlags):
-        """Flags of `otdd encode`; --out is the folder of the latents."""
+        """Flags of `otdd encode`."""
 
+        out: str
+        """Folder of the latents; an interrupted encoding continues there."""
         generator: str | None = None
         """Generator whose codec encodes; by default the one shipped for the data."""
         device: Literal["cpu", "cuda"] = "cpu"
@@ -163,12 +175,12 @@ def _encode_flags() -> type:
 
 def fit(flags: list[str]) -> int:
     """`otdd fit`."""
+    about = "Train a class-conditional generator; an interrupted training continues."
+    given = _flags(_fit_flags(), flags, "otdd fit", about)
     import time
 
     from otdd.terminal import shown
 
-    about = "Train a class-conditional generator; an interrupted training continues."
-    given = _flags(_fit_flags(), flags, "otdd fit", about)
     if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     data, train = _training(given)
@@ -212,22 +224,25 @@ def _training(given: Any) -> tuple[Any, Callable[..., Any]]:
 
 def fit_surrogate(flags: list[str]) -> int:
     """`otdd fit-surrogate`."""
-    from otdd.distill.data import load_data
-    from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
-    from otdd.terminal import shown
-
     about = "Train the networks of influence guidance; an interrupted training continues."
     given = _flags(_surrogate_flags(), flags, "otdd fit-surrogate", about)
+    from otdd.distill.data import load_data
+    from otdd.distill.surrogate import fit_surrogate
+    from otdd.distill.surrogate_config import SurrogateConfig
+    from otdd.distill.workers import local_device
+    from otdd.terminal import shown
+
+    config, device = _only(SurrogateConfig, given), local_device(given.device, "--device")
     data = load_data(given.data, **_reading(given))
     if given.dry_run:
         from otdd.distill import costs
 
-        timed = costs.surrogate(data, _only(SurrogateConfig, given))
+        timed = costs.surrogate(data, config, given.device)
         sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
         return 0
     with shown(given.log, given.quiet) as bars:
-        made = fit_surrogate(data, _only(SurrogateConfig, given), given.out, progress=bars)
+        made = fit_surrogate(data, config, given.out, device=device, progress=bars)
     reached = ", ".join(f"{c['accuracy']:.1f} % (epoch {c['epoch']})" for c in made["checkpoints"])
     sys.stdout.write(f"written to {given.out}: test accuracy {reached}\n")
     return 0
@@ -235,14 +250,15 @@ def fit_surrogate(flags: list[str]) -> int:
 
 def encode(flags: list[str]) -> int:
     """`otdd encode`."""
+    about = "Encode the training images once; an interrupted encoding continues."
+    given = _flags(_encode_flags(), flags, "otdd encode", about)
     from otdd import _torchvision
-    from otdd.distill.encode import EncodeConfig, encode
+    from otdd.distill.encode import encode
+    from otdd.distill.encode_config import EncodeConfig
     from otdd.distill.stream import open_stream
     from otdd.distill.workers import local_device
     from otdd.terminal import shown
 
-    about = "Encode the training images once; an interrupted encoding continues."
-    given = _flags(_encode_flags(), flags, "otdd encode", about)
     config, device = _only(EncodeConfig, given), local_device(given.device, "--device")
     data = open_stream(given.data, seed=given.seed, decode_all=given.dry_run, **_reading(given))
     _torchvision.repair()
@@ -255,9 +271,9 @@ def encode(flags: list[str]) -> int:
         codec.to(device)
         cost = costs.encoding(data, codec, config.batch)
         latent = codec.latent_shape(data.image_shape)
-        size = 2 * len(data) * math.prod(latent) / 2**20
+        size = sized(2 * len(data) * math.prod(latent))
         shape = "x".join(map(str, latent))
-        about = f"encode   {len(data)} images to latents of {shape}, {size:.1f} MiB of disk"
+        about = f"encode   {len(data)} images to latents of {shape}, {size} of disk"
         sys.stdout.write(_found(data, data))
         sys.stdout.write(costs.lines(about, cost))
         return 0
@@ -265,40 +281,53 @@ def encode(flags: list[str]) -> int:
     units = {"encode": "images", "check": "images", "statistics": "classes"}
     with shown(given.log, given.quiet, units) as pace:
         made = encode(data, codec, config, given.out, progress=pace)
-    size = sum(f.stat().st_size for f in Path(given.out).glob("latents-*")) / 2**20
+    size = sized(sum(f.stat().st_size for f in Path(given.out).glob("latents-*")))
     shape = "x".join(map(str, made.latent_shape))
-    sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size:.1f} MiB\n")
+    sys.stdout.write(f"written to {given.out}: {len(made)} latents of {shape}, {size}\n")
     return 0
 
 
 def export(flags: list[str]) -> int:
     """`otdd export`."""
     about = "Write a distilled set in the format of others, into a new folder."
-    given = parse(ExportFlags, _named(flags, "--dir"), "otdd export", about, {})
+    given = parse(ExportFlags, flags, "otdd export", about, {}, ("dir",))
     require_path(given.dir, "dir")
     require_path(given.out, "out")
     from otdd.distill.export import export
 
     made = export(given.dir, given.to, given.out, set=given.set, license=given.license)
     files = [f for f in Path(given.out).rglob("*") if f.is_file()]
-    size = sum(f.stat().st_size for f in files) / 2**20
-    soft = f"soft labels of {made.epochs} epochs" if made.has_soft_labels else "no soft labels"
+    size = sized(sum(f.stat().st_size for f in files))
+    soft = "no soft labels"
+    if made.has_soft_labels:
+        soft = f"soft labels of {counted(made.epochs, 'epoch')}"
     sys.stdout.write(
         f"written to {given.out}: set {made.name}, {len(made)} images in {len(made.classes)} "
-        f"classes, {soft}; {len(files)} files, {size:.1f} MiB\n"
+        f"classes, {soft}; {counted(len(files), 'file')}, {size}\n"
     )
+    licence = json.loads((Path(given.out) / "otdd.json").read_text(encoding="utf-8"))["license"]
+    sys.stdout.write(_licence(licence, "with --license"))
     return 0
 
 
 def report(flags: list[str]) -> int:
     """`otdd report`."""
-    about = "Write a run as one HTML page that needs nothing else, and its figures."
-    given = parse(ReportFlags, _named(flags, "--dir"), "otdd report", about, {})
-    from otdd.distill.report import report
+    about = "Write a run, or several side by side, as one HTML page that needs nothing else."
+    given = parse(ReportFlags, flags, "otdd report", about, {}, ("dir",))
+    require(len(given.dir) > 0, "dir", given.dir, "the folder of a run")
+    for folder in given.dir:
+        require_path(folder, "dir")
+    from otdd.distill.report import report, report_several
     from otdd.terminal import shown
 
+    how: dict[str, Any] = {"classes": given.classes, "pdf": given.pdf}
     with shown(given.log, given.quiet) as bars:
-        page = report(given.dir, given.out, classes=given.classes, pdf=given.pdf, progress=bars)
+        if len(given.dir) == 1:
+            page = report(given.dir[0], given.out, **how, progress=bars)
+        elif given.out is None:
+            raise ConfigError("--out: give a folder or a .html file for a page of several runs")
+        else:
+            page = report_several(given.dir, given.out, **how)
     sys.stdout.write(f"written to {page}\n")
     return 0
 
@@ -306,7 +335,7 @@ def report(flags: list[str]) -> int:
 def push(flags: list[str]) -> int:
     """`otdd push`."""
     about = "Send an exported set to the Hugging Face Hub (token: `hf auth login` or HF_TOKEN)."
-    given = parse(PushFlags, _named(flags, "--dir", "--repo_id"), "otdd push", about, {})
+    given = parse(PushFlags, flags, "otdd push", about, {}, ("dir", "repo_id"))
     require_path(given.dir, "dir")
     from otdd.distill.push import push
 
@@ -314,20 +343,16 @@ def push(flags: list[str]) -> int:
     if given.dry_run:
         for name, size in sent.files.items():
             sys.stdout.write(f"{size:>12,}  {name}\n")
-    total = f"{len(sent.files)} files, {sum(sent.files.values()) / 2**20:.1f} MiB"
+    total = f"{counted(len(sent.files), 'file')}, {sized(sum(sent.files.values()))}"
     where = f"{total}, to the data set {sent.repo_id}"
     sys.stdout.write(f"would send {where}\n" if given.dry_run else f"sent {where}: {sent.url}\n")
+    sys.stdout.write(_licence(sent.license, "in the head of its README.md (license: ...)"))
     return 0
 
 
-def _named(flags: list[str], *names: str) -> list[str]:
-    """Flags with names put before the arguments that come first without any."""
-    named: list[str] = []
-    for name, flag in zip(names, flags, strict=False):
-        if flag.startswith("-"):
-            break
-        named += [name, flag]
-    return named + flags[len(named) // 2 :]
+def _licence(name: str, where: str) -> str:
+    """The licence of a set that is passed on, and where to name one."""
+    return f"licence  {name}" + f"; name one {where}" * (name == "unknown") + "\n"
 
 
 def _reading(given: DataFlags) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import ablation
 import ablation_guidance
 import ablation_labels
 import ablation_report
 import cases
+import digits
 import fit_textures
 import floors
 import label_formats
@@ -85,6 +87,15 @@ def test_report_of_a_result_file(tmp_path):
     pytest.importorskip("matplotlib")
     report.plot({"rows": rows}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_readme_has_the_table_of_the_digits():
+    first, last = digits.MARKERS
+    readme = Path(__file__).parents[1] / "README.md"
+    if not readme.is_file():
+        pytest.skip("not run from the sources")
+    text = digits.table(digits.results())
+    assert f"{first}\n{text}\n{last}" in readme.read_text(encoding="utf-8")
 
 
 def test_every_contender_takes_part_in_turn():

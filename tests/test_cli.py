@@ -1,19 +1,25 @@
 """The command: flags, exit codes, one-line errors, quick help, stages on their own."""
 
 import json
+import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from otdd import cli
+from otdd.helptext import EXIT_CODES
 
 TINY = [
     *("--data", "digits", "--ipc", "1", "--seeds", "1", "--sets", "random", "kmeans"),
-    *("--relabel.teacher_epochs", "1", "--train.epochs", "2"),
+    *("--relabel.teacher-epochs", "1", "--train.epochs", "2"),
 ]
 
 
@@ -26,7 +32,7 @@ def call(capsys, *arguments):
 
 def test_help_is_quick_and_imports_no_torch():
     code = "import sys\nfrom otdd import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'numpy', 'rich', 'tyro'} & set(sys.modules)"
+    code += "assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -48,18 +54,61 @@ def test_help_is_quick_and_imports_no_torch():
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "sample", "evaluate", "fit", "fit-surrogate", "encode"])
+UNITS = """images image classes steps step epochs students seed seeds pixels degrees GiB fraction
+fractions factor probability share weight rate temperature decay blocks iterations latents networks
+centres logits bytes features patches shape samplings""".split()
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_help_of_a_command(capsys, command):
+    """Every flag is explained, with a default, and numbers with their unit."""
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
-    assert "--data" in out
-    assert "(default:" in out
+    assert call(capsys, "help", command)[1] == out
+    if command == "env":
+        return
+    assert out.startswith(f"usage: otdd {command} ")
+    flags = out.partition("\nflags\n")[2].partition("\nexit codes\n")[0]
+    assert "\n  --debug\n" in flags
+    for entry in re.split(r"\n  (?=--)", "\n" + flags)[1:]:
+        name, *text = entry.split("\n      ")
+        said = " ".join(text).partition("\n")[0]
+        assert "(default: " in said or "(required)" in said or "by default" in said.lower(), entry
+        number = re.search(r"\b(INT|NUMBER)\b", name)
+        units = set(re.findall(r"\w+", said.lower())) & set(map(str.lower, UNITS))
+        assert units or not number, entry
+        assert "_" not in name.split()[0]
+    assert max(map(len, out.splitlines())) <= 100
 
 
-def test_help_of_run_imports_no_torch():
-    code = "import sys\nfrom otdd import cli\ntry: cli.main(['run', '--help'])\n"
-    code += "except SystemExit: pass\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+@pytest.mark.parametrize("columns", [40, 120])
+def test_help_fits_into_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in ([], ["run"], ["fit"]):
+        out = call(capsys, *command, "--help")[1]
+        assert max(map(len, out.splitlines())) <= columns
+        assert "  130  " in out
+
+
+def test_no_help_imports_torch():
+    code = "import sys\nfrom otdd import cli\nfor command in sys.argv[1:]:\n"
+    code += (
+        "  try: cli.main([command, '--help'])\n  except SystemExit as end: assert not end.code\n"
+    )
+    code += "  heavy = {'torch', 'numpy', 'rich'} & set(sys.modules)\n  assert not heavy, command"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *cli.COMMANDS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_shows_what_a_preset_and_a_file_set(capsys, tmp_path):
+    (tmp_path / "f.json").write_text('{"seeds": 7, "relabel": {"store_labels": false}}')
+    flags = ["--preset", "paper", "--config", tmp_path / "f.json"]
+    out = call(capsys, "run", *flags, "--help")[1]
+    assert re.search(r"--seeds INT\n.*\(default: 7\)", out)
+    assert re.search(r"--sample.steps INT\n.*\(default: 50\)", out)
+    assert re.search(r"  --relabel.store-labels\n", out)  # is off
 
 
 @pytest.mark.parametrize(
@@ -69,6 +118,25 @@ def test_help_of_run_imports_no_torch():
         (["distil"], "unknown command 'distil'; known: run"),
         (["run"], "missing: --data, --ipc, --out"),
         (["run", "--ipc", "1", "--out", "x"], "missing: --data"),
+        (["run", "digits"], "'digits' follows no flag"),
+        (["-v"], "unknown flag -v; flags follow a command"),
+        (["run", *TINY, "--out"], "--out: no value is given; expected"),
+        (
+            ["run", *TINY, "--out", "x", "--sample.guidance.window", "1"],
+            "1 is given; expected 2 val",
+        ),
+        (
+            ["run", *TINY, "--out", "x", "--quiet=3"],
+            "--quiet: '3' .* expected no value",
+        ),
+        (["run", *TINY, "--out", "x", "--train.lr", "inf"], "--train.lr: inf .* a finite number"),
+        (
+            ["run", *TINY, "--out", "x", "--sample.batch_images", "x"],
+            "an integer or auto",
+        ),
+        (["run", *TINY, "--out", "x", "--train.batch-few", "1"], "--train.batch-few: 1 is not acc"),
+        (["run", *TINY, "--out", "x", "--epochs", "1"], "did you mean --train.epochs"),
+        (["train"], "missing: --out"),
         (["run", *TINY, "--out", "x", "--ipc", "0"], "--ipc: 0 is not accepted; expected"),
         (["run", *TINY, "--out", "x", "--seeds", "two"], "--seeds: 'two' .* an integer"),
         (["run", *TINY, "--out", "x", "--train.lr", "fast"], "--train.lr: 'fast' .* a number"),
@@ -76,7 +144,10 @@ def test_help_of_run_imports_no_torch():
             ["run", *TINY, "--out", "x", "--sample.guidance.strength", "-1"],
             "--sample.guidance.strength: -1.0 is not accepted; expected a number >= 0",
         ),
-        (["run", *TINY, "--out", "x", "--sample.order", "no"], "'no'.*--sample.order.*'joint'"),
+        (
+            ["run", *TINY, "--out", "x", "--sample.order", "no"],
+            "--sample.order: 'no' .* one of joint",
+        ),
         (["run", *TINY, "--out", "x", "--sampel.steps", "3"], "--sampel.steps"),
         (["run", *TINY, "--out", "x", "--preset", "best"], "preset: 'best' .* one of paper"),
         (["run", *TINY, "--out", "x", "--config", "none.yaml"], "cannot read none.yaml"),
@@ -97,11 +168,11 @@ def test_help_of_run_imports_no_torch():
         ),
         (["export"], "missing: --dir, --to, --out"),
         (["export", "none", "--to", "hf", "--out", "x"], "none: no such folder"),
-        (["export", "none", "--to", "csv", "--out", "x"], "'csv'.*--to.*'hf'"),
+        (["export", "none", "--to", "csv", "--out", "x"], "--to: 'csv' is not accepted; .* hf"),
         (["report"], "missing: --dir"),
         (["report", "none"], "none: no such folder"),
         (["report", "none", "--classes", "0"], "classes: 0 is not accepted; expected"),
-        (["push", "none"], "missing: --repo_id"),
+        (["push", "none"], "missing: --repo-id"),
         (["push", "none", "me/set"], "none: no such folder"),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
@@ -122,8 +193,6 @@ def test_help_of_run_imports_no_torch():
 def test_bad_input_is_one_clear_line_before_any_work(
     capsys, tmp_path, monkeypatch, arguments, message
 ):
-    import re
-
     monkeypatch.chdir(tmp_path)
     code, out, err = call(capsys, *arguments)
     assert code == 2
@@ -151,6 +220,8 @@ def test_stages_one_by_one_then_run_finds_all_done(capsys, tmp_path):
     assert "mean ± std of 1 student" in printed
     assert "kmeans" in printed
     assert f"written to {out}" in printed
+    if shutil.which("sha256sum"):  # the same is in Python's hands in test_store
+        subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=out, check=True)
 
 
 def test_files_of_a_run(capsys, tmp_path):
@@ -177,6 +248,26 @@ def test_files_of_a_run(capsys, tmp_path):
     assert call(capsys, *base, "--config", file, *more)[0] == 0
     rows = json.loads((out / "metrics.json").read_text())["accuracy"]
     assert [(r["set"], len(r["runs"])) for r in rows] == [("random", 3), ("kmeans", 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample: {stpes: 3}", "sample.stpes: unknown setting; did you mean sample.steps?"),
+        ("sample: {steps: many}", "sample.steps: 'many' is not accepted; expected an integer"),
+        ("sample: 3", "sample: 3 is not accepted; expected a group of settings"),
+        ("log: json", "log: unknown setting; known: data, ipc, out"),
+        ("train: {epochs: 3", "neither YAML nor JSON: line 1, column 18: expected ',' or '}'"),
+        ("[train]\nepochs = 3", "neither YAML nor JSON: line 2, column 1: "),
+    ],
+)
+def test_settings_of_a_file_are_refused_in_a_line(capsys, tmp_path, text, message):
+    (tmp_path / "f.yaml").write_text(text)
+    flags = [*TINY, "--out", tmp_path / "o", "--config", tmp_path / "f.yaml"]
+    code, _, err = call(capsys, "run", *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not (tmp_path / "o").exists()
 
 
 def test_foreign_folder_is_refused(capsys, tmp_path):
@@ -211,6 +302,41 @@ def test_interrupt_says_that_the_same_command_continues(tmp_path):
     assert process.returncode == 130, err
     assert "the same command continues" in err
     assert "Traceback" not in err
+
+
+def test_a_folder_in_use_and_one_that_cannot_be_written(capsys, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "o").mkdir()
+    with open(tmp_path / "o" / ".otdd.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = call(capsys, "run", *TINY, "--out", tmp_path / "o")
+    assert (code, err.count("\n")) == (3, 1)
+    assert "in use by another otdd process" in err
+
+    def no_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    command = [sys.executable, "-m", "otdd", "run", *TINY, "--out", tmp_path / "full"]
+    done = subprocess.run(command, preexec_fn=no_large_files, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "cannot write" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["run", "--help"], ["--help"], ["env"]])
+def test_a_reader_that_goes_away_is_no_error_to_talk_about(flags):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "otdd", *flags]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_exit_codes_are_documented():
+    readme = (Path(cli.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\d+) \|", readme, re.MULTILINE)
+    assert [int(code) for code in listed] == list(EXIT_CODES)
 
 
 def test_env(capsys):

@@ -325,7 +325,7 @@ def layouts():
 def test_sanitized_problems_cover_every_layout_and_option():
     programs = list(gpu_small.programs())
     assert {dtype for _, dtype in programs} == set(gpu_small.DTYPES)
-    for part in (*gpu_small.SHAPES, *gpu_small.OPTIONS, *gpu_small.COSTS):
+    for part in (*gpu_small.SHAPES, *gpu_small.OPTIONS, *gpu_small.COSTS, *gpu_small.LOGITS):
         assert sum(part in name for name, _ in programs) >= 2, part
 
 

@@ -1,6 +1,7 @@
 """`--log`: events as JSON lines, and bars in a terminal of any width."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -14,7 +15,9 @@ from datetime import datetime
 import pytest
 
 from otdd import cli
+from otdd.distill.inputs.problems import warn
 from otdd.joblog import JsonLog
+from otdd.terminal import print_metrics
 
 DRAW = """
 from otdd.terminal import shown
@@ -73,6 +76,19 @@ def test_errors_are_events_with_their_exit_code(capsys):
     assert end["exit_code"] == 2
 
 
+def test_the_environment_chooses_where_no_flag_does(capsys, monkeypatch):
+    bad = ["run", "--data", "nowhere", "--ipc", 1, "--out", "x"]
+    monkeypatch.setenv("OTDD_LOG", "json")
+    start, *_, error, end = events(call(capsys, *bad)[2])
+    assert (start["event"], error["event"], end["event"]) == ("start", "error", "end")
+    assert call(capsys, *bad, "--log", "lines")[2].startswith("otdd: ")
+    assert call(capsys, "env")[0] == 0  # which has no such flag
+    monkeypatch.setenv("OTDD_LOG", "yaml")
+    code, _, err = call(capsys, *bad)
+    assert code == 2
+    assert "--log: 'yaml' is not accepted; expected one of auto, bars, lines, json, quiet" in err
+
+
 def test_progress_is_rare_and_knows_the_time_left(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("otdd.joblog.time.perf_counter", lambda: now[0])
@@ -80,13 +96,30 @@ def test_progress_is_rare_and_knows_the_time_left(capsys, monkeypatch):
         for n in range(11):
             log("fit", n, 10)
             now[0] += 2
-        warnings.warn("low memory", stacklevel=1)
     seen = events(capsys.readouterr().err)
-    assert [line.get("done") for line in seen] == [0, 3, 6, 9, None, None]
+    assert [line.get("done") for line in seen] == [0, 3, 6, 9, None]
     assert (seen[0]["rate"], seen[0]["eta_s"]) == (None, None)
     assert (seen[1]["rate"], seen[1]["eta_s"]) == (0.5, 14.0)
     assert (seen[4]["event"], seen[4]["seconds"]) == ("task_done", 20.0)
-    assert (seen[5]["level"], seen[5]["message"]) == ("warning", "UserWarning: low memory")
+
+
+def test_warnings_are_events_with_their_parts(capsys, monkeypatch):
+    def warning(_):
+        warnings.warn("low memory", stacklevel=1)
+        for _ in range(2):  # a remark about data is made once
+            warn("data folder photos", "1 image is left out", ["cat/1.png: unreadable image"])
+        return 0
+
+    monkeypatch.setattr(cli, "_env", warning)
+    code, _, err = call(capsys, "env", "--log", "json")
+    assert code == 0
+    _, memory, data, end = events(err)
+    about = {"level": "warning", "event": "warning"}
+    assert memory | about | {"message": "low memory", "category": "UserWarning"} == memory
+    about |= {"message": "1 image is left out", "category": "DataWarning"}
+    about |= {"where": "data folder photos", "items": ["cat/1.png: unreadable image"]}
+    assert data | about == data
+    assert end["exit_code"] == 0
 
 
 def drawn(columns, **environment):
@@ -111,6 +144,23 @@ def drawn(columns, **environment):
     text = raw.decode()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     return text, [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+def test_table_of_a_run_names_its_data_and_fits_any_encoding(monkeypatch):
+    row = {"set": "otg", "arch": "convnet", "loss": "ce", "mean": 91.5, "std": 0.6, "runs": [1]}
+    config = {"data": "/home/someone/photos", "ipc": 1}
+    metrics = {"accuracy": [row], "ot_cost": {"otg": 11.25}, "comparisons": [], "config": config}
+    for encoding, spread in (("utf-8", "±"), ("ascii", "+-")):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+        print_metrics(metrics, "runs/a")
+        sys.stdout.flush()
+        title, *lines = raw.getvalue().decode(encoding).splitlines()
+        about = f"test accuracy of convnet in %, mean {spread} std of 1 student"
+        assert title == f"photos, 1 image per class: {about}"
+        assert any(f"91.5 {spread} 0.6" in line for line in lines)
+        assert len({len(line) for line in lines[:-1]}) == 1
+        assert lines[-1] == "written to runs/a"
 
 
 def test_bars_fit_into_terminals():

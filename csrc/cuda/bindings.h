@@ -178,6 +178,34 @@ int cost_backward_(int device, Address stream, i64 B, i64 N, i64 M, i64 D, Strid
 }
 
 template <class T>
+int logits_(int device, Address stream, i64 B, i64 N, i64 D, GivenCosts student, GivenCosts teacher, double tau,
+            double eps, double each, i64 max_iter, Address p, Address q, Address C, Address f, Address g, Address cost,
+            Address space, i64 bytes) {
+  const LogitArgs<T> args{B, N, D, costs(student), costs(teacher), 1 / tau, eps, each ? each : 1.0 / double(N),
+                          max_iter, address<T>(p), address<T>(q), address<T>(C), address<T>(f), address<T>(g),
+                          address<T>(cost)};
+  for (const Costs& t : {args.student, args.teacher}) announce(t.data, B, t.batch, N, t.row, D, size_of(t.type));
+  result(args.p, B * N * D), result(args.q, B * N * D), result(args.C, B * N * N);
+  result(args.f, B * N), result(args.g, B * N), result(args.cost, B), workspace(address<void>(space), bytes);
+  return run([&] { return logits<T>(args, device, address<void>(space), address<void>(stream)); });
+}
+
+template <class T>
+int logits_backward_(int device, Address stream, i64 B, i64 N, i64 D, Address p, Address q, Address C, Address f,
+                     Address g, Strided dcost, double tau, double eps, double each, Address dstudent, int type,
+                     Address space, i64 bytes) {
+  const LogitBackwardArgs<T> args{B, N, D, address<const T>(p), address<const T>(q), address<const T>(C),
+                                  address<const T>(f), address<const T>(g), vectors<T>(dcost), 1 / tau, eps,
+                                  each ? each : 1.0 / double(N), address<void>(dstudent), Number(type)};
+  for (const T* t : {args.p, args.q}) announce(t, B, N * D, N, D, D, sizeof(T));
+  announce(args.C, B, N * N, N, N, N, sizeof(T));
+  for (const T* t : {args.f, args.g}) announce(t, B, N, 1, 0, N, sizeof(T));
+  announce(args.dcost, B, 1), result(args.dstudent, B * N * D, size_of(args.type));
+  workspace(address<void>(space), bytes);
+  return run([&] { return logits_backward<T>(args, device, address<void>(space), address<void>(stream)); });
+}
+
+template <class T>
 void bind_kernels_of(py::module_& m, const std::string& suffix) {
   m.def(("cuda_sinkhorn_workspace_" + suffix).c_str(), &sinkhorn_workspace<T>);
   m.def(("cuda_sinkhorn_" + suffix).c_str(), &sinkhorn_<T>);
@@ -188,6 +216,10 @@ void bind_kernels_of(py::module_& m, const std::string& suffix) {
   m.def(("cuda_cost_" + suffix).c_str(), &cost_<T>);
   m.def(("cuda_cost_backward_workspace_" + suffix).c_str(), &cost_backward_workspace<T>);
   m.def(("cuda_cost_backward_" + suffix).c_str(), &cost_backward_<T>);
+  m.def(("cuda_logits_workspace_" + suffix).c_str(), &logits_workspace<T>);
+  m.def(("cuda_logits_" + suffix).c_str(), &logits_<T>);
+  m.def(("cuda_logits_backward_workspace_" + suffix).c_str(), &logits_backward_workspace<T>);
+  m.def(("cuda_logits_backward_" + suffix).c_str(), &logits_backward_<T>);
 }
 
 inline void bind_kernels(py::module_& m) {

@@ -1,21 +1,7 @@
 // L1 costs and their gradients from differences, tile by tile: no buffer of N x M x D, no atomics.
-#include "cost.h"
+#include "cost_side.h"
 
 namespace otdd::cuda {
-
-// Where a kernel leaves entry (i, j) of a problem, and which shape its blocks have.
-template <class T>
-struct CostPlan {
-  T* out;
-  i64 row, column, copy;  // copy: from a slice's outputs to those of the next
-  i64 slices, length;
-  int parts;
-  bool aligned;  // all points, to 16 bytes
-
-  OTDD_DEVICE T* at(i64 problem, i64 size, i64 slice, i64 i, i64 j) const {
-    return out + slice * copy + problem * size + i * row + j * column;
-  }
-};
 
 // Two additions a feature, one of them in a chain that is a fourth (float) as long.
 template <class T>
@@ -181,100 +167,6 @@ OTDD_KERNEL OTDD_THREADS(kCostThreads, kN * sizeof(T) > 32 ? 1 : 2)
   }
 }
 
-// sum += g sign(x - y). A float addition can be made to depend on a comparison; one of double not.
-OTDD_DEVICE void add_signed(float& sum, float g, float x, float y) {
-  if (x > y) sum += g;
-  if (x < y) sum -= g;
-}
-OTDD_DEVICE void add_signed(double& sum, double g, double x, double y) {
-  sum += x > y ? g : x < y ? -g : 0;
-}
-
-// Tiles of points by features. A thread keeps its numbers of x, and goes over the points of y: for each
-// a chunk of features and, for its own points, G.
-template <class T, int kChunks>
-OTDD_KERNEL OTDD_THREADS(kCostThreads, 2)
-    cost_side(OTDD_ARGUMENT SideArgs<T> args, OTDD_ARGUMENT CostPlan<T> plan,
-              OTDD_ARGUMENT SideLayout layout) {
-  constexpr int L = kChunk<T>, kOwn = kChunks * L, kOwnBits = kOwn == 8 ? 3 : kOwn == 4 ? 2 : 1;
-  const int width = 1 << layout.across_bits, height = kCostThreads >> layout.across_bits;
-  const int depth = 1 << layout.depth_bits, rows = height * kOwn, pitch = height * kChunks + 1;
-  Chunk<T>* ys = reinterpret_cast<Chunk<T>*>(chip::shared());
-  Chunk<T>* gs = ys + depth * width;
-  const int thread = chip::thread(), q = thread & (width - 1), p = thread >> layout.across_bits;
-  const i64 down = (args.N + rows - 1) / rows, across = (args.D + width * L - 1) / (width * L);
-  // G is read along its rows or its columns, whichever are nearer to each other in memory.
-  const bool along_x = args.G_row < args.G_column;
-  const int bits = along_x ? 8 - layout.across_bits + kOwnBits : layout.depth_bits;
-  for (i64 k = chip::block(); k < layout.cut.tiles * plan.slices; k += chip::blocks()) {
-    const i64 f = (k % across * width + q) * L, i0 = k / across % down * rows, own = i0 + p * L;
-    const i64 slice = k / across / down % plan.slices, problem = k / across / down / plan.slices;
-    const i64 begin = slice * plan.length, end = at_most(begin + plan.length, args.M);
-    const T* x = args.x.data + problem * args.x.batch + f;
-    const T* y = args.y.data + problem * args.y.batch + f;
-    const T* G = args.G + problem * args.G_batch;
-
-    T sums[kChunks][L][L] = {};
-    Chunk<T> xs[kChunks][L];
-    OTDD_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
-      OTDD_UNROLL
-      for (int k = 0; k < L; ++k)
-        xs[c][k] = load_chunk(x + at_most(own + c * height * L + k, args.N - 1) * args.x.row, args.D - f,
-                              plan.aligned);
-    }
-    i64 delivered = begin;
-    const auto deliver_sums = [&](i64 done, bool last) {
-      const i64 first = chip::fresh(own);
-      OTDD_UNROLL
-      for (int c = 0; c < kChunks; ++c) {
-        OTDD_UNROLL
-        for (int k = 0; k < L; ++k) {
-          const i64 i = first + c * height * L + k;
-          OTDD_UNROLL
-          for (int l = 0; l < L; ++l) {
-            if (i < args.N && f + l < args.D)
-              deliver(plan.at(problem, args.N * args.D, slice, i, f + l), sums[c][k][l],
-                      delivered == begin, last);
-            sums[c][k][l] = 0;
-          }
-        }
-      }
-      delivered = done;
-    };
-
-    for (i64 j0 = begin; j0 < end; j0 += depth) {
-      const int count = int(at_most(end - j0, depth));
-      if (j0 - delivered >= kRunLength) deliver_sums(j0, false);
-      chip::sync();  // nobody needs the points before
-      for (int j = p; j < count; j += height)
-        ys[j * width + q] = load_chunk(y + (j0 + j) * args.y.row, args.D - f, plan.aligned);
-      for (int g = thread; g < rows * depth; g += kCostThreads) {
-        const int inner = g & ((1 << bits) - 1), outer = g >> bits;
-        const int i = along_x ? inner : outer, j = along_x ? outer : inner;
-        if (j < count)
-          gs[j * pitch + i / L].v[i % L] =
-              chip::read(G + at_most(i0 + i, args.N - 1) * args.G_row + (j0 + j) * args.G_column);
-      }
-      chip::sync();
-      const Chunk<T>*y_of_j = ys + q, *g_of_j = gs + p;
-      for (int j = 0; j < count; ++j, y_of_j += width, g_of_j += pitch) {
-        const Chunk<T> yj = *y_of_j;
-        OTDD_UNROLL
-        for (int c = 0; c < kChunks; ++c) {
-          const Chunk<T> g = g_of_j[c * height];
-          OTDD_UNROLL
-          for (int k = 0; k < L; ++k) {
-            OTDD_UNROLL
-            for (int l = 0; l < L; ++l) add_signed(sums[c][k][l], g.v[k], xs[c][k].v[l], yj.v[l]);
-          }
-        }
-      }
-    }
-    deliver_sums(end, true);
-  }
-}
-
 // out = the sum of its copies, in their order.
 template <class T>
 OTDD_KERNEL OTDD_THREADS(256, 1) add_copies(const T* copies, i64 slices, i64 count, T* out) {
@@ -359,25 +251,21 @@ i64 cost_backward_workspace(int device, i64 B, i64 N, i64 M, i64 D) {
 
 // One side; the other one's workspace may be used again, for the stream keeps the order.
 template <class T>
-int cost_side_of(const Chip& chip, i64 B, const SideArgs<T>& args, T* out, void* workspace, void* stream) {
+int cost_side_of(const Chip& chip, i64 B, const SideArgs<T, GivenWeights<T>>& args, T* out, void* workspace,
+                 void* stream) {
   const i64 count = B * args.N * args.D;
   if (!out || count == 0) return kOk;
   const SideLayout layout = side_layout<T>(chip, B, args.N, args.M, args.D);
-  CostPlan<T> plan{nullptr, args.D, 1, count, layout.cut.slices, layout.cut.length, 0,
-                   aligned(args.x, B, args.N) && aligned(args.y, B, args.M)};
-  const Shape shape{grid_of(chip, layout.cut.blocks()), kCostThreads, layout.shared()};
-  return with_copies(chip, layout.cut, count, out, workspace, stream, [&](T* to) {
-    plan.out = to;
-    return layout.chunks == 1 ? launch(cost_side<T, 1>, shape, stream, args, plan, layout)
-                              : launch(cost_side<T, 2>, shape, stream, args, plan, layout);
-  });
+  return with_copies(chip, layout.cut, count, out, workspace, stream,
+                     [&](T* to) { return launch_side(chip, B, args, layout, to, stream); });
 }
 
 template <class T>
 int cost_backward(const CostBackwardArgs<T>& a, int device, void* workspace, void* stream) {
   return on_device(device, [&](const Chip& chip) {
-    const SideArgs<T> x{a.N, a.M, a.D, a.x, a.y, a.G, a.G_batch, a.G_row, a.G_column};
-    const SideArgs<T> y{a.M, a.N, a.D, a.y, a.x, a.G, a.G_batch, a.G_column, a.G_row};
+    using Side = SideArgs<T, GivenWeights<T>>;
+    const Side x{a.N, a.M, a.D, a.x, a.y, {a.G, a.G_batch, a.G_row, a.G_column}};
+    const Side y{a.M, a.N, a.D, a.y, a.x, {a.G, a.G_batch, a.G_column, a.G_row}};
     const int status = cost_side_of(chip, a.B, x, a.dx, workspace, stream);
     return status == kOk ? cost_side_of(chip, a.B, y, a.dy, workspace, stream) : status;
   });

@@ -62,6 +62,20 @@ bool aligned(const Matrices<T>& p, i64 B, i64 count) {
          (count <= 1 || whole(p.row));
 }
 
+// Where a kernel leaves entry (i, j) of a problem, and which shape its blocks have.
+template <class T>
+struct CostPlan {
+  T* out;
+  i64 row, column, copy;  // copy: from a slice's outputs to those of the next
+  i64 slices, length;
+  int parts;
+  bool aligned;  // all points, to 16 bytes
+
+  OTDD_DEVICE T* at(i64 problem, i64 size, i64 slice, i64 i, i64 j) const {
+    return out + slice * copy + problem * size + i * row + j * column;
+  }
+};
+
 // Tiles of outputs, whose sums may be cut into slices for want of tiles. Each slice has a copy of the
 // outputs, and a second kernel adds these up.
 struct Cut {
@@ -152,13 +166,24 @@ CostLayout cost_layout(const Chip& chip, i64 B, i64 N, i64 M, i64 D) {
   return l;
 }
 
-// One of the two gradients, out_id = sum_j G_ij sign(x_id - y_jd); of y it is with x and y exchanged.
+// Weights of the signed sums that are given, (N, M) with any strides.
 template <class T>
+struct GivenWeights {
+  const T* data;
+  i64 batch, row, column;
+
+  OTDD_DEVICE bool along_x() const { return row < column; }
+  OTDD_DEVICE T at(i64 problem, i64 i, i64 j) const {
+    return chip::read(data + problem * batch + i * row + j * column);
+  }
+};
+
+// One of the two gradients, out_id = sum_j G_ij sign(x_id - y_jd); of y it is with x and y exchanged.
+template <class T, class Weights>
 struct SideArgs {
   i64 N, M, D;
   Matrices<T> x, y;
-  const T* G;
-  i64 G_batch, G_row, G_column;
+  Weights G;
 };
 
 // A block's threads are in rows along the features, 2^across_bits to a row. A thread has `chunks` chunks

@@ -173,7 +173,7 @@ class Machine {
  public:
   static constexpr std::size_t kStack = std::size_t(256) << 10;
   Fiber* current = nullptr;
-  int blocks = 0, threads = 0;
+  int blocks = 0, threads = 0, launches = 0;
   bool failed = false;
   std::string reason;
   std::function<void()> kernel;
@@ -185,7 +185,7 @@ class Machine {
   // `together` blocks run at the same time: a cluster, or all of a cooperative launch.
   void launch(int grid, int block, std::size_t shared, int cluster, bool cooperative,
               std::function<void()> run) {
-    kernel = std::move(run), blocks = grid, threads = block, failed = false;
+    kernel = std::move(run), blocks = grid, threads = block, failed = false, ++launches;
     if (grid % cluster) throw Error("the grid is no multiple of the cluster");
     if (block % 32 || block > 1024) throw Error("threads of a block: " + std::to_string(block));
     const int together = cooperative ? grid : cluster;

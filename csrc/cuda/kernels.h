@@ -35,4 +35,14 @@ int cost(const CostArgs<T>& args, int device, void* workspace, void* stream);
 template <class T>
 int cost_backward(const CostBackwardArgs<T>& args, int device, void* workspace, void* stream);
 
+// Logits to transport cost, and back.
+template <class T>
+i64 logits_workspace(int device, i64 B, i64 N, i64 D);
+template <class T>
+i64 logits_backward_workspace(int device, i64 B, i64 N, i64 D);
+template <class T>
+int logits(const LogitArgs<T>& args, int device, void* workspace, void* stream);
+template <class T>
+int logits_backward(const LogitBackwardArgs<T>& args, int device, void* workspace, void* stream);
+
 }  // namespace otdd::cuda

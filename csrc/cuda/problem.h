@@ -86,4 +86,26 @@ struct CostBackwardArgs {
   T *dx, *dy;  // contiguous; null where not wanted
 };
 
+// Transport between the rows of p = softmax(inv_tau student) and q, of the teacher, under L1 costs C and
+// equal weights `each`.
+template <class T>
+struct LogitArgs {
+  i64 B, N, D;  // problems, rows of each side, classes
+  Costs student, teacher;
+  double inv_tau, eps, each;
+  i64 max_iter;
+  T *p, *q, *C, *f, *g, *cost;  // contiguous
+};
+
+// Gradient of sum_b dcost_b cost_b with respect to the student's logits, the plan held fixed.
+template <class T>
+struct LogitBackwardArgs {
+  i64 B, N, D;
+  const T *p, *q, *C, *f, *g;  // of LogitArgs
+  Vectors<T> dcost;
+  double inv_tau, eps, each;
+  void* dstudent;  // contiguous
+  Number type;     // of dstudent: T or one of half its digits
+};
+
 }  // namespace otdd::cuda

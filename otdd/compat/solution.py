@@ -135,6 +135,7 @@ def column_start(
         return None
     if reg is None:
         raise TypeError("reg: got NoneType; accepted: a number or a torch.Tensor")
+    M = as_float(M, "M")
     positive(reg, "reg", M.dtype)
     two = isinstance(pair, tuple | list) and len(pair) == 2
     require(two, name, type(pair).__name__, "a pair (u, v)")
@@ -143,7 +144,6 @@ def column_start(
     if v is None:
         raise ValueError(f"{name}: got nothing; accepted: potentials of the columns")
     require(not v.is_complex(), name, f"dtype {v.dtype}", "real numbers")
-    M = as_float(M, "M")
     v = v.to(M.dtype) if isinstance(pair[1], Tensor) else v.to(M)
     same_kind(v, name, M, "M")
     if values_are_checked(v):

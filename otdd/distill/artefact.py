@@ -70,7 +70,7 @@ class DistilledSet(Dataset[tuple[Any, int]]):
     def soft_labels(self) -> Tensor | None:
         """Mean logits, float32 (N, K), or None.
 
-        The mean is over teachers and over all epochs. Views of an image that CutMix pasted into
+        The mean is over teachers and over all epochs. Views of an image that CutMix or Mixup mixed
         are left out where it has others. Softmax gives probabilities.
         """
         return self._shards.mean(len(self)) if self.has_soft_labels else None

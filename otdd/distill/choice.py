@@ -25,7 +25,7 @@ from otdd.distill.data import ImageData, LabeledImages
 from otdd.distill.match import make_loss, reproducible, train_student
 from otdd.distill.relabel import MEASURED, Plan, Progress, Teacher, live_steps
 from otdd.distill.store import Store
-from otdd.distill.training import Training
+from otdd.distill.training import Training, device_of
 
 TEACHERS = "teachers.json"
 COUNTS = (1, 2, 4, 8)
@@ -82,6 +82,7 @@ def measure(
     relabel = dataclasses.replace(config.relabel, label_epochs=None)
     short = dataclasses.replace(config, train=train, relabel=relabel)
     counts = [count for count in COUNTS if count <= len(teachers)]
+    device = device_of(teachers[0].network)
     found: list[dict[str, Any]] = []
     for done, count in enumerate(counts):
         if progress is not None:
@@ -90,7 +91,7 @@ def measure(
         with reproducible(data.image_shape):
             steps = list(live_steps(learnt.images, data, teachers[:count], short))
             for seed in range(SEEDS):
-                network = students.make_network(arch, data, seed)
+                network = students.make_network(arch, data, seed).to(device)
                 size = (len(steps), per_epoch)
                 training = Training(
                     network, make_loss(loss, train), train, *size, arch=arch, seed=seed

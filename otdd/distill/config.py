@@ -53,6 +53,14 @@ TITLES = {
     "kmeans": "k-means centroids",
     "kmeans-real": "k-means, nearest real",
 }
+# Okabe and Ito's palette for colour-blind readers: what of it stands out on white and on black.
+COLOURS = {
+    "otg": "#d55e00",
+    "unguided": "#0072b2",
+    "random": "#7f7f7f",
+    "kmeans": "#009e73",
+    "kmeans-real": "#cc79a7",
+}
 HEADINGS = {
     "ce": "hard, CE",
     "ce-plain": "hard, plain",
@@ -82,34 +90,34 @@ class SampleConfig:
     scheduler: Literal["ddim", "ddpm", "dpm++"] = "ddim"
     """Sampler of the diffusion model."""
     steps: int = 25
-    """Denoising steps."""
+    """Denoising steps of a sampling."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 means none."""
+    """Factor of classifier-free guidance; 1: none."""
     starts: int = 4
-    """Guided samplings of a joint class from different noise; the one of least transport cost is
-    kept, as k-means keeps the best of its starts."""
+    """Guided samplings of a class (of order joint) from different noise; the one of least transport
+    cost is kept, as k-means keeps the best of its starts."""
     order: Literal["joint", "sequential"] = "joint"
     """All images of a class at once, or one after the other."""
     batch_classes: int = 64
     """Classes sampled together; a group is written as soon as it is finished."""
     batch_images: int | Literal["auto"] = 256
-    """Most images in one call of the denoiser; `auto` finds by trial how many fit into `memory`."""
+    """Most images in one call of the denoiser; auto finds by trial how many fit into the memory."""
     memory: float | None = None
-    """GiB that `auto` may fill; by default 80 % of what is free."""
+    """GiB that batch_images auto may fill; by default 80 % of what is free."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where sampling runs; of several processes on a machine each takes the GPU of its own rank."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the denoiser; guidance and scheduler stay in float32."""
     compile: bool = False
-    """Compile the denoiser by torch.compile."""
+    """Compile the denoiser by torch.compile, for GPUs."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    """Optimal-transport guidance."""
+    """optimal-transport guidance of the set otg"""
     diversity: DiversityConfig = field(default_factory=DiversityConfig)
-    """Diversity guidance."""
+    """diversity guidance of the set otg"""
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
-    """Influence guidance."""
+    """influence guidance of the set otg"""
     modes: ModeConfig = field(default_factory=ModeConfig)
-    """Mode guidance."""
+    """mode guidance of the set otg"""
 
     def __post_init__(self) -> None:
         require(self.starts >= 1, "starts", self.starts, "an integer >= 1")
@@ -129,34 +137,41 @@ class RelabelConfig:
     """Stage 2: soft labels under replayable augmentation."""
 
     teachers: tuple[str, ...] = ("auto",)
-    """`auto` (networks trained here, as many as the images per class ask for), `auto:measured` (as
-    many as serve a short student best), names of students to train here (convnet, convnet-3, ...),
-    `timm:NAME`, or a checkpoint (`arch=FILE`)."""
+    """auto (networks trained here, as many as the images per class ask for), auto:measured (as many
+    as serve a short student best), names of students to train here (convnet, convnet-3, ...),
+    timm:NAME (pretrained), or a checkpoint (ARCH=FILE)."""
     teacher_epochs: int | None = None
-    """Epochs over the real data of a teacher trained here; by default some 800 steps, and at least
-    10 epochs."""
+    """Epochs over the real images of a teacher trained here; by default some 800 steps, and at
+    least 10 epochs."""
     label_epochs: int | None = None
     """Epochs that are labelled; a longer training goes through them again and again. By default
     every epoch has labels of its own."""
     store_labels: bool = True
-    """Keep the logits of every epoch in the store; otherwise teachers run during training."""
+    """Keep the logits of every epoch in the output; otherwise teachers run while students train."""
     label_format: Literal["fp16", "topk", "q8"] = "fp16"
-    """Logits as they are, the `top_k` largest of each image and one value for the others, or
-    eight bits each."""
+    """How logits are stored: 2 bytes each (fp16), the largest of each image and one value for the
+    others (topk), or 1 byte each (q8)."""
     top_k: int = 4
-    """Logits kept of each image in the format `topk`."""
+    """Logits kept of each image in the format topk."""
     flip: Literal["auto", "on", "off"] = "auto"
-    """Horizontal flips; `auto` leaves them out for data sets of digits."""
+    """Horizontal flips of half of the images; auto: not of digits."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Area range of random resized crops (images from 16 pixels up)."""
+    """Least and largest area of random crops, as fractions of the image (from 16 pixels up)."""
     shift: float = 0.5
-    """Largest shift in pixels; this and the next two replace crops under 16 pixels."""
+    """Largest shift in pixels; images under 16 pixels are shifted, rotated and zoomed, not
+    cropped."""
     rotate: float = 15.0
-    """Largest rotation in degrees."""
+    """Largest rotation in degrees (images under 16 pixels)."""
     zoom: float = 0.15
-    """Largest relative change of width and height."""
+    """Largest change of width and height, as a fraction (images under 16 pixels)."""
     cutmix: float = 0.5
     """Probability that a batch is mixed by CutMix."""
+    mixup: float = 0.0
+    """Probability that a batch which CutMix left alone is mixed by Mixup."""
+    mixup_alpha: float = 0.8
+    """Shape a of Beta(a, a), which the weights of Mixup are drawn from."""
+    patch_shuffle: int = 1
+    """Patches along a side of the image that change places before the crop; 1: none (RDED: 2)."""
 
     def __post_init__(self) -> None:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
@@ -171,7 +186,12 @@ class RelabelConfig:
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
         for key in ("shift", "rotate", "zoom"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "a number >= 0")
-        require(0 <= self.cutmix <= 1, "cutmix", self.cutmix, "a probability in [0, 1]")
+        for key in ("cutmix", "mixup"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, key, value, "a probability in [0, 1]")
+        alpha, side = self.mixup_alpha, self.patch_shuffle
+        require(0 < alpha <= 1, "mixup_alpha", alpha, "a number in (0, 1]")
+        require(1 <= side <= 16, "patch_shuffle", side, "an integer in [1, 16]")
 
 
 @dataclass(frozen=True)
@@ -179,45 +199,50 @@ class TrainConfig:
     """Stage 3: training the students that judge a set."""
 
     losses: tuple[Literal["ce", "ce-plain", "kl", "mse", "otm"], ...] = ("ce", "kl", "otm")
-    """`ce` on hard labels, and `ce-plain` without augmentation; on soft labels `kl`, `mse` (squared
-    error of the logits) and `otm` (that and optimal-transport logit matching)."""
+    """On hard labels ce, and ce-plain without augmentation; on soft labels kl, mse (squared error
+    of the logits) and otm (that and optimal-transport logit matching)."""
     archs: tuple[str, ...] = ("convnet",)
     """Students: convnet, convnet-3, convnet-6, resnetap-10 or any timm name."""
     protocol: str | None = None
-    """Named settings of stage 3 and of augmentation, under the flags: edc, rded or igd-hard."""
+    """Named settings of stage 3 and of augmentation, under the file and the flags: edc, rded or
+    igd-hard."""
     epochs: int = 300
     """Epochs of a student over the distilled set."""
     batch: int = 50
     """Images in a batch; smaller sets are one batch."""
     batch_few: int | None = None
-    """In place of `batch` where the data has at most 10 classes."""
+    """Images in a batch where the data has at most 10 classes; by default as many as for others."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser."""
+    """Optimiser of the students."""
     lr: float = 1e-3
-    """Learning rate at the start."""
+    """Learning rate at the start of the training."""
     arch_lr: tuple[str, ...] = ()
-    """Learning rates of some architectures, PATTERN=RATE, in place of `lr`: `swin_*=1e-4`."""
+    """Learning rates of some architectures, PATTERN=RATE, such as swin_*=1e-4."""
     schedule: Literal["cosine", "steps"] = "cosine"
-    """Learning rate: half a cosine, or a fifth after 2/3 and again after 5/6 of the training."""
+    """Learning rate: half a cosine to zero, or a fifth after 2/3 and again after 5/6 of the
+    training."""
     weight_decay: float = 0.01
-    """Weight decay."""
+    """Weight decay of the optimiser, per step as a factor of the learning rate."""
     stretch: float = 1.0
-    """The cosine schedule is this many times longer than the training (2 in EDC)."""
+    """Length of the cosine as a factor of that of the training (2 in EDC)."""
     ema: float = 0.99
-    """Decay of the averaged weights that are evaluated; 0 means none."""
+    """Decay per step of the averaged weights that are tested; 0: the last weights are."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where students train and teachers are trained and label; of several processes on a machine
+    each takes the GPU of its own rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the student's products in training (bf16: autocast); loss and tests are fp32."""
     tau: float = 2.0
-    """Temperature of `kl` and of the transport term."""
+    """Temperature of the logits in kl and in the transport term."""
     kappa_1: float = 0.025
-    """Weight of the cross-entropy in `otm`."""
+    """Weight of the cross-entropy in mse and otm."""
     kappa_2: float = 1.0
-    """Weight of the squared error of the logits in `otm`."""
+    """Weight of the squared error of the logits in mse and otm."""
     beta_2: float = 0.08
-    """Weight of the transport term in `otm`."""
+    """Weight of the transport term in otm."""
     beta_2_share: float | None = None
-    """In place of `beta_2`: the share of the gradient norm of the other terms, with respect to the
-    logits, that the transport term is scaled to in every batch."""
+    """Share of the gradient norm of the other terms, with respect to the logits, that the transport
+    term is scaled to in every batch; by default its weight is fixed."""
     test_every: int | None = None
     """Epochs between two tests of a student, which its best accuracy is among; by default five
     tests in all."""
@@ -225,7 +250,7 @@ class TrainConfig:
     """Epochs between two checkpoints of a student, which a killed training goes on from; by default
     one a minute."""
     tensorboard: bool = False
-    """Log for TensorBoard too, in `logs/tensorboard`."""
+    """Log for TensorBoard too, in logs/tensorboard."""
 
     def __post_init__(self) -> None:
         require_some(self.losses, "losses", f"some of {', '.join(LOSSES)}")
@@ -276,33 +301,35 @@ class RunConfig:
     data: str
     """digits, textures, an image folder with train/ (and val/), a table of paths and labels (.csv,
     .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME). Settings
-    of the input follow it: photos.csv,label_column=breed."""
+    of the input follow it: photos.csv,label_column=breed or hf:OWNER/NAME,streaming=true."""
     ipc: int
-    """Images per class."""
+    """Images per class in each set."""
     out: str
     """Output folder; the same command on the same folder continues."""
     seeds: int = 5
-    """Students trained per row of the table."""
+    """Students trained for each row of the table."""
     seed: int = 0
-    """Seed of everything else."""
+    """Seed of all else: sampling, splits of the data, teachers, augmentation."""
     resolution: int | None = None
-    """Side of the images in pixels; by default that of the data."""
+    """Side of the images in pixels, 4 to 4096; by default that of the data."""
     skip_bad_images: bool = False
-    """Leave out images that cannot be read, named on the terminal and in data.json."""
+    """Leave out images that cannot be read, and list them in data.json."""
     generator: str | None = None
-    """Generator made by `otdd fit`; by default the one shipped for the data."""
+    """File made by `otdd fit`, or folder of a DiTPipeline, that makes the images; by default the
+    one shipped for the data."""
     latents: str | None = None
-    """Folder made by `otdd encode` for this data and generator: real latents are read from it."""
+    """Folder made by `otdd encode` for this data and generator, to read real latents from; by
+    default they are encoded in the run."""
     preset: str | None = None
-    """Named settings under the flags: paper, igd, dit or mgd."""
+    """Named settings under the file and the flags: paper, igd, dit or mgd."""
     sets: tuple[Literal["otg", "unguided", "random", "kmeans", "kmeans-real"], ...] = SETS
-    """Sets to make and compare."""
+    """Sets to make and compare; the first is compared with each other one."""
     sample: SampleConfig = field(default_factory=SampleConfig)
-    """Stage 1."""
+    """stage 1, the images"""
     relabel: RelabelConfig = field(default_factory=RelabelConfig)
-    """Stage 2."""
+    """stage 2, soft labels"""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Stage 3."""
+    """stage 3, students"""
 
     def __post_init__(self) -> None:
         require(bool(self.data), "data", self.data, "a data set name or a folder")

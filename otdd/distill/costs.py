@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,13 @@ from otdd.distill.prepare import Prepared
 from otdd.distill.relabel import Plan
 from otdd.distill.store import Store
 from otdd.distill.training import Step, Training
+from otdd.distill.words import sized
 from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
     from otdd.distill.stream import Stream
-    from otdd.distill.surrogate import SurrogateConfig
+    from otdd.distill.surrogate_config import SurrogateConfig
 
 BUDGET = 1.0  # seconds that the steps of one kind are timed for
 LEAST = 3  # steps timed at least, after one that is not
@@ -49,6 +51,8 @@ class Watch:
         self._times = [time.perf_counter()]
 
     def tick(self) -> None:
+        if torch.cuda.is_initialized():  # what was launched is not yet done
+            torch.cuda.synchronize()
         self._times.append(time.perf_counter())
 
     @property
@@ -89,7 +93,7 @@ def duration(seconds: float) -> str:
 def lines(made: str, cost: Cost | None) -> str:
     """What `--dry-run` prints for a command that is one task."""
     time_ = "not timed: too few steps" if cost is None else str(cost)
-    memory = f"about {peak_memory() / 2**20:.0f} MiB at the peak of the timed steps"
+    memory = f"about {sized(peak_memory())} at the peak of the timed steps"
     return f"{made}\ntime     {time_}\nmemory   {memory}\nnothing was written (--dry-run)\n"
 
 
@@ -159,12 +163,12 @@ def fitting(train: Callable[..., object], steps: int) -> Cost | None:
     return None if step is None else Cost(steps, step)
 
 
-def surrogate(data: ImageData, config: SurrogateConfig) -> Cost:
+def surrogate(data: ImageData, config: SurrogateConfig, device: Literal["cpu", "cuda"]) -> Cost:
     """Of the steps of `otdd fit-surrogate`."""
     drawn = augmentation(RelabelConfig(), data.name, data.image_shape[1:])
     batch = min(config.batch, len(data.train))
     plan = Plan(drawn, len(data.train), batch, data.image_shape[1:], config.epochs, config.seed)
-    settings = TrainConfig(losses=("ce",), batch=batch, ema=0.0)
+    settings = TrainConfig(losses=("ce",), batch=batch, ema=0.0, device=device)
     images, labels = data.train.images, data.train.labels
     step = _steps_of(data, config.arch, "ce", images, labels, plan, settings)
     return Cost(plan.total, step)
@@ -192,17 +196,19 @@ def teaching(config: RunConfig, made: Prepared, arch: str) -> Cost:
     """Of the steps of a teacher that is trained here."""
     plan = relabel.teacher_plan(made.data, config, config.seed)
     images, labels = _some(made, len(made.data.train))
-    return Cost(plan.total, _steps_of(made.data, arch, "ce", images, labels, plan, relabel.TEACHER))
+    settings = dataclasses.replace(relabel.TEACHER, device=config.train.device)
+    return Cost(plan.total, _steps_of(made.data, arch, "ce", images, labels, plan, settings))
 
 
 def labelling(config: RunConfig, made: Prepared, arch: str) -> float:
     """Seconds in which a teacher labels one batch."""
     plan = Plan.of(config, made.data, config.ipc * made.data.num_classes)
     images, _ = _some(made, config.ipc * made.data.num_classes)
-    network, watch = students.make_network(arch, made.data, config.seed).eval(), Watch()
+    device = torch.device(local_device(config.train.device, "train.device"))
+    network, watch = students.make_network(arch, made.data, config.seed).to(device).eval(), Watch()
     with torch.no_grad(), reproducible(made.data.image_shape):
         for batch in _batches(plan):
-            network(batch.apply(images))
+            network(batch.apply(images, device)).cpu()
             watch.tick()
             if watch.enough:
                 break
@@ -228,8 +234,9 @@ def _steps_of(
             if watch.enough:
                 return
 
+    device = local_device(settings.device, "train.device")
     with reproducible(data.image_shape):
-        network: nn.Module = students.make_network(arch, data, 0)
+        network: nn.Module = students.make_network(arch, data, 0).to(device)
         objective = make_loss(loss, settings)
         training = Training(network, objective, settings, 1 << 20, arch=arch)
         train_student(training, images, labels, steps())

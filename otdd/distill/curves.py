@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from otdd.distill.config import TITLES
-
-# One colour for a set, whichever others are in the picture (Okabe & Ito's, for every eye).
-COLOURS = dict(zip(TITLES, ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=True))
+from otdd.distill.config import COLOURS, TITLES
 
 Curves = Mapping[tuple[str, str], Mapping[str, Sequence[Sequence[float]]]]
 

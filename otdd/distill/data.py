@@ -147,7 +147,7 @@ def load_data(
         DataError: what cannot be used, with every offending file or class.
     """
     check_settings(spec, resolution, val_fraction)
-    listing, split = open_listing(spec), (val_fraction, seed)
+    listing, split = open_listing(spec, resolution), (val_fraction, seed)
     read = [read_all(part.images, resolution) for part in listing.parts]
     bad = [{k: why for k, why in enumerate(part) if isinstance(why, str)} for part in read]
     images = [[image for image in part if isinstance(image, Tensor)] for part in read]

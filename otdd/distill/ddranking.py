@@ -36,8 +36,9 @@ def scores(
             that were trained here on all real images.
 
     Returns:
-        Dicts of `set`, `arch`, `loss` (the labels that "any" stands for), `hlr`, `ior`, `lrs` and,
-        with the loss `ce`, `ars`; None where a row is missing, and `missing` says which.
+        Dicts of `set`, `arch`, `loss` (the labels that "any" stands for), `hlr`, `ior`, `lrs` and
+        `ars` (with the loss `ce`; it is of hard labels). What cannot be computed is None, and
+        `missing` says in a sentence what it needs and how to make that; None where all is there.
     """
     mean = {(row["set"], row["arch"], row["loss"]): row["mean"] / 100 for row in rows}
     real: dict[str, float] = {}
@@ -45,7 +46,8 @@ def scores(
         found = [t["accuracy"] / 100 for t in teachers if t["name"] == arch]
         if found:
             real[arch] = statistics.fmean(found)
-    return [_score(mean, real, *key) for key in mean if key[0] != "random" and key[2] != "ce-plain"]
+    made = [_score(mean, real, *key) for key in mean if key[0] != "random" and key[2] != "ce-plain"]
+    return [score | {"missing": _missing(score, mean, real, bool(teachers))} for score in made]
 
 
 def normalised(value: float) -> float:
@@ -62,12 +64,6 @@ def _score(
 ) -> dict[str, Any]:
     made: dict[str, Any] = {"set": name, "arch": arch, "loss": loss}
     made |= {"hlr": None, "ior": None, "lrs": None, "ars": None}
-    needed = [(name, arch, "ce"), ("random", arch, loss)]
-    if loss == "ce":
-        needed += [(name, arch, "ce-plain"), ("random", arch, "ce-plain")]
-    made["missing"] = [", ".join(key) for key in needed if key not in mean]
-    if arch not in real:
-        made["missing"].append(f"a teacher {arch} trained here (relabel.teachers)")
     if (name, arch, "ce") in mean and arch in real:
         made["hlr"] = round(real[arch] - mean[name, arch, "ce"], 4)
     made["ior"] = _gain(mean, name, arch, loss)
@@ -78,6 +74,42 @@ def _score(
     if loss == "ce" and made["ior"] is not None and plain is not None:
         made["ars"] = round(normalised(WEIGHT * made["ior"] + (1 - WEIGHT) * plain), 4)
     return made
+
+
+def _missing(
+    score: Mapping[str, Any],
+    mean: Mapping[tuple[str, str, str], float],
+    real: Mapping[str, float],
+    taught: bool,
+) -> str | None:
+    """What the scores that are None need, and how to make it; None where all are there."""
+    name, arch, loss = (score[key] for key in ("set", "arch", "loss"))
+    asked = ("hlr", "ior", "lrs", "ars") if loss == "ce" else ("hlr", "ior", "lrs")
+    lacking = [key for key in asked if score[key] is None]
+    if not lacking:
+        return None
+    rows = [(name, "ce"), ("random", loss)]
+    if loss == "ce":
+        rows += [(name, "ce-plain"), ("random", "ce-plain")]
+    rows = [(owner, used) for owner, used in rows if (owner, arch, used) not in mean]
+    needs, sets = [], dict.fromkeys(owner for owner, _ in rows)
+    losses = dict.fromkeys(used for _, used in rows)
+    if rows:
+        students = " and ".join(f"on {owner} with {used}" for owner, used in rows)
+        needs.append(f"students {arch} {students}")
+    if arch not in real:
+        needs.append(f"a teacher {arch} trained here")
+        losses |= {} if taught else {"kl": None}  # teachers are trained for soft labels alone
+    words = [("sets", sets), ("train.losses", losses)]
+    if taught and arch not in real:
+        words.append(("relabel.teachers", {arch: None}))
+    flags = ", ".join(f"{' '.join(new)} among --{flag}" for flag, new in words if new)
+    # Teachers are what the labels of a folder depend on.
+    where = "a new folder" if taught and arch not in real else "this folder"
+    return (
+        f"{', '.join(lacking)} cannot be computed without {' and '.join(needs)}: give otdd run "
+        f"{where} and {flags}"
+    )
 
 
 def _gain(

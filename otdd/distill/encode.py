@@ -10,45 +10,27 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from otdd.distill.codec import Codec, codec_digest
-from otdd.distill.config import require
 from otdd.distill.data import gather_facts
+from otdd.distill.encode_config import EncodeConfig
 from otdd.distill.latents import INDEX, LABELS, Latents, read_rows, shard_name, statistics_name
 from otdd.distill.modes import kmeans_centres
 from otdd.distill.store import Store, StoreError
 from otdd.distill.stream import Stream
 from otdd.distill.terms import rng
 
+__all__ = ["EncodeConfig", "encode"]
+
 Progress = Callable[[str, int, int], None]
 
 FACTS = "facts.json"
 KMEANS_LIMIT = 5000  # latents of a class that k-means sees
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """How the latents are laid out, and what is counted of them."""
-
-    shard: int = 4096
-    """Images in one file."""
-    batch: int = 64
-    """Images read and encoded at once."""
-    support: int = 10
-    """k-means centres of every class kept with its mean and deviation; 0 for none."""
-    seed: int = 0
-    """Seed of k-means, and of the split of a folder without val/."""
-
-    def __post_init__(self) -> None:
-        require(self.shard >= 1, "shard", self.shard, "an integer >= 1")
-        require(self.batch >= 1, "batch", self.batch, "an integer >= 1")
-        require(self.support >= 0, "support", self.support, "an integer >= 0")
-        require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
 
 
 def encode(

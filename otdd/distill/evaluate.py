@@ -18,6 +18,7 @@ from otdd.distill.match import Outcome, make_loss, reproducible, train_student
 from otdd.distill.relabel import Plan, Progress, Teacher, hard_steps, live_steps, stored_steps
 from otdd.distill.store import Store
 from otdd.distill.training import Step, Training
+from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
@@ -90,9 +91,10 @@ def _trained(
 ) -> Outcome:
     """Trains one student from where it was stopped; its log is written."""
     checkpoint = _checkpoint(store, config, set_name, student)
+    device = local_device(config.train.device, "train.device")
 
     def begin() -> Training:
-        network = students.make_network(student.arch, data, student.seed)
+        network = students.make_network(student.arch, data, student.seed).to(device)
         loss = make_loss(student.loss, config.train)
         size = (plan.total, plan.steps_per_epoch)
         return Training(network, loss, config.train, *size, arch=student.arch, seed=student.seed)

@@ -19,6 +19,7 @@ from otdd.distill.config import require
 from otdd.distill.inputs.spec import published
 from otdd.distill.setfiles import CONFIG, EXPORTED, LAYOUTS
 from otdd.distill.store import LOCK, MANIFEST, TEMP, Store, StoreError
+from otdd.distill.sums import unwritable
 
 METRICS = "metrics.json"
 # Format -> its module, which has a function of this name, and where class folders are, if any.
@@ -102,7 +103,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Store]:
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or cause
-        raise StoreError(f"cannot write {out} ({reason}); nothing is left of it") from error
+        raise unwritable(cause)(f"cannot write {out} ({reason}); nothing is left of it") from error
     finally:
         if mine:
             shutil.rmtree(store.path, ignore_errors=True)

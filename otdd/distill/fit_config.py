@@ -19,39 +19,39 @@ class FitConfig:
     """Size and training of a generator; zeros of width, layers, patch_size and lr are chosen."""
 
     width: int = 0
-    """Width of the transformer (a multiple of 32)."""
+    """Features of the transformer, a multiple of 32; 0: 128."""
     layers: int = 0
-    """Transformer blocks."""
+    """Transformer blocks; 0: 6."""
     patch_size: int = 0
-    """Side of a patch in latent pixels."""
+    """Side of a patch in latent pixels; 0: a quarter of the latent side up to 8, then an eighth."""
     steps: int = 6000
     """Training steps."""
     batch: int = 32
     """Images in a step."""
     lr: float = 0.0
-    """Peak learning rate: linear warm-up over 5 % of the steps, then a cosine to zero. By default
-    0.001; with --from 0.0005 for lora and 0.0001 for all."""
+    """Peak learning rate: linear warm-up over 5 % of the steps, then a cosine to zero; 0: 0.001,
+    with --from 0.0005 for lora and 0.0001 for all."""
     weight_decay: float = 0.01
-    """Weight decay."""
+    """Weight decay of the optimiser, per step as a factor of the learning rate."""
     min_snr: float = 5.0
     """Largest weight of the error of x0, by signal-to-noise ratio (1 or more); 0: no weights."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are kept; shorter at the beginning."""
+    """Decay per step of the averaged weights, which are kept; less at the beginning."""
     label_dropout: float = 0.1
-    """Part of the labels replaced by the null class, for classifier-free guidance."""
+    """Fraction of the labels replaced by the null class, for classifier-free guidance."""
     flip: bool = False
-    """Random horizontal flips."""
+    """Horizontal flips of half of the images."""
     checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between two checkpoints, which an interrupted training goes on from."""
     grid_every: int = 1000
-    """Steps between pictures of samples, in OUT.grids, always of the same noise; 0 for none."""
+    """Steps between two pictures of samples, in OUT.grids, always of the same noise; 0: none."""
     seed: int = 0
     """Seed of weights, batches and noise."""
     tune: Tune = "lora"
     """What is trained with --from: the class embeddings alone, or also low-rank updates (lora),
     biases, norms and scales (difffit), or everything (all)."""
     rank: int = 16
-    """Rank of the updates of lora."""
+    """Rank of the updates of lora, in features."""
 
     def __post_init__(self) -> None:
         wide = self.width >= 0 and self.width % 32 == 0

@@ -23,7 +23,7 @@ from otdd.distill.codec import Codec
 from otdd.distill.data import ImageData
 from otdd.distill.labels import LabelFormat
 from otdd.distill.store import Store
-from otdd.distill.training import Step
+from otdd.distill.training import Step, device_of
 from otdd.ops import cost_matrix, sinkhorn
 
 REAL_LIMIT = 2000
@@ -86,7 +86,12 @@ def against_labels(
         mean cost.
     """
     student.eval()
-    pairs = [(student(step.batch.apply(images)).float(), _labels(step)) for step in steps]
+    device = device_of(student)
+
+    def outputs_of(step: Step) -> Tensor:
+        return student(step.batch.apply(images, device)).float().cpu()
+
+    pairs = [(outputs_of(step), _labels(step)) for step in steps]
     outputs, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     agreement = float((outputs.argmax(1) == labels.argmax(1)).double().mean())
     mine, theirs = ((x[:OUTPUT_LIMIT].double() / tau).softmax(1) for x in (outputs, labels))

@@ -39,17 +39,19 @@ class GuidanceConfig:
     metric: Literal["l1", "l2", "sqeuclidean", "cosine"] = "sqeuclidean"
     """Ground cost between latents."""
     lambda_1: float = 0.1
-    """eps of the entropic problem in units of the standard deviation of the cost."""
+    """eps of the entropic problem, as a factor of the standard deviation of its costs."""
     max_iter: int = 20
-    """Sinkhorn iterations per guided step."""
+    """Sinkhorn iterations in each guided step."""
     reference_size: int = 200
-    """Real latents of the class in one problem."""
+    """Most real latents of the class in one problem."""
     strength: float = 0.7
-    """beta_1, the size of one guidance step."""
+    """beta_1, the guidance in one step: a fraction of the way to the projection, or a factor of the
+    gradient; 0: off."""
     repulsion: float = 0.3
-    """Push away from near real latents of other classes, relative to the pull of the own class."""
+    """Push away from near real latents of other classes, as a fraction of the pull of the own."""
     window: tuple[float, float] = (0.0, 1.0)
-    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+    """Guided part of the schedule, from and to, as fractions of it (0: pure noise, 1: the
+    image)."""
     memory: int = 64
     """Most finished latents of a class kept in a sequential problem."""
 
@@ -68,14 +70,15 @@ class DiversityConfig:
     """Diversity guidance: away from the nearest finished latents of the class."""
 
     strength: float = 0.0
-    """gamma, the step along the gradient of the cosine to the nearest; 0 is off."""
+    """gamma, the factor of the gradient of the cosine to the nearest; 0: off."""
     target: Literal["z_t", "x0", "through"] = "z_t"
     """What is compared: the noisy latents, x0_hat, or x0_hat with the gradient through the
     denoiser."""
     memory: int = 64
     """Most finished latents of a class that are looked at."""
     window: tuple[float, float] = (0.0, 1.0)
-    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+    """Guided part of the schedule, from and to, as fractions of it (0: pure noise, 1: the
+    image)."""
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -88,16 +91,17 @@ class InfluenceConfig:
     """Influence guidance: towards images whose training gradient is that of the real ones."""
 
     strength: float = 0.0
-    """k, the step in units of rho_t; 0 is off."""
+    """k, the factor of the gradient, in units of rho_t; 0: off."""
     surrogate: str | None = None
     """Folder of the networks that `otdd fit-surrogate` trained; by default the run trains them,
-    with the defaults of that command and its own seed, into `surrogate/` of its output."""
+    with the defaults of that command and its own seed, into surrogate/ of its output."""
     target: Literal["through", "x0"] = "through"
     """The gradient goes through the denoiser to z_t, or is applied to x0_hat."""
     reference_size: int = 200
-    """Real images of the class in the mean gradient."""
+    """Most real images of the class in the mean gradient."""
     window: tuple[float, float] = (0.08, 0.4)
-    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+    """Guided part of the schedule, from and to, as fractions of it (0: pure noise, 1: the
+    image)."""
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -110,9 +114,10 @@ class ModeConfig:
     """Mode guidance: each image of a class towards its own k-means centre of the real latents."""
 
     strength: float = 0.0
-    """Part of the way from x0_hat to the mode in one step; 0 is off."""
+    """Fraction of the way from x0_hat to the mode in one step; 0: off."""
     window: tuple[float, float] = (0.0, 0.5)
-    """Guided part of the schedule as fractions of it (0 = pure noise, 1 = the image)."""
+    """Guided part of the schedule, from and to, as fractions of it (0: pure noise, 1: the
+    image)."""
 
     def __post_init__(self) -> None:
         _require_term(self.strength, self.window)

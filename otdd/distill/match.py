@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from otdd.distill.config import TrainConfig
 from otdd.distill.data import LabeledImages
-from otdd.distill.training import Loss, Step, Training
+from otdd.distill.training import Loss, Step, Training, device_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def train_student(
 
     Args:
         training: the student, new or loaded; it ends with the averaged weights.
-        images: (N, C, H, W), uint8 or in [0, 1].
+        images: (N, C, H, W), uint8 or in [0, 1]; batches of them are moved to the student.
         labels: (N,).
         steps: augmentation and teacher logits of every step that is left.
         test: images to test on.
@@ -71,7 +71,8 @@ def train_student(
     """
     student = training.student
     student.train()
-    with torch.random.fork_rng(devices=[]):
+    device = device_of(student)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in steps:
             training.step(images, labels, step)
             if test is not None and training.is_check():
@@ -91,10 +92,10 @@ def accuracy(network: nn.Module, test: LabeledImages, batch: int = 512) -> float
     """Percentage of images that the network classifies rightly."""
     was_training = network.training
     network.eval()
-    right = 0
+    right, device = 0, device_of(network)
     for start in range(0, len(test), batch):
-        logits = network(test.images[start : start + batch].float() / 255)
-        right += int((logits.argmax(1) == test.labels[start : start + batch]).sum())
+        logits = network(test.images[start : start + batch].to(device).float() / 255)
+        right += int((logits.argmax(1).cpu() == test.labels[start : start + batch]).sum())
     network.train(was_training)
     return 100.0 * right / len(test)
 

@@ -79,6 +79,7 @@ class Run:
         progress, workers = progress or _silent, workers or Workers()
         progress("prepare", 0, 1)
         device = local_device(config.sample.device)
+        local_device(config.train.device, "train.device")
         made = prepare(config, only_sample=only_sample)
         if made.generator is not None:
             import torch

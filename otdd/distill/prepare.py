@@ -98,11 +98,13 @@ def _has_generator(config: RunConfig) -> bool:
 
 
 def _check_networks(config: RunConfig, data: ImageData) -> None:
+    from otdd.distill.augment import augmentation
     from otdd.distill.labels import LabelFormat
     from otdd.distill.relabel import MEASURED, teacher_names
     from otdd.distill.students import check_network
 
     LabelFormat.of(config.relabel, len(data.classes))
+    augmentation(config.relabel, data.name, (data.image_shape[1], data.image_shape[2]))
     for arch in config.train.archs:
         check_network(arch, data)
     if MEASURED in config.relabel.teachers:
@@ -125,7 +127,8 @@ def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:
     if "otg" not in config.sets or influence.strength == 0:
         return {}
     from otdd.distill.students import check_network
-    from otdd.distill.surrogate import SurrogateConfig, load_surrogates, surrogate_digest
+    from otdd.distill.surrogate import load_surrogates, surrogate_digest
+    from otdd.distill.surrogate_config import SurrogateConfig
 
     if influence.surrogate is None:
         check_network(SurrogateConfig.arch, data)

@@ -15,9 +15,8 @@ from otdd.distill.prepare import SAMPLED, Prepared, prepare
 from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
-from otdd.distill.surrogate import SurrogateConfig
-
-MIB = 2**20
+from otdd.distill.surrogate_config import SurrogateConfig
+from otdd.distill.words import counted, sized
 
 
 def preview(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
@@ -53,7 +52,7 @@ def preview(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
     if spent:
         rows.append(("time", f"{duration(total)} in all, on this machine as busy as it is now"))
     rows.append(("memory", _memory(real, bool(spent))))
-    rows.append(("disk", f"about {disk_bytes(config, made, stages) / MIB:.1f} MiB in all"))
+    rows.append(("disk", f"about {sized(disk_bytes(config, made, stages))} in all"))
     return [f"{name:<9}{text}" for name, text in rows]
 
 
@@ -98,10 +97,10 @@ def _costs(
 
 
 def _memory(real: int, was_timed: bool) -> str:
-    held = f"{real / MIB:.1f} MiB of real images"
+    held = f"{sized(real)} of real images"
     if not was_timed:
         return held
-    return f"about {costs.peak_memory() / MIB:.0f} MiB at the peak of the timed steps, {held}"
+    return f"about {sized(costs.peak_memory())} at the peak of the timed steps, {held}"
 
 
 def denoising_steps(config: RunConfig, made: Prepared, name: str) -> int:
@@ -169,13 +168,15 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
     if not config.relabel.store_labels:
         return "nothing is stored: teachers label while students train"
     plan, names = _plan(config, made), teacher_names(config)
-    count = f"1 to {len(names)}" if MEASURED in config.relabel.teachers else len(names)
+    measured = MEASURED in config.relabel.teachers
+    count = "1 to " * (measured and len(names) > 1) + counted(len(names), "teacher")
     parts = _labelled(config, made, store)
-    done = f", {sum(parts)} of {len(parts)} shards finished" if any(parts) else ""
+    done = f", {sum(parts)} of {counted(len(parts), 'shard')} finished" if any(parts) else ""
     return (
-        f"{len(config.sets)} sets by {count} teachers ({', '.join(names)}), {plan.labelled} "
-        f"epochs of {plan.steps_per_epoch} batches of {plan.batch}: "
-        f"{label_bytes(config, made) / MIB:.1f} MiB a set{done}"
+        f"{counted(len(config.sets), 'set')} by {count} ({', '.join(names)}), "
+        f"{counted(plan.labelled, 'epoch')} of {counted(plan.steps_per_epoch, 'batch', 'batches')} "
+        f"of {plan.batch}: "
+        f"{sized(label_bytes(config, made))} a set{done}"
     )
 
 
@@ -190,8 +191,9 @@ def _training(config: RunConfig, made: Prepared) -> str:
     train = config.train
     students = len(config.sets) * len(train.archs) * len(train.losses) * config.seeds
     return (
-        f"{students} students ({len(config.sets)} sets, {', '.join(train.archs)}; "
-        f"{', '.join(train.losses)}; {config.seeds} seeds) of {_plan(config, made).total} steps"
+        f"{counted(students, 'student')} ({counted(len(config.sets), 'set')}, "
+        f"{', '.join(train.archs)}; {', '.join(train.losses)}; {counted(config.seeds, 'seed')}) "
+        f"of {counted(_plan(config, made).total, 'step')}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from otdd.distill.config import ConfigError, require
@@ -27,11 +28,13 @@ class Upload:
     Attributes:
         repo_id: the repository, OWNER/NAME or NAME.
         files: names in the folder -> bytes.
+        license: that the card names, or `unknown`.
         url: of the commit; None if nothing was sent.
     """
 
     repo_id: str
     files: dict[str, int]
+    license: str
     url: str | None = None
 
 
@@ -57,15 +60,16 @@ def push(
         api: an object like `huggingface_hub.HfApi`, in place of it.
 
     Raises:
-        StoreError: no such folder, or files of the export are missing.
+        StoreError: no such folder, files of the export are missing, or the card is damaged.
         ConfigError: a name that the Hub does not accept, no token, or a refusal of the Hub.
     """
     ok = _REPO.fullmatch(repo_id) is not None and not repo_id.endswith(".git")
     require(ok, "repo_id", repo_id, "OWNER/NAME of letters, digits, '-', '_' and '.'")
     files = exported_files(folder)
     Store(folder).sums.verify(name for name in files if name != CARD)
+    licence = _licence(Path(folder) / CARD)
     if dry_run:
-        return Upload(repo_id, files)
+        return Upload(repo_id, files, licence)
     if api is None:
         api = _api(token)
     try:
@@ -82,7 +86,7 @@ def push(
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"cannot push to {repo_id}: {reason}") from error
-    return Upload(repo_id, files, str(getattr(commit, "commit_url", commit)))
+    return Upload(repo_id, files, licence, str(getattr(commit, "commit_url", commit)))
 
 
 def exported_files(folder: str | os.PathLike[str]) -> dict[str, int]:
@@ -110,6 +114,19 @@ def exported_files(folder: str | os.PathLike[str]) -> dict[str, int]:
         some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise StoreError(f"{root} is not complete: {some} missing; export the set again")
     return files
+
+
+def _licence(card: Path) -> str:
+    """What the head of a card names, which may have been edited."""
+    import yaml
+
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise StoreError(f"{card}: its head is no YAML ({problem})") from None
+    return str(head.get("license", "unknown")) if isinstance(head, dict) else "unknown"
 
 
 def _api(token: str | None) -> Any:

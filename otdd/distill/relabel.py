@@ -23,7 +23,8 @@ from otdd.distill.data import ImageData
 from otdd.distill.labels import FLOAT16, LabelFormat, check_format, compact
 from otdd.distill.match import accuracy, make_loss, reproducible, train_student
 from otdd.distill.store import Store
-from otdd.distill.training import Step, Training
+from otdd.distill.training import Step, Training, device_of
+from otdd.distill.workers import local_device
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,6 +70,7 @@ def make_teachers(
 ) -> list[Teacher]:
     """Teachers of a run: loaded, or trained on the real training data and kept in the store."""
     teachers = []
+    device = local_device(config.train.device, "train.device")
     network: torch.nn.Module
     names = teacher_names(config)
     for number, name in enumerate(names):
@@ -80,7 +82,7 @@ def make_teachers(
         else:
             seed = config.seed + 1000 * names[:number].count(name)
             network = _trained(store, data, config, name, seed, progress)
-        network.eval().requires_grad_(False)
+        network.to(device).eval().requires_grad_(False)
         digest = _digest(network)
         teachers.append(Teacher(name, network, digest, round(accuracy(network, data.test), 2)))
     return teachers
@@ -88,9 +90,12 @@ def make_teachers(
 
 @torch.no_grad()
 def soft_labels(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
-    """Mean of the teachers' logits, (B, K) float16, for augmented images (B, C, H, W)."""
+    """Mean of the teachers' logits, (B, K) float16, for augmented images (B, C, H, W).
+
+    The images are on the device of the teachers; the logits come back to the CPU.
+    """
     total = sum(teacher.network(images).float() for teacher in teachers)
-    return (total / len(teachers)).half()
+    return (total / len(teachers)).half().cpu()
 
 
 def relabel(
@@ -111,6 +116,7 @@ def relabel(
     labels = plan.labels
     meta = {"teachers": [[t.name, t.digest] for t in teachers], "classes": list(data.classes)}
     meta |= labels.meta()
+    device = device_of(teachers[0].network)
     if progress is not None:
         progress(f"relabel {set_name}", 0, plan.labelled)
     for first in range(0, plan.labelled, per_shard):
@@ -121,7 +127,7 @@ def relabel(
         else:
             with reproducible(data.image_shape):
                 batches = [b for epoch in range(first, last) for b in plan.epoch(epoch)]
-                logits = [soft_labels(teachers, batch.apply(images)) for batch in batches]
+                logits = [soft_labels(teachers, batch.apply(images, device)) for batch in batches]
             drawn = stack(batches) if labels.kind == "fp16" else compact(stack(batches))
             made = {**drawn, **labels.encode(torch.stack(logits))}
             store.write_tensors(name, made, {**meta, "epochs": [first, last]})
@@ -165,10 +171,10 @@ def live_steps(
 ) -> Iterator[Step]:
     """The same steps as `stored_steps`, labelled as they are needed."""
     plan = Plan.of(config, data, len(images))
-    labels = plan.labels
+    labels, device = plan.labels, device_of(teachers[0].network)
     for epoch in range(first, plan.epochs):
         for batch in plan.epoch(epoch % plan.labelled):
-            made = labels.encode(soft_labels(teachers, batch.apply(images)))
+            made = labels.encode(soft_labels(teachers, batch.apply(images, device)))
             yield Step(batch, labels.decode(made, len(data.classes)))
 
 
@@ -286,6 +292,7 @@ def _trained(
             progress(f"teacher {arch}", epochs, epochs)
 
     images = data.train.images
+    network.to(local_device(config.train.device, "train.device"))
     with reproducible(data.image_shape):
         loss = make_loss("ce", TEACHER)
         training = Training(network, loss, TEACHER, plan.total, plan.steps_per_epoch, seed=seed)

@@ -6,6 +6,7 @@ and any process can make any batch.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from otdd.distill.augment import shapes as stacked_shapes
 from otdd.distill.augment import unstack
 from otdd.distill.labels import LabelFormat
 from otdd.distill.match import reproducible
@@ -34,8 +36,8 @@ class Labelled(NamedTuple):
     Attributes:
         images: float32 (B, C, H, W) in [0, 1], augmented.
         logits: float32 (B, K), mean logits of the teachers on these very images.
-        targets: float32 (B, K), hard labels mixed by the area that CutMix pasted.
-        labels: int64 (B,), classes of the images before CutMix.
+        targets: float32 (B, K), hard labels mixed as CutMix or Mixup mixed the images.
+        labels: int64 (B,), classes of the images before that.
     """
 
     images: Tensor
@@ -112,7 +114,7 @@ class LabelShards:
     def mean(self, count: int) -> Tensor:
         """Mean logits of each of `count` images over its views, (count, K).
 
-        Views that CutMix pasted into count only where an image has no others.
+        Views that CutMix or Mixup mixed count only where an image has no others.
         """
         parts = [torch.zeros(2, count, 1), torch.zeros(2, count, len(self._classes()))]
         seen, total = (part.double() for part in parts)
@@ -120,9 +122,8 @@ class LabelShards:
             tensors = self._store.read_tensors(name)
             decoded = self._decoded(name, tensors).double()
             for batch, logits in zip(unstack(tensors), decoded, strict=True):
-                box, index = batch.box.tolist(), batch.index
+                index, mixed = batch.index, int(batch.mixed)
                 self.check(index, count)
-                mixed = int(box[1] > box[0] and box[3] > box[2])
                 seen[mixed].index_add_(0, index, torch.ones(len(index), 1).double())
                 total[mixed].index_add_(0, index, logits)
         pick = (seen[0] == 0).long()
@@ -141,11 +142,9 @@ class LabelShards:
             self.teachers = meta["teachers"]
             steps, batch = shapes["index"]
             kept = LabelFormat.read(meta).shapes(len(classes))
+            side = math.isqrt(shapes["patches"][-1]) if "patches" in shapes else 1
             expected = {
-                "index": [steps, batch],
-                "theta": [steps, batch, 2, 3],
-                "partner": [steps, batch],
-                "box": [steps, 4],
+                **stacked_shapes(steps, batch, names, side),
                 **{part: [steps, batch, *shape] for part, shape in kept.items()},
             }
             well = shapes == expected and steps > 0 and last > first and steps % (last - first) == 0

@@ -74,7 +74,7 @@ def sample(
     mine = workers.part(missing)
     updates = None
     if guided:
-        surrogate = surrogate_for(store, data, config, workers, progress)
+        surrogate = surrogate_for(store, data, config, generator.device, workers, progress)
         updates = Updates(data, generator, config, latents, surrogate)
     seen = [n for n in range(len(groups)) if n in mine or n not in missing]
     ticker = _Ticker(progress, set_name, len(seen), config, guided)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -88,12 +89,19 @@ def convert_fields(cls: type, values: Mapping[str, Any], prefix: str = "") -> di
         ConfigError: an unknown key, or a value of the wrong kind.
     """
     hints = typing.get_type_hints(cls)
+    require_known(cls, values, prefix)
+    return {k: _convert(hints[k], v, prefix + k) for k, v in values.items()}
+
+
+def require_known(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise a `ConfigError` for a key that is no setting of a config dataclass."""
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
             names = ", ".join(prefix + k for k in known)
-            raise ConfigError(f"{prefix}{key}: unknown setting; known: {names}")
-    return {k: _convert(hints[k], v, prefix + k) for k, v in values.items()}
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {names}"
+            raise ConfigError(f"{prefix}{key}: unknown setting; {hint}")
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
@@ -149,12 +157,19 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"config: {path} is not valid YAML: {problem}") from None
+        raise ConfigError(f"config: {path} is neither YAML nor JSON: {_problem(error)}") from None
     require(loaded is None or isinstance(loaded, dict), "config", str(path), "a YAML mapping")
     accepted = f"at most {MOST_VALUES} values, repeated ones counted"
     require(size <= MOST_VALUES, "config", str(path), accepted)
     return dict(loaded or {})
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a YAML file, and where."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
 
 
 def _size(value: Any, known: dict[int, int] | None = None) -> int:

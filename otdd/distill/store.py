@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from otdd.distill import locks
 from otdd.distill.pictures import picture_names, png
-from otdd.distill.sums import SUMS, StoreError, Sums, tensor_digest
+from otdd.distill.sums import (
+    SUMS,
+    InUseError,
+    StoreError,
+    Sums,
+    WriteError,
+    tensor_digest,
+    unwritable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -315,15 +323,16 @@ class Store:
         except OSError as error:
             where = self.path / name
             if error.errno in _NO_SPACE:
-                raise StoreError(
+                raise WriteError(
                     f"no space left while writing {where}; everything finished before is kept: "
                     "free some space and start the same command again"
                 ) from error
             if error.errno in _NO_ACCESS:
-                raise StoreError(
+                raise WriteError(
                     f"cannot write {where} ({error.strerror}); everything finished before is kept"
                 ) from error
-            raise StoreError(f"cannot write {where}: {error.strerror or error}") from error
+            said = f"cannot write {where}: {error.strerror or error}"
+            raise unwritable(error)(said) from error
 
     def _damaged(self, name: str, error: Exception) -> StoreError:
         path = self.path / name
@@ -357,7 +366,7 @@ class Store:
             with self._writing(LOCK):
                 self._lock = locks.acquire(self.path / LOCK)
         except locks.Held as holder:
-            raise StoreError(
+            raise InUseError(
                 f"{self.path} is in use by another otdd process ({holder}); wait for it"
             ) from None
 

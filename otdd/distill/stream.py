@@ -138,7 +138,7 @@ def open_stream(
         DataError: what cannot be used, with every file whose header says so.
     """
     check_settings(spec, resolution, val_fraction)
-    listing, split = open_listing(spec), (val_fraction, seed)
+    listing, split = open_listing(spec, resolution), (val_fraction, seed)
     if known is None:
         whole = skip_bad_images or decode_all
         seen = [_look(part.images, resolution, whole=whole) for part in listing.parts]

@@ -30,6 +30,23 @@ class StoreError(RuntimeError):
     """The output folder cannot be used, or cannot be written."""
 
 
+class InUseError(StoreError):
+    """Another process works on the output."""
+
+
+class WriteError(StoreError):
+    """The output cannot be written: the disk is full, or does not allow it."""
+
+
+# What no space and no right would help with.
+_NO_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
+
+
+def unwritable(error: OSError) -> type[StoreError]:
+    """The kind of `StoreError` that says that an output cannot be, or cannot be written now."""
+    return StoreError if error.errno in _NO_PATH else WriteError
+
+
 class Sums:
     """The hashes of a folder.
 

@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,15 @@ from torch.nn import functional as F
 
 from otdd.distill import students
 from otdd.distill.augment import augmentation
-from otdd.distill.config import ConfigError, RelabelConfig, require
+from otdd.distill.config import ConfigError, RelabelConfig
 from otdd.distill.data import ImageData
 from otdd.distill.match import accuracy, reproducible
 from otdd.distill.relabel import Plan
 from otdd.distill.store import Store
+from otdd.distill.surrogate_config import SurrogateConfig
+from otdd.distill.training import device_of
+
+__all__ = ["SurrogateConfig", "fit_surrogate", "load_surrogates", "surrogate_digest"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,45 +38,12 @@ STATE = "state.safetensors"
 SUMMARY = "surrogate.json"
 
 
-@dataclass(frozen=True)
-class SurrogateConfig:
-    """The network and its training."""
-
-    arch: str = "convnet-6"
-    """Architecture, as for students."""
-    checkpoints: int = 4
-    """Networks kept, evenly spaced over the training; the last is that of its end."""
-    epochs: int = 40
-    """Epochs over the training images."""
-    batch: int = 128
-    """Images in a step."""
-    lr: float = 1e-3
-    """Learning rate of AdamW at the start of a cosine."""
-    weight_decay: float = 0.01
-    """Weight decay."""
-    seed: int = 0
-    """Seed of weights, batches and augmentation."""
-
-    def __post_init__(self) -> None:
-        require(self.epochs >= 1, "epochs", self.epochs, "an integer >= 1")
-        ok = 1 <= self.checkpoints <= self.epochs
-        require(ok, "checkpoints", self.checkpoints, f"1 to the epochs, {self.epochs}")
-        require(self.batch >= 1, "batch", self.batch, "an integer >= 1")
-        require(self.lr > 0, "lr", self.lr, "a number > 0")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
-        require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
-
-    def marks(self) -> list[int]:
-        """Epochs after which a checkpoint is kept."""
-        count = self.checkpoints
-        return [-(-self.epochs * (k + 1) // count) for k in range(count)]
-
-
 def fit_surrogate(
     data: ImageData,
     config: SurrogateConfig | None = None,
     out: str | os.PathLike[str] = "surrogate",
     *,
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains the surrogate and writes its checkpoints into a folder; continues where it stopped.
@@ -82,6 +52,7 @@ def fit_surrogate(
         data: training images; the test images give the accuracies.
         config: the network and its training.
         out: folder of the checkpoints.
+        device: where the network is trained.
         progress: called as progress("fit-surrogate", epoch, epochs).
 
     Returns:
@@ -94,7 +65,7 @@ def fit_surrogate(
         names = [_name(number) for number in range(config.checkpoints)]
         if not all(map(store.has, [SUMMARY, *names])):
             with reproducible(data.image_shape):
-                _train(store, data, config, progress or (lambda *_: None))
+                _train(store, data, config, torch.device(device), progress or (lambda *_: None))
         store.remove(STATE)
         return dict(store.read_json(SUMMARY))
 
@@ -134,12 +105,18 @@ def surrogate_digest(folder: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _train(store: Store, data: ImageData, config: SurrogateConfig, progress: Progress) -> None:
+def _train(
+    store: Store,
+    data: ImageData,
+    config: SurrogateConfig,
+    device: torch.device,
+    progress: Progress,
+) -> None:
     size = (data.image_shape[1], data.image_shape[2])
     batch = min(config.batch, len(data.train))
     drawn = augmentation(RelabelConfig(), data.name, size)
     plan = Plan(drawn, len(data.train), batch, size, config.epochs, config.seed)
-    network = students.make_network(config.arch, data, config.seed)
+    network = students.make_network(config.arch, data, config.seed).to(device)
     optimizer = torch.optim.AdamW(
         network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -168,12 +145,13 @@ def _epoch(
     config: SurrogateConfig,
 ) -> None:
     network.train()
+    device = device_of(network)
     for step, batch in enumerate(plan.epoch(epoch)):
         done = (epoch * plan.steps_per_epoch + step) / plan.total
         for group in optimizer.param_groups:
             group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * done))
-        targets = batch.targets(data.train.labels, data.num_classes, plan.size)
-        loss = F.cross_entropy(network(batch.apply(data.train.images)), targets)
+        targets = batch.targets(data.train.labels, data.num_classes, plan.size).to(device)
+        loss = F.cross_entropy(network(batch.apply(data.train.images, device)), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -22,6 +22,7 @@ from otdd.distill.codec import import_diffusers
 from otdd.distill.config import ConfigError
 from otdd.distill.locks import Held, locked
 from otdd.distill.store import Store, StoreError
+from otdd.distill.sums import InUseError
 from otdd.distill.terms import rng
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def alone(target: Path) -> Iterator[Store]:
             store.sweep(target.name, f"{target.name}.checkpoint")
             yield store
     except Held as holder:
-        raise StoreError(
+        raise InUseError(
             f"{target} is being made by another otdd process ({holder}); wait for it"
         ) from None
 

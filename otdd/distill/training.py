@@ -12,6 +12,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ class Training:
     """A student and everything that its next step depends on.
 
     Args:
-        student: trained in place.
+        student: trained in place, on the device where it is.
         loss: as made by `otdd.distill.match.make_loss`.
         config: optimiser and schedule.
         total: number of steps of the whole training.
@@ -109,14 +110,16 @@ class Training:
         rate = self.lr * factor(self.config, self.number, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        kind, half = images.device.type, self.config.precision == "bf16"
-        with torch.autocast(kind, torch.bfloat16, enabled=half):
-            logits = self.student(step.batch.apply(images))
+        device = device_of(self.student)
+        half = self.config.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            logits = self.student(step.batch.apply(images, device))
         logits = logits.float()
         size = (images.shape[-2], images.shape[-1])
-        base = labels[step.batch.index]
-        mixed = step.batch.targets(labels, logits.shape[1], size)
-        value, parts = self.loss(logits, mixed, base, step.teacher)
+        base = labels[step.batch.index].to(device)
+        mixed = step.batch.targets(labels, logits.shape[1], size).to(device)
+        teacher = None if step.teacher is None else step.teacher.to(device)
+        value, parts = self.loss(logits, mixed, base, teacher)
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
@@ -182,6 +185,12 @@ class Training:
         self._seen += len(mixed)
         self._steps += 1
         self._rate = self._rate if self._steps > 1 else rate
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network is; one without weights is on the CPU."""
+    weight = next(network.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
 
 
 def factor(config: TrainConfig, done: int, total: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from otdd.distill.config import RunConfig, SampleConfig
@@ -21,7 +22,8 @@ from otdd.distill.influence import InfluenceGuidance
 from otdd.distill.latents import Latents
 from otdd.distill.modes import ModeGuidance
 from otdd.distill.store import Store
-from otdd.distill.surrogate import SurrogateConfig, fit_surrogate, load_surrogates
+from otdd.distill.surrogate import fit_surrogate, load_surrogates
+from otdd.distill.surrogate_config import SurrogateConfig
 from otdd.distill.terms import Guidance
 from otdd.distill.workers import Workers
 
@@ -126,12 +128,14 @@ def surrogate_for(
     store: Store,
     data: ImageData,
     config: RunConfig,
+    device: torch.device,
     workers: Workers,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> str | None:
     """Folder of the networks that influence guidance needs, trained now if none is given.
 
-    None if that guidance is off. The first of several processes trains, the others wait.
+    None if that guidance is off. The first of several processes trains on `device`, the others
+    wait.
     """
     influence = config.sample.influence
     if influence.strength == 0 or influence.surrogate is not None:
@@ -140,6 +144,8 @@ def surrogate_for(
     if workers.first:
         own = SurrogateConfig(seed=config.seed)
         show = progress or (lambda *_: None)
-        fit_surrogate(data, own, folder, progress=lambda _, *count: show(SURROGATE, *count))
+        fit_surrogate(
+            data, own, folder, device=device, progress=lambda _, *count: show(SURROGATE, *count)
+        )
     workers.wait()
     return str(folder)

@@ -145,6 +145,8 @@ def local_device(kind: str, key: str = "sample.device") -> str:
             f"{key}: 'cuda' is not accepted for process {number} of this machine; torch "
             f"sees {count} GPUs"
         )
+    # cuBLAS repeats its results only so (read when its first handle is made).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return f"cuda:{number}"
 
 

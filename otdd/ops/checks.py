@@ -21,6 +21,9 @@ R = TypeVar("R")
 
 _HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
+_WHOLE, _REAL = (int, numbers.Integral), (int, float, numbers.Real)  # the usual ones first: fast
+# The smallest normal number and the largest one; asking torch each time takes as long as a check.
+_BOUNDS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in _FULL}
 
 
 def require(condition: bool, name: str, seen: object, accepted: str) -> None:
@@ -58,8 +61,8 @@ def floating(t: Tensor, name: str) -> Tensor:
 
 
 def same_kind(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
-    """Raises unless ``t`` has the device and, widened, the dtype of ``like``."""
-    if t.dtype != wide(like.dtype):
+    """Raises unless ``t`` has the device and the dtype of ``like``, both widened."""
+    if wide(t.dtype) != wide(like.dtype):
         accepted = f"that of {like_name}, {wide(like.dtype)}"
         raise TypeError(f"{name}: got dtype {t.dtype}; accepted: {accepted}")
     if t.device != like.device:
@@ -154,22 +157,26 @@ def positive(value: float | Tensor, name: str, dtype: torch.dtype, *, or_inf: bo
         if value.numel() == 0:
             return
         seen = [bound.item() for bound in torch.aminmax(_one(value))]  # NaN survives
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+    elif _is_number(value, _REAL):
         # A NumPy number would take the bounds to its own type, where they overflow.
         seen = [value if isinstance(value, int | float) else float(value)]
     else:
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number or a torch.Tensor")
-    bounds = torch.finfo(dtype)
-    highest = math.inf if or_inf else bounds.max
+    lowest, highest = _BOUNDS[dtype]
+    highest = math.inf if or_inf else highest
     for number in seen:
-        if not bounds.tiny <= number <= highest:
-            accepted = f"numbers > 0 within {dtype}, {bounds.tiny:.3g} to {highest:.3g}"
+        if not lowest <= number <= highest:
+            accepted = f"numbers > 0 within {dtype}, {lowest:.3g} to {highest:.3g}"
             require(False, name, number, accepted)
+
+
+def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def number(value: float, name: str, *, or_inf: bool = False) -> None:
     """Raises unless `value` is a number > 0 of float32; a tensor is none."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not _is_number(value, _REAL):
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number")
     positive(value, name, torch.float32, or_inf=or_inf)
 
@@ -181,10 +188,10 @@ def solver_options(
     for name, (seen, accepted) in choices.items():
         if seen not in accepted:
             require(False, name, repr(seen), ", ".join(map(str, accepted)))
-    whole = isinstance(max_iter, int | numbers.Integral) and not isinstance(max_iter, bool)
+    whole = _is_number(max_iter, _WHOLE)
     require(whole and 1 <= max_iter < 2**31, "max_iter", max_iter, "a whole number >= 1")
-    number = isinstance(tol, int | float | numbers.Real) and not isinstance(tol, bool)
-    require(number and 0 <= tol < float("inf"), "tol", tol, "a finite number >= 0")
+    real = _is_number(tol, _REAL)
+    require(real and 0 <= tol < math.inf, "tol", tol, "a finite number >= 0")
 
 
 def outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
@@ -192,6 +199,8 @@ def outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(body)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch._C._is_any_autocast_enabled():
+            return body(*args, **kwargs)
         device = next((t.device.type for t in args if isinstance(t, Tensor)), "cpu")
         if device == "meta" or not torch.is_autocast_enabled(device):
             return body(*args, **kwargs)

@@ -74,11 +74,7 @@ def no_derivative(message: str) -> tuple[Callable, Callable]:
 
 
 def _wants_gradient(args: tuple) -> bool:
-    if torch.is_grad_enabled():
-        for t in args:
-            if isinstance(t, Tensor) and t.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 def _is_ordinary(t: Tensor) -> bool:

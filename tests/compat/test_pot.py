@@ -279,6 +279,8 @@ def test_bad_tensors_are_named(call):
         CALLS[call](M, -a, b)
     with pytest.raises(TypeError, match=r"^M: got dtype torch.int64"):
         CALLS[call](M.long(), a, b)
+    with pytest.raises(TypeError, match=r"^M: got dtype torch.int64"):
+        CALLS["sinkhorn"](M.long(), a, b, warmstart=(a, b))
     with pytest.raises(ValueError, match=r"^M: got shape"):
         CALLS[call](M[None, None], a, b)
     with pytest.raises(ValueError, match=r"^M: got nothing"):

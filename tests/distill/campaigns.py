@@ -118,7 +118,7 @@ def _after_full(root: Path, expected: dict[str, str], first: dict, stage: str) -
     second = forked(root)
     lost = [name for name in kept if name in expected and kept[name] != expected[name]]
     wrong = differences(root, expected)
-    ok = first["code"] == 2 and one_line(first) and second["code"] == 0
+    ok = first["code"] == 4 and one_line(first) and second["code"] == 0
     detail = (first, second, half, lost, wrong)
     return _row("disk full", stage, FULL, ok and not (half or lost or wrong), detail)
 
@@ -332,7 +332,7 @@ def _before(whole: Path, root: Path, stage: str) -> None:
 def _after_read_only(root: Path, stage: str, first: dict, expected: dict[str, str]) -> Row:
     second = forked(root)
     wrong = differences(root, expected)
-    ok = first["code"] == 2 and one_line(first) and second["code"] == 0 and not wrong
+    ok = first["code"] == 4 and one_line(first) and second["code"] == 0 and not wrong
     return _row("read-only", stage, FULL, ok, (first, second, wrong))
 
 
@@ -362,7 +362,7 @@ def second_runs(whole: Path, root: Path, stages=tuple(LOCKS)) -> list[Row]:
         lock = LOCKS[stage]
         holder = _holder(root / lock)
         done = forked(root, (stage,))
-        ok = done["code"] == 2 and one_line(done) and f"process {holder} on" in done["said"]
+        ok = done["code"] == 3 and one_line(done) and f"process {holder} on" in done["said"]
         rows.append(_row("second process", stage, REFUSED, ok, done))
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)

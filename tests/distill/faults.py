@@ -23,15 +23,15 @@ from otdd import cli
 from otdd.distill import relabel
 
 CLASSES = ("cats & dogs", "été")
-FIT = "--width 32 --layers 1 --patch_size 4 --steps 3 --batch 4 --checkpoint_every 1".split()
+FIT = "--width 32 --layers 1 --patch-size 4 --steps 3 --batch 4 --checkpoint-every 1".split()
 SURROGATE = "--arch convnet --epochs 2 --checkpoints 2 --batch 8".split()
 RUN = [
     *("--data photos --ipc 2 --seeds 1 --sets otg unguided kmeans --out run".split()),
     *("--generator g.safetensors --latents latents".split()),
-    *("--sample.steps 2 --sample.batch_classes 1 --sample.starts 2".split()),
-    *("--sample.guidance.reference_size 4 --sample.influence.strength 0.1".split()),
+    *("--sample.steps 2 --sample.batch-classes 1 --sample.starts 2".split()),
+    *("--sample.guidance.reference-size 4 --sample.influence.strength 0.1".split()),
     *("--sample.influence.surrogate surrogate --sample.modes.strength 0.1".split()),
-    *("--relabel.teacher_epochs 1 --train.epochs 2 --train.losses ce kl --train.batch 4".split()),
+    *("--relabel.teacher-epochs 1 --train.epochs 2 --train.losses ce kl --train.batch 4".split()),
 ]
 STAGES = {
     "fit": ["fit", "--data", "photos", "--out", "g.safetensors", *FIT],
@@ -181,7 +181,7 @@ def complaint(said: str) -> list[str]:
 def one_line(done: dict) -> bool:
     """Whether a command ended with one line that says what is wrong, and a right exit code."""
     lines = complaint(done["said"])
-    return done["code"] in (1, 2) and len(lines) == 1 and lines[0].startswith("otdd: ")
+    return done["code"] in (1, 2, 3, 4) and len(lines) == 1 and lines[0].startswith("otdd: ")
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -220,7 +220,6 @@ def finished(root: Path) -> Path:
     """A root in which every stage has ended, once everything heavy is imported here."""
     import pyarrow.parquet  # noqa: F401
     import rich.progress  # noqa: F401
-    import tyro  # noqa: F401
 
     import otdd.terminal
     import otdd.tools  # noqa: F401

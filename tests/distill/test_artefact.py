@@ -71,14 +71,25 @@ def test_replay_is_what_training_sees_to_the_bit(folder, workers):
         assert batch.logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kept", [{"label_format": "q8"}, {"label_format": "topk", "top_k": 3}])
-def test_replay_of_compact_labels(tmp_path, kept):
+KEPT = [
+    {"label_format": "q8"},
+    {"label_format": "topk", "top_k": 3},
+    {"mixup": 0.8, "patch_shuffle": 2},
+    {"mixup": 0.8, "cutmix": 0.2, "patch_shuffle": 4, "label_format": "q8"},
+]
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_replay_of_other_labels(tmp_path, kept):
     config = finished_run(tmp_path / "run", relabel={"teacher_epochs": 1, **kept})
     loaded = otdd.load(tmp_path / "run", set="random")
     expected = list(seen_in_training(Store(tmp_path / "run"), config, "random"))
     for seen, batch in zip(expected, loaded.replay(), strict=True):
         assert same(seen, batch)
     assert loaded.soft_labels.shape == (20, 10)
+    stored = Store(tmp_path / "run").read_tensors("sets/random/labels/00000.safetensors")
+    more = {"blend", "patches"}
+    assert more & set(stored) == (more if "mixup" in kept else set())
     export(tmp_path / "run", "imagefolder", tmp_path / "out", set="random")
     again = otdd.load(tmp_path / "out")
     assert torch.equal(again.soft_labels, loaded.soft_labels)

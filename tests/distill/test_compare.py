@@ -98,14 +98,23 @@ def test_scores_are_their_formulas():
     assert hard["ars"] == pytest.approx(score(0.5 * 0.14 + 0.5 * 0.2), abs=1e-4)
     assert (soft["loss"], soft["ior"], soft["ars"]) == ("kl", 0.04, None)
     assert soft["lrs"] == pytest.approx(score(0.5 * 0.04 - 0.5 * 0.14), abs=1e-4)
-    assert hard["missing"] == soft["missing"] == []
+    assert hard["missing"] is soft["missing"] is None
     assert (normalised(-1), normalised(1)) == (0.0, 1.0)
 
 
-def test_missing_rows_are_named():
+def test_what_is_missing_is_said_in_a_sentence():
     rows = [row("otg", [84.0]), row("otg", [90.0], "kl"), row("random", [70.0])]
     hard, soft = scores(rows, [{"name": "convnet=x.pt", "accuracy": 98.0}])
-    teacher = "a teacher convnet trained here (relabel.teachers)"
-    assert hard["missing"] == [*("otg, convnet, ce-plain", "random, convnet, ce-plain", teacher)]
-    assert soft["missing"] == ["random, convnet, kl", teacher]
     assert (hard["ior"], hard["lrs"], hard["ars"], soft["ior"]) == (0.14, None, None, None)
+    assert hard["missing"] == (
+        "hlr, lrs, ars cannot be computed without students convnet on otg with ce-plain and on "
+        "random with ce-plain and a teacher convnet trained here: give otdd run a new folder and "
+        "otg random among --sets, ce-plain among --train.losses, convnet among --relabel.teachers"
+    )
+    soft = scores(rows, [{"name": "convnet", "accuracy": 98.0}])[1]
+    assert soft["missing"] == (
+        "ior, lrs cannot be computed without students convnet on random with kl: give otdd run "
+        "this folder and random among --sets, kl among --train.losses"
+    )
+    alone = scores([row("otg", [84.0], "otm")], [])[0]
+    assert "this folder and otg random among --sets, ce otm kl among --train.l" in alone["missing"]

@@ -88,6 +88,11 @@ def test_photographs_from_the_folder_to_the_set(photos, clean, tmp_path, capsys)
     code, _, err = call(capsys, *run, "--skip-bad-images")
     assert code == 0
     assert all(f"\n  {name}: unreadable image" in err for name in BROKEN)
+    code, _, err = call(capsys, *run, "--skip-bad-images")
+    assert code == 0
+    listed = f"(listed in {tmp_path / 'o' / 'data.json'})"
+    assert f"data folder {photos}: 2 images that cannot be read are left out {listed}\n" in err
+    assert not any(name in err for name in BROKEN)
 
     known = json.loads((tmp_path / "o" / "data.json").read_text())
     assert known["classes"] == sorted(CLASSES)

@@ -221,7 +221,7 @@ def test_sampling_leaves_the_images_of_an_encoded_folder_alone(encoded, tmp_path
     monkeypatch.undo()
     images = "sets/otg/images.safetensors"
     assert call("evaluate", "--out", tmp_path / "lazy", "--quiet") == 0  # it is the same run
-    epochs = ["--train.epochs", "1", "--relabel.teacher_epochs", "1", "--seeds", "1"]
+    epochs = ["--train.epochs", "1", "--relabel.teacher-epochs", "1", "--seeds", "1"]
     assert call("run", *encoded, *epochs, "--out", tmp_path / "whole") == 0
     assert (tmp_path / "lazy" / images).read_bytes() == (tmp_path / "whole" / images).read_bytes()
 

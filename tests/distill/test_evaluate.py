@@ -1,6 +1,10 @@
 """The table and the transport cost."""
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 
 from otdd.distill import evaluate
 from otdd.distill.codec import PixelCodec
@@ -79,3 +83,17 @@ def test_grid_is_a_readable_picture():
         assert picture.size[0] > 250
         assert picture.size[1] > 6 * 48
         assert len(picture.getcolors(10**6)) > 100
+
+
+def test_names_of_classes_on_the_grid():
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+
+    def head(*names):
+        page = Image.open(io.BytesIO(grid({"otg": (images, torch.arange(2))}, names)))
+        return np.array(page.convert("L"))[:40]
+
+    plain, accents = head("cafe", "a"), head("café", "a")
+    rows = (plain != accents).any(1).nonzero()[0]
+    assert 0 < len(rows) <= 5  # the accent and nothing else
+    assert (head("漢字", "a") == head("class 0", "a")).all()  # not boxes
+    assert (head("a name that is far too long", "a") < 255).any()

@@ -279,6 +279,7 @@ def test_command(tmp_path, capsys):
     assert not end.value.code
     said = capsys.readouterr().out
     assert f"written to {out}: set otg, 4 images in 2 classes, no soft labels; 3 files" in said
+    assert "licence  unknown; name one with --license\n" in said
     with pytest.raises(SystemExit) as end:
         cli.main(["export", str(tmp_path / "run"), "--to", "npz", "--out", str(out)])
     assert end.value.code == 2

@@ -100,3 +100,16 @@ def test_reproducible_restores_the_settings():
         assert torch.get_num_threads() == 1
         assert torch.are_deterministic_algorithms_enabled()
     assert before == (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "mse", "otm"])
+def test_a_step_mixes_no_devices(loss):
+    """Images, labels and teacher logits are on the CPU, the student elsewhere (meta: no values)."""
+    config = TrainConfig(optimizer="sgd")  # the fused AdamW is not for this device
+    student = make_network("convnet", DATA, 0).to("meta")
+    training = Training(student, make_loss(loss, config), config, 30)
+    for step in steps(2, soft=loss != "ce"):
+        training.step(DATA.train.images, DATA.train.labels, step)
+    assert all(p.is_meta and p.grad.is_meta for p in student.parameters())
+    tensors, _ = training.state()
+    assert tensors["student.body.head.weight"].is_meta

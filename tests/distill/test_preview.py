@@ -27,7 +27,7 @@ def test_plan_agrees_with_the_run(tmp_path):
     before = "\n".join(preview(config, STAGES))
     assert f"out      {out}: new folder" in before
     assert "sample   random: 20 images, from the real ones" in before
-    assert "2 sets by 1 teachers (convnet), 3 epochs of 3 batches of 8" in before
+    assert "2 sets by 1 teacher (convnet), 3 epochs of 3 batches of 8" in before
     assert "train    4 students" in before
     assert "of 9 steps" in before
     assert not out.exists()

@@ -83,7 +83,7 @@ def test_protocol_as_a_flag(capsys, tmp_path):
             cli.main([*flags, *more])
         said = capsys.readouterr().out
         assert end.value.code == 0
-        assert f"train    2 students (1 sets, convnet; ce; 2 seeds) of {steps} steps" in said
+        assert f"train    2 students (1 set, convnet; ce; 2 seeds) of {steps} steps" in said
     with pytest.raises(SystemExit) as end:
         cli.main([*flags, "--train.protocol", "none"])
     assert end.value.code == 2

@@ -74,8 +74,24 @@ def test_dry_run_prints_and_asks_nobody(folder, capsys):
     code, out, _ = call(capsys, "push", folder, "me/set", "--dry-run")
     assert code == 0
     assert f"{(folder / 'README.md').stat().st_size:>12,}  README.md\n" in out
-    assert "would send 10 files, 0.0 MiB, to the data set me/set" in out
+    assert "would send 10 files, 13 KiB, to the data set me/set" in out
     assert "notes.txt" not in out
+    assert "licence  unknown; name one in the head of its README.md (license: ...)\n" in out
+
+
+def test_the_licence_is_that_of_the_card(folder, tmp_path):
+    made = tmp_path / "hf"
+    export(folder.parent / "run", "hf", made, license="cc-by-4.0")
+    assert push(made, "me/set", dry_run=True).license == "cc-by-4.0"
+    card = made / "README.md"
+    text = card.read_text(encoding="utf-8")
+    card.write_text(text.replace("license: cc-by-4.0", "license: mit", 1), encoding="utf-8")
+    assert push(made, "me/set", dry_run=True).license == "mit"
+    card.write_text("no head", encoding="utf-8")
+    assert push(made, "me/set", dry_run=True).license == "unknown"
+    card.write_text("---\n{\n---\ntext", encoding="utf-8")
+    with pytest.raises(StoreError, match=r"README\.md: its head is no YAML"):
+        push(made, "me/set", api=Hub())
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
+from distill.finished_run import finished_run
 from distill.toy_run import toy_run
 
-from otdd.distill.report import report
+from otdd.distill.report import report, report_several
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(
@@ -28,13 +29,22 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return report(toy_run(tmp_path_factory.mktemp("run")))
+def pages(tmp_path_factory):
+    """Of one run, and of two; with the number of pictures."""
+    root = tmp_path_factory.mktemp("run")
+    one = toy_run(root)
+    about = {"data": str(root / "photos"), "train": {"epochs": 1, "losses": ["ce"]}}
+    finished_run(root / "a run with quite a long name, of one image", ipc=1, seeds=1, **about)
+    two = report_several([one, root / "a run with quite a long name, of one image"], root / "both")
+    # accuracy, strips, curves, maps, labels and time; accuracies of two losses, strips of two runs
+    return (report(one), 2 + 5 * 2 + 2 + 5 + 2), (two, 2 + 5 * 2 * 2)
 
 
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_in_a_browser(browser, page, width, scheme):
+@pytest.mark.parametrize("number", [0, 1], ids=["one run", "two runs"])
+def test_page_in_a_browser(browser, pages, number, width, scheme):
+    page, pictures = pages[number]
     said, asked = [], []
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab = context.new_page()
@@ -46,7 +56,7 @@ def test_page_in_a_browser(browser, page, width, scheme):
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
     images = tab.evaluate("[...document.images].map(i => [i.naturalWidth, i.clientWidth])")
-    assert len(images) == 2 + 5 * 2 + 2 + 5 + 2  # accuracy, strips, curves, maps, labels and time
+    assert len(images) == pictures
     assert all(natural > 0 and drawn > 0 for natural, drawn in images)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate("document.body.scrollWidth") <= width

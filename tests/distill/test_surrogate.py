@@ -89,7 +89,9 @@ def test_a_run_trains_the_surrogate_that_it_needs(tmp_path, monkeypatch):
         sampling = SampleConfig(influence=InfluenceConfig(**influence))
         config = RunConfig(data="toy", ipc=1, out="x", seed=3, sample=sampling)
         show = None if seen is None else lambda *told: seen.append(told)
-        return update.surrogate_for(Store(tmp_path), tiny.images(), config, Workers(), show)
+        return update.surrogate_for(
+            Store(tmp_path), tiny.images(), config, torch.device("cpu"), Workers(), show
+        )
 
     assert folder() is None
     assert folder(strength=1.0, surrogate="given") == "given"

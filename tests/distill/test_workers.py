@@ -15,6 +15,7 @@ from otdd.distill import workers
 from otdd.distill.store import TEMP
 from otdd.distill.workers import Workers
 
+ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "OTDD_LOG": "json"}
 DRIVER = Path(__file__).with_name("shared_run.py")
 
 
@@ -69,6 +70,35 @@ def test_the_same_students_whatever_the_number_of_processes(runs, name):
     assert not (root / name / "checkpoints").exists()
     tables = [json.loads((root / n / "metrics.json").read_text()) for n in (name, "stored-1")]
     assert tables[0]["accuracy"] == tables[1]["accuracy"]
+
+
+# The broken torchvision of some machines is repaired, as otdd does for itself.
+ACCELERATE = (
+    "from otdd import _torchvision; _torchvision.repair();"
+    "from accelerate.commands.launch import main; main()"
+)
+LAUNCHERS = {
+    "accelerate": "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+    "torchrun": "--nproc-per-node 2",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_commands_of_the_readme_start_it(runs, tmp_path, launcher):
+    out, generator = tmp_path / "out", runs[0] / "generator.safetensors"
+    starts = {"accelerate": ["-c", ACCELERATE], "torchrun": ["-m", "torch.distributed.run"]}
+    command = [sys.executable, *starts[launcher], *LAUNCHERS[launcher].split()]
+    command += ["-m", "otdd", "sample"]
+    command += ["--data", "digits", "--ipc", "2", "--generator", str(generator), "--out", str(out)]
+    command += ["--sample.steps", "2", "--sample.batch-classes", "2", "--sets", "otg"]
+    command += ["--sample.guidance.reference-size", "8"]
+    made = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALONE)
+    assert made.returncode == 0, made.stderr[-2000:]
+    told = [json.loads(line) for line in made.stderr.splitlines() if line.startswith("{")]
+    assert {line.get("rank") for line in told} == {0, 1}
+    file = "sets/otg/images.safetensors"
+    assert (out / file).read_bytes() == (runs[0] / "one" / file).read_bytes()
 
 
 def results(folder):

@@ -1,7 +1,10 @@
 // Python module of the CUDA kernels run by the emulator: every .cu file but the one that asks the driver.
+#include <utility>
+
 #include "cuda/backward.cu"
 #include "cuda/bindings.h"
 #include "cuda/cost.cu"
+#include "cuda/logits.cu"
 #include "cuda/sinkhorn.cu"
 
 namespace py = pybind11;
@@ -24,6 +27,8 @@ PYBIND11_MODULE(otdd_emulated, m) {
   });
   // How often the last call read its first argument, in elements: of a solve, the costs.
   m.def("reads", [] { return emulator::memory.reads_of_first; });
+  // Kernels launched since this was last asked.
+  m.def("launches", [] { return std::exchange(emulator::machine.launches, 0); });
   m.def("float_of_half", [](unsigned short bits) { return chip::float_of_half(bits); });
   m.def("half_of", [](float x) { return chip::half_of(x); });
   m.def("float_of_bfloat16", [](unsigned short bits) { return float_of_bfloat16(bits); });

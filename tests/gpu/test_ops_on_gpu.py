@@ -5,6 +5,7 @@ import torch
 
 from otdd.losses import OTLogitLoss
 from otdd.ops import barycentric, cost_matrix, sinkhorn
+from otdd.ops.logits import logit_transport
 
 pytestmark = pytest.mark.gpu
 
@@ -152,6 +153,28 @@ def test_no_op_waits_for_the_device():
         sinkhorn(torch.rand(2, 70, 80, device=DEVICE), eps=0.1, tol=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def logit_gradient(student, teacher, backend):
+    leaf = student.clone().requires_grad_()
+    options = {"tau": 2.0, "eps": 0.1, "max_iter": 10, "sinkd": False}
+    cost = logit_transport(leaf, teacher, **options, backend=backend)
+    return [cost.detach(), *torch.autograd.grad(cost.sum(), leaf)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 20, 10), (1, 128, 1000), (1, 1024, 1000), (1, 3, 9000)])
+def test_logits(size, dtype):
+    generator = torch.Generator().manual_seed(2)
+    pair = [3 * torch.randn(size, generator=generator, dtype=dtype).to(DEVICE) for _ in range(2)]
+    want = logit_gradient(*wide(pair), "reference")
+    close(logit_gradient(*pair, "cuda"), want, DTYPES[dtype], least=1e-3)
+    for half in (torch.float16, torch.bfloat16):
+        narrow = [t.to(half) for t in pair]
+        seen = logit_gradient(*narrow, "cuda")
+        exact = logit_gradient(*(t.float() for t in narrow), "cuda")
+        assert torch.equal(seen[0], exact[0])
+        assert torch.equal(seen[1], exact[1].to(half))
 
 
 @pytest.mark.parametrize("size", [(64, 64, 64), (1, 1500, 1500)])

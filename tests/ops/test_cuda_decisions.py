@@ -69,3 +69,98 @@ def test_a_matrix_is_not_kept_where_weights_leave_no_digits(emulated_cuda, grid,
     assert (emulated_cuda.reads() >= 20 * C.numel()) == (tiny < 1e-20)
     want = sinkhorn(C.double(), a.double(), b.double(), **options, backend="reference")
     torch.testing.assert_close(seen.f.double(), want.f, rtol=0, atol=2e-6)
+
+
+def penalised(kind, rows):
+    """Costs and weights of which u spans hundreds of orders of magnitude under a penalty."""
+    C = torch.rand(rows, 6, generator=torch.Generator().manual_seed(3))
+    a, b = torch.full((rows,), 1 / rows), torch.full((6,), 1 / 6)
+    first = (torch.arange(rows) == 0).unsqueeze(-1)
+    if kind == "an offset of all rows":
+        return C + 500, a, b
+    if kind == "rows of costs far apart":
+        return C + 500 * ~first, a, b
+    a[0] = 1e-30  # it is the nearest to all columns
+    return C + 120 * ~first, a, b
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "kind", ["an offset of all rows", "rows of costs far apart", "a light row"]
+)
+def test_u_is_relative_to_the_heaviest_row(emulated_cuda, kind, grid):
+    """Else it leaves the range of float32: as infinity, or as columns that seem to have no mass."""
+    C, a, b = penalised(kind, GRIDS[grid][0])
+    options = {"eps": 0.1, "rho_a": 0.5, "rho_b": 0.5}
+    reads = []
+    for max_iter in (40, 60):
+        seen = sinkhorn(C, a, b, max_iter=max_iter, **options, backend="cuda")
+        reads.append(emulated_cuda.reads())
+    assert reads[0] == reads[1] <= 35 * C.numel()  # a matrix that serves to the end
+    options["max_iter"] = 60
+    want = sinkhorn(C.double(), a.double(), b.double(), **options, backend="reference")
+    torch.testing.assert_close(seen.f.double(), want.f, rtol=0, atol=3e-5)
+    torch.testing.assert_close(seen.g.double(), want.g, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mass", [1e-3, 1, 1e3])
+def test_what_ends_by_its_error_meets_it(emulated_cuda, mass, dtype):
+    """Also where the error is within rounding of `tol`, and no later than it has to."""
+    digits = torch.finfo(dtype).eps
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        C = torch.rand(6, 6, generator=generator, dtype=dtype)
+        a, b = (torch.rand(6, generator=generator, dtype=dtype) + 0.1 for _ in range(2))
+        problem = C, a / a.sum() * mass, b / b.sum() * mass
+        for k in range(1, 6):
+            options = {"eps": 0.05, "backend": "cuda"}
+            error = sinkhorn(*problem, max_iter=k, **options).marginal_error.item()
+            if error < 1e-4 * mass:
+                continue
+            assert sinkhorn(*problem, tol=error * (1 - digits), **options).converged
+            if error > 1e-2 * mass:
+                assert sinkhorn(*problem, tol=error * (1 + 1e-4), **options).n_iter == k
+
+
+def unrolled_gradients(backend, dtype, C, a, b, **options):
+    """Of numbers in which all potentials have a part."""
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (C, a, b)]
+    result = sinkhorn(*leaves, grad="unrolled", backend=backend, **options)
+    f = result.f * torch.linspace(-1, 1, len(a), dtype=dtype)
+    g = result.g * torch.linspace(1, 2, len(b), dtype=dtype)
+    return torch.autograd.grad(f.sum() + g.sum(), leaves)
+
+
+def assert_unrolled(C, a, b, **options):
+    seen = unrolled_gradients("cuda", torch.float32, C, a, b, **options)
+    want = unrolled_gradients("reference", torch.float64, C, a, b, **options)
+    for got, exact in zip(seen, want, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-5 * exact.abs().max())
+
+
+@pytest.mark.parametrize("seed", [14, 54, 0, 1])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_derivative_has_a_matrix_of_potentials_near_by(emulated_cuda, grid, seed):
+    """Over iterations in which they move by hundreds of eps."""
+    C, a, b = drifting(seed, GRIDS[grid][0])
+    assert_unrolled(C, a, b, eps=1.0, max_iter=40)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("moved", [0, 8, 25])
+def test_a_derivative_keeps_its_matrix_for_near_potentials(emulated_cuda, moved, grid):
+    """It was made once for iterations within 11 eps of each other, and else made anew."""
+    C = torch.rand(GRIDS[grid], generator=torch.Generator().manual_seed(5))
+    weights = [torch.full((n,), 1 / n) for n in C.shape]
+    solved = sinkhorn(C, *weights, eps=1.0, max_iter=100, backend="cuda")
+    start = solved.f, solved.g + moved * (torch.arange(6) == 2)
+    unrolled_gradients("cuda", torch.float32, C, *weights, eps=1.0, max_iter=5, init=start)
+    assert (emulated_cuda.reads() == C.numel()) == (moved < 11)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_derivative_has_a_matrix_for_each_half_of_a_wide_step(emulated_cuda, grid):
+    """Under light penalties, where potentials are far from what makes rows or columns sum to 1."""
+    C, a, b = drifting(1, GRIDS[grid][0])
+    assert_unrolled(C, a, b, eps=1.0, max_iter=3, rho_a=0.05, rho_b=0.05)

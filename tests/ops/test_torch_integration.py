@@ -128,7 +128,9 @@ def test_losses_inside_autocast_and_compile(backend):
     s, t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     for loss in (OTLogitLoss(backend=backend), SinkhornLoss(eps=0.5, backend=backend)):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(s, t), loss(s, t))
+        seen, want = compiled(s, t), loss(s, t)
+        torch.testing.assert_close(seen, want)
+        torch.testing.assert_close(torch.autograd.grad(seen, s), torch.autograd.grad(want, s))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert loss(s, t).dtype == torch.float32
 

@@ -8,6 +8,7 @@ import torch
 
 from otdd.distill.inputs.listing import Listing
 from otdd.distill.inputs.problems import DataError, warn
+from otdd.distill.words import counted
 
 SKIP = "; mend or remove these, or leave out images that cannot be read with --skip-bad-images"
 
@@ -50,9 +51,13 @@ def check(
         wrong += _short(left, ipc, split)
         raise DataError(f"{listing.where} cannot be used{hint}:", wrong)
     skipped = tuple((part.images.key(k), why) for part, out in parts for k, why in out.items())
-    lines = "".join(f"\n  {key}: {why}" for key, why in skipped)
-    notes = [f"{len(skipped)} images that cannot be read are left out:{lines}"] * bool(skipped)
-    warn(listing.where, [*listing.notes, *notes])
+    for note in listing.notes:
+        warn(listing.where, note)
+    if skipped:
+        verb = "is" if len(skipped) == 1 else "are"
+        count = counted(len(skipped), "image")
+        reasons = [f"{key}: {why}" for key, why in skipped]
+        warn(listing.where, f"{count} that cannot be read {verb} left out", reasons)
     return left, skipped
 
 

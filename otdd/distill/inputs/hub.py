@@ -3,6 +3,13 @@
 A local folder is one of `save_to_disk` or one that `load_dataset` understands. Images stay where
 `datasets` has them, in Arrow files that are mapped, so memory does not grow with their number; what
 is loaded from the Hub is kept in its cache. Nothing is unpickled and no code of a data set is run.
+
+With `streaming=true` nothing is loaded first: rows come one after the other, and their images are
+resized to the resolution, which must be given, and kept at that size in the cache of `datasets`;
+the files they come from never lie on the disk. What is kept is read again when they have changed.
+An interrupted pass starts again. `limit=N` takes the first N rows of each split, to try a large
+data set; where its rows are in the order of the classes, some will have no image. Class names
+that the data set does not bring are known only after the pass, from the labels that were read.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from otdd.distill.inputs.labels import name_labels
 from otdd.distill.inputs.listing import Listing, Part
 from otdd.distill.inputs.problems import DataError
 from otdd.distill.inputs.spec import HUB_NAME
+from otdd.distill.inputs.streamed import Read, Streamed, content, labelled, undecoded
 
 LABEL = ("label", "labels", "class", "target")
 TEST = ("test", "validation", "valid", "val")
@@ -82,26 +90,36 @@ class Rows:
 
     def _raw(self, index: int) -> bytes | Path | str:
         """The bytes of an image, its file, or what is wrong with it."""
-        value = self.table[self.numbers[index]][self.column]
-        if not value or (value["bytes"] is None and not value["path"]):
-            return "no image"
-        if value["bytes"] is not None:
-            return bytes(value["bytes"])
-        path = Path(value["path"])
-        real = Path(os.path.realpath(path))
-        # A table made by someone else may name any file of this machine.
-        if not any(real.is_relative_to(root) for root in self.roots):
-            return f"names the file {path}, outside of the data set"
-        return path
+        return content(self.table[self.numbers[index]][self.column], self.roots)
 
 
-def list_hub(name: str, options: Mapping[str, str]) -> Listing:
-    """Lists the images of a data set; none is decoded.
+@dataclass(frozen=True)
+class Loaded:
+    """Splits by name, each a `datasets.Dataset`, and the folders of their images."""
+
+    tables: dict[str, Any]
+    where: str
+    roots: tuple[Path, ...]
+
+    def hidden(self, split: str, label: str) -> bool:
+        """Whether the labels of a split are withheld."""
+        return set(_values(self.tables[split], label, self.where)) == {-1}
+
+    def read(self, split: str, image: str, label: str) -> Read:
+        """The images of a split, left where they are, and their labels."""
+        table = undecoded(self.tables[split].select_columns([image]), image, self.where)
+        rows = Rows(table, image, self.where, split, range(len(table)), self.roots)
+        return Read(rows, _values(self.tables[split], label, self.where), [])
+
+
+def list_hub(name: str, options: Mapping[str, str], resolution: int | None = None) -> Listing:
+    """Lists the images of a data set; none is decoded unless they are streamed.
 
     Args:
         name: local folder, or OWNER/NAME.
-        options: `config`, `revision`, `split` (training part), `test`, `image_column` and
-            `label_column`.
+        options: `config`, `revision`, `split` (training part), `test`, `image_column`,
+            `label_column`, `streaming` and `limit`.
+        resolution: side of the images that are streamed.
 
     Raises:
         DataError: it cannot be loaded, or its columns or splits are not clear.
@@ -109,24 +127,33 @@ def list_hub(name: str, options: Mapping[str, str]) -> Listing:
     where, folder = f"data hf:{name}", Path(name).expanduser()
     if not folder.is_dir() and not HUB_NAME.fullmatch(name):
         raise DataError(f"{where} is no folder, and no OWNER/NAME of the Hugging Face Hub")
+    limit, streaming = _limit(options, where), _side(options, resolution, where)
+    if limit is not None:
+        where += f" (first {limit} rows of each split)"
     datasets = _library(where)
-    splits, roots = _load(datasets, name, folder, options, where)
-    train, tests = _choose(list(splits), options, where)
-    features = splits[train].features
+    splits: Loaded | Streamed
+    if streaming is None:
+        splits = _load(datasets, name, folder, options, where, limit)
+    else:
+        splits = _open(datasets, name, folder, options, where, limit, streaming)
+    train, tests = _choose(list(splits.tables), options, where)
+    features = splits.tables[train].features
+    if features is None:
+        raise DataError(
+            f"{where}: what its columns hold is not known before it is loaded; "
+            "leave out streaming=true"
+        )
     image = _image_column(datasets, features, options.get("image_column"), where)
     label = _label_column(datasets, features, options.get("label_column"), where)
+    test, notes = _test(splits, tests, label)
+    used = [train, *test]
+    found = [splits.read(key, image, label) for key in used]
+    notes += [note for part in found for note in part.notes]
     names = getattr(features[label], "names", None)
-    values = {key: _values(splits[key], label, where) for key in [train, *tests]}
-    hidden = [key for key in tests if set(values[key]) == {-1}]  # how the Hub withholds labels
-    tests = [key for key in tests if key not in hidden]
-    used, notes = [train, *tests[:1]], [f"split {k} is not used: no labels" for k in hidden]
-    notes += [f"split {key} is not used: there is {tests[0]}" for key in tests[1:]]
-    named = name_labels([values[key] for key in used], names)
-    parts = []
-    for key, labels in zip(used, named.labels, strict=True):
-        table = _undecoded(datasets, splits[key], image, where)
-        rows = Rows(table, image, where, key, range(len(table)), roots)
-        parts.append(Part(rows, labels))
+    if names is None and streaming is not None:
+        notes.append(f"column {label} has no class names; they are the labels that were read")
+    named = name_labels([part.labels for part in found], names)
+    parts = [Part(r.source, labels) for r, labels in zip(found, named.labels, strict=True)]
     return Listing(
         where=where,
         name=folder.resolve().name if folder.is_dir() else name,
@@ -147,30 +174,96 @@ def _library(where: str) -> Any:
     return datasets
 
 
+def _limit(options: Mapping[str, str], where: str) -> int | None:
+    text = options.get("limit")
+    if text is not None and not re.fullmatch(r"[1-9][0-9]{0,11}", text):
+        raise DataError(f"{where}: limit={text} is not accepted; expected an integer >= 1")
+    return None if text is None else int(text)
+
+
+def _side(options: Mapping[str, str], resolution: int | None, where: str) -> int | None:
+    """Side of the images that are kept of a stream; None if the data set is loaded."""
+    text = options.get("streaming", "false")
+    if text not in ("true", "false"):
+        raise DataError(f"{where}: streaming={text} is not accepted; expected true or false")
+    if text == "true" and resolution is None:
+        raise DataError(
+            f"{where}: streaming=true keeps images at their resolution alone; give --resolution "
+            "(resolution=), e.g. 64"
+        )
+    return resolution if text == "true" else None
+
+
 def _load(
-    datasets: Any, name: str, folder: Path, options: Mapping[str, str], where: str
-) -> tuple[Mapping[str, Any], tuple[Path, ...]]:
-    """Splits by name, and the folders in which files of their images may be."""
+    datasets: Any,
+    name: str,
+    folder: Path,
+    options: Mapping[str, str],
+    where: str,
+    limit: int | None,
+) -> Loaded:
+    """All splits, in the cache or where they are."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    known = {key: options[key] for key in ("revision",) if key in options}
-    saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    with _told(datasets, folder, where):
+        if _saved(folder):
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            place = str(folder) if folder.is_dir() else name
+            loaded = datasets.load_dataset(place, options.get("config"), **_revision(options))
+    places = [folder] if folder.is_dir() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    roots = tuple(Path(os.path.realpath(place)) for place in places)
+    tables = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    if limit is not None:
+        tables = {k: t.select(range(min(limit, len(t)))) for k, t in tables.items()}
+    return Loaded(tables, where, roots)
+
+
+def _open(
+    datasets: Any,
+    name: str,
+    folder: Path,
+    options: Mapping[str, str],
+    where: str,
+    limit: int | None,
+    resolution: int,
+) -> Streamed:
+    """All splits, to be read row by row."""
+    local = folder.is_dir()
+    if _saved(folder):
+        raise DataError(
+            f"{where} is of save_to_disk: its images are read where they lie; leave out "
+            "streaming=true"
+        )
+    with _told(datasets, folder, where):
+        place = str(folder) if local else name
+        builder = datasets.load_dataset_builder(place, options.get("config"), **_revision(options))
+        tables = dict(builder.as_streaming_dataset())
+    cache = Path(builder.cache_dir) / "otdd"
+    roots = (Path(os.path.realpath(folder)),) if local else ()
+    return Streamed(tables, where, None if local else name, roots, cache, resolution, limit)
+
+
+def _saved(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+
+
+def _revision(options: Mapping[str, str]) -> dict[str, str]:
+    return {key: options[key] for key in ("revision",) if key in options}
+
+
+@contextmanager
+def _told(datasets: Any, folder: Path, where: str) -> Iterator[None]:
+    """What goes wrong in the library, in one line."""
     try:
         with _quiet(datasets, folder.is_dir()):
-            if saved:
-                loaded = datasets.load_from_disk(str(folder))
-            else:
-                place = str(folder) if folder.is_dir() else name
-                loaded = datasets.load_dataset(place, options.get("config"), **known)
+            yield
     except Exception as error:  # of the network, of pyarrow, of the library
         away = datasets.config.HF_HUB_OFFLINE and not folder.is_dir()
         offline = " (HF_HUB_OFFLINE is set)" if away else ""
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         problem = " ".join(f"{error}{cause}".split()) or type(error).__name__
         raise DataError(f"{where} cannot be loaded{offline}: {problem}") from None
-    places = [folder] if folder.is_dir() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
-    roots = tuple(Path(os.path.realpath(place)) for place in places)
-    return ({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded), roots
 
 
 @contextmanager
@@ -201,6 +294,15 @@ def _choose(splits: list[str], options: Mapping[str, str], where: str) -> tuple[
     return train, [name for name in tests if name != train]
 
 
+def _test(splits: Loaded | Streamed, tests: list[str], label: str) -> tuple[list[str], list[str]]:
+    """The split that tests, if there is one, and why others do not."""
+    hidden = [key for key in tests if splits.hidden(key, label)]  # how the Hub withholds labels
+    tests = [key for key in tests if key not in hidden]
+    notes = [f"split {key} is not used: no labels" for key in hidden]
+    notes += [f"split {key} is not used: there is {tests[0]}" for key in tests[1:]]
+    return tests[:1], notes
+
+
 def _image_column(datasets: Any, features: Any, given: str | None, where: str) -> str:
     found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     return _one(found, features, "image_column", given, where)
@@ -229,20 +331,8 @@ def _one(found: list[str], features: Any, option: str, given: str | None, where:
     return found[0]
 
 
-def _undecoded(datasets: Any, split: Any, image: str, where: str) -> Any:
-    """The column of the images alone, as bytes and paths."""
-    try:
-        return split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:  # those of pyarrow are among them
-        problem = " ".join(str(error).split())
-        raise DataError(f"{where}: column {image} holds no images ({problem})") from None
-
-
 def _values(split: Any, label: str, where: str) -> list[Any]:
     values: list[Any] = []
     for batch in split.select_columns([label]).with_format("arrow").iter(10_000):
         values += batch.column(0).to_pylist()
-    empty = [f"row {k}: no label" for k, value in enumerate(values) if value is None]
-    if empty:
-        raise DataError(f"{where} cannot be used:", empty)
-    return values
+    return labelled(values, where)

@@ -17,20 +17,32 @@ class DataError(ValueError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         # Names of files may hold line ends and the control codes of terminals.
         message, *self.problems = map(printable, [message, *problems])
-        lines = self.problems[:SHOWN]
-        if len(self.problems) > SHOWN:
-            lines.append(f"... and {len(self.problems) - SHOWN} more")
-        super().__init__("\n  ".join([message, *lines]))
+        super().__init__(_listing(message, self.problems))
 
 
 class DataWarning(UserWarning):
-    """Data that can be distilled, with something about it that its owner should know."""
+    """Data that can be distilled, with something about it that its owner should know.
+
+    Attributes:
+        where: the data.
+        note: what is to know, in a line.
+        items: the images that it is about, each with the reason; perhaps none.
+    """
+
+    def __init__(self, where: str, note: str, items: Sequence[str] = ()) -> None:
+        self.where, self.note, *self.items = map(printable, [where, note, *items])
+        super().__init__(_listing(f"{self.where}: {self.note}" + ":" * bool(items), self.items))
 
 
-def warn(where: str, notes: Iterable[str]) -> None:
-    """Gives every note as a `DataWarning`."""
-    for note in notes:
-        warnings.warn(f"{where}: {note}", DataWarning, stacklevel=3)
+def warn(where: str, note: str, items: Sequence[str] = ()) -> None:
+    """Gives a `DataWarning`."""
+    warnings.warn(DataWarning(where, note, items), stacklevel=3)
+
+
+def _listing(message: str, items: Sequence[str]) -> str:
+    """A message and its items, a line each."""
+    more = [f"... and {len(items) - SHOWN} more"] * (len(items) > SHOWN)
+    return "\n  ".join([message, *items[:SHOWN], *more])
 
 
 def normal(name: str) -> str:

@@ -24,7 +24,10 @@ OPTIONS = {
     "folder": (),
     "npz": (),
     "table": ("image_column", "label_column", "split_column", "root"),
-    "hub": ("config", "revision", "split", "test", "image_column", "label_column"),
+    "hub": (
+        *("config", "revision", "split", "test", "image_column", "label_column"),
+        *("streaming", "limit"),
+    ),
 }
 PATH_OPTIONS = ("root",)
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)  # OWNER/NAME
@@ -61,8 +64,12 @@ class Spec:
         return HUB * (self.kind == "hub") + ",".join([self.place, *settings])
 
 
-def open_listing(text: str | os.PathLike[str]) -> Listing:
-    """Lists the images that a text names; no file of them is decoded.
+def open_listing(text: str | os.PathLike[str], resolution: int | None = None) -> Listing:
+    """Lists the images that a text names; none is decoded unless they are streamed.
+
+    Args:
+        text: as `--data` takes it.
+        resolution: side of the images, which are kept at it when they are streamed.
 
     Raises:
         DataError: there are none, or what names them is not understood.
@@ -81,7 +88,7 @@ def open_listing(text: str | os.PathLike[str]) -> Listing:
     if spec.kind == "hub":
         from otdd.distill.inputs.hub import list_hub
 
-        return list_hub(spec.place, spec.options)
+        return list_hub(spec.place, spec.options, resolution)
     path = Path(spec.place)
     if spec.kind == "folder":
         from otdd.distill.inputs.folder import list_folder

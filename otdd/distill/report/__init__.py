@@ -1,7 +1,8 @@
 """`report`: a run as one HTML page that needs nothing else, with its figures as files.
 
 From the folder to what it holds (`gather`), transport class by class (`transport`), figures
-(`figures`) and the page (`page`).
+(`figures`) and the page (`page`). `report_several` puts runs of the same data beside each other
+(`several`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from otdd.distill.config import ConfigError, require
 from otdd.distill.store import TEMP, Store, StoreError
+from otdd.distill.sums import unwritable
 
 if TYPE_CHECKING:
     from otdd.distill.report.figures import Picture
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 PAGE = "index.html"
 _OURS = re.compile(
-    r"index\.html|grid\.png|(accuracy|accuracy-near|map)-\d{5}\.(png|pdf)"
+    r"index\.html|grid\.png|(accuracy|accuracy-near|map|runs)-\d{5}\.(png|pdf)"
     r"|(cost|convergence|entropy|time)\.(png|pdf)"
 )
 
@@ -75,16 +77,70 @@ def report(
     from otdd.distill.report.page import page
 
     named = {p.name: p for p in pictures}
-    files = {PAGE: page(found, named, transport, shown).encode(errors="replace")}
-    if single:
-        Store(target.parent).write_bytes(target.name, files[PAGE])
-        return target
-    for p in pictures:
-        files |= {f"{p.name}.png": p.light} | ({f"{p.name}.pdf": p.pdf} if p.pdf else {})
-    if found.sets:
+    text = page(found, named, transport, shown)
+    more = {}
+    if found.sets and not single:
         from otdd.distill import plots
 
-        files["grid.png"] = plots.grid(found.sets, found.classes, scale=2)
+        more["grid.png"] = plots.grid(found.sets, found.classes, scale=2)
+    return _write(target, single, text, pictures, more)
+
+
+def report_several(
+    folders: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    classes: int = 20,
+    pdf: bool = False,
+) -> Path:
+    """Write one page of several runs of the same data, side by side.
+
+    Accuracies, over the images per class where these differ, transport costs, images, and the
+    settings in which the runs differ. Of single runs `report` shows more.
+
+    Args:
+        folders: of the runs, at least two.
+        out: as in `report`, but without a default.
+        classes: most classes whose images are shown, the first ones.
+        pdf: figures as PDF files too.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: a folder is given twice.
+        StoreError: a folder is of no run, damaged, or of other data than the first.
+    """
+    require(classes >= 1, "classes", classes, "an integer >= 1")
+    require(len(folders) >= 2, "dir", tuple(map(str, folders)), "two folders of runs or more")
+    real = [os.path.realpath(folder) for folder in folders]
+    twice = next((f for f, r in zip(folders, real, strict=True) if real.count(r) > 1), None)
+    require(twice is None, "dir", str(twice), "every folder once")
+    target = Path(out)
+    single = target.suffix.lower() == ".html"
+    require(not (single and pdf), "pdf", pdf, "off, for a single page; or a folder as out")
+    _check_target(target, single)
+    importlib.import_module("matplotlib")  # before any work
+    from otdd.distill.report import several
+    from otdd.distill.report.gather import gather
+
+    runs = several.named([gather(folder) for folder in folders])
+    pictures = several.pictures(runs, pdf=pdf)
+    text = several.page(runs, {p.name: p for p in pictures}, classes)
+    return _write(target, single, text, pictures, {})
+
+
+def _write(
+    target: Path, single: bool, page: str, pictures: Sequence[Picture], more: dict[str, bytes]
+) -> Path:
+    """Write the page, and beside it the figures unless it stands alone; returns the page."""
+    content = page.encode(errors="replace")
+    if single:
+        Store(target.parent).write_bytes(target.name, content)
+        return target
+    files = {PAGE: content, **more}
+    for p in pictures:
+        files |= {f"{p.name}.png": p.light} | ({f"{p.name}.pdf": p.pdf} if p.pdf else {})
     _write_folder(target, files)
     return target / PAGE
 
@@ -181,7 +237,7 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
             os.rename(target, old)
         os.rename(new, target)
     except OSError as error:
-        raise StoreError(f"cannot write {target} ({error.strerror or error})") from error
+        raise unwritable(error)(f"cannot write {target} ({error.strerror or error})") from error
     finally:
         if old.exists() and not target.exists():
             os.rename(old, target)

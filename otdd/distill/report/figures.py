@@ -13,23 +13,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from otdd.distill.config import HEADINGS
+from otdd.distill.config import COLOURS, HEADINGS
 from otdd.distill.geometry import MAX_ITER, TOL
+from otdd.distill.plots import shown_name
 from otdd.distill.report.gather import Entropy, Metrics, Row
 from otdd.distill.report.transport import MARKS, ClassTransport
 
-# Okabe and Ito's palette for colour-blind readers, those of its colours that stand out on white and
-# on black; markers tell sets apart too.
-COLOURS = {
-    "otg": "#d55e00",
-    "unguided": "#0072b2",
-    "random": "#7f7f7f",
-    "kmeans": "#009e73",
-    "kmeans-real": "#cc79a7",
-}
 MARKERS = {"otg": "o", "unguided": "s", "random": "^", "kmeans": "D", "kmeans-real": "v"}
 WIDTH = 4.4  # inches: as wide as a narrow page, so that text is not made smaller there
 DPI = 200  # twice the pixels of a page
@@ -102,20 +93,8 @@ def _small(file: io.BytesIO) -> bytes:
 
 def class_title(name: str, label: int, width: int = 22) -> str:
     """Name of a class as a figure can show it: on one line, short, with letters of its font."""
-    flat = " ".join(name.split())
-    if not flat.isprintable() or not all(ord(c) in _letters() for c in flat):
-        return f"class {label}"
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
-
-
-def _letters() -> set[int]:
-    if not _LETTERS:
-        file = matplotlib.font_manager.findfont("DejaVu Sans")
-        _LETTERS.update(FT2Font(file).get_charmap())
-    return _LETTERS
-
-
-_LETTERS: set[int] = set()
+    shown = shown_name(name, label)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def accuracy(rows: Sequence[Row], metrics: Metrics, *, bars: bool) -> tuple[float, Draw]:
@@ -157,16 +136,84 @@ def _students(axes: Axes, rows: Sequence[Row], ink: str, bars: bool) -> None:
         axes.scatter(row.runs, place + np.asarray(spread), s=7, zorder=3, **dots)
         stroke: dict[str, Any] = {"marker": "|", "color": ink, "linewidths": 1.6}
         axes.scatter([row.best_mean], [place], s=60, zorder=4, **stroke)
-        text = f"{row.mean:.1f} ± {row.std:.1f}"
         where: dict[str, Any] = {
             "transform": axes.get_yaxis_transform(),
             "va": "center",
             "ha": "left",
         }
-        axes.text(1.02, place, text, **where)
+        axes.text(1.02, place, row.text, **where)
     axes.set_yticks(range(len(rows)), [row.set for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
+
+
+def accuracy_lines(
+    found: Mapping[str, Mapping[str, Row]],
+    teachers: Mapping[str, Sequence[float]],
+    ipcs: Mapping[str, int],
+) -> tuple[float, Draw]:
+    """Accuracy over images per class, a line per set, whiskers of one standard deviation.
+
+    Args:
+        found: run -> set -> its students, of one architecture and loss.
+        teachers: run -> accuracies of its teachers.
+        ipcs: run -> images per class.
+    """
+    runs = sorted(found, key=lambda run: ipcs[run])
+
+    def draw(figure: Figure, ink: str) -> None:
+        axes = figure.subplots()
+        for shift, name in enumerate(COLOURS, start=-len(COLOURS) // 2):
+            some = [(ipcs[run], found[run][name]) for run in runs if name in found[run]]
+            if some:
+                style: dict[str, Any] = {"marker": MARKERS[name], "markersize": 5, "capsize": 2.5}
+                style |= {"markeredgecolor": ink, "markeredgewidth": 0.5, "linewidth": 1.4}
+                means, stds = [row.mean for _, row in some], [row.std for _, row in some]
+                places = [ipc * 1.015**shift for ipc, _ in some]  # apart, so that whiskers show
+                axes.errorbar(places, means, stds, color=COLOURS[name], label=name, **style)
+        taught = [(ipcs[run], float(np.mean(teachers[run]))) for run in runs if teachers[run]]
+        if taught:
+            dashed: dict[str, Any] = {"color": ink, "linestyle": "--", "linewidth": 0.9}
+            axes.plot(*zip(*taught, strict=True), **dashed)
+        every = [ipcs[run] for run in runs]
+        axes.set_xscale("log")
+        axes.set_xticks(every, list(map(str, every)))
+        axes.set_xticks([], minor=True)
+        axes.grid(axis="y", color=ink, alpha=0.15)
+        axes.set(xlabel="images per class", ylabel="test accuracy in %")
+        figure.legend(loc="outside upper center", ncols=3, columnspacing=1)
+
+    return 3.3, draw
+
+
+def accuracy_dots(found: Mapping[str, Mapping[str, Row]]) -> tuple[float, Draw]:
+    """Accuracy by run, a mark per set, whiskers of one standard deviation.
+
+    Args:
+        found: run -> set -> its students, of one architecture and loss.
+    """
+    names = [name for name in COLOURS if any(name in rows for rows in found.values())]
+    places = np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0]
+
+    def draw(figure: Figure, ink: str) -> None:
+        axes = figure.subplots()
+        for name, shift in zip(names, places, strict=True):
+            some = [(k, rows[name]) for k, rows in enumerate(found.values()) if name in rows]
+            at = [k + float(shift) for k, _ in some]
+            means, stds = [row.mean for _, row in some], [row.std for _, row in some]
+            axes.errorbar(
+                means, at, xerr=stds, fmt="none", ecolor=_colour(name), capsize=2, linewidth=1
+            )
+            axes.scatter(means, at, s=26, zorder=3, label=name, **_mark(name, ink))
+        titles = [class_title(run, k + 1).replace("class ", "run ") for k, run in enumerate(found)]
+        axes.set_yticks(range(len(found)), titles, parse_math=False)  # names may hold dollars
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.grid(axis="x", color=ink, alpha=0.15)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("test accuracy in %")
+        figure.legend(loc="outside upper center", ncols=3, handletextpad=0.2, columnspacing=1)
+
+    return (0.16 * len(names) + 0.25) * len(found) + 1.1, draw
 
 
 def costs(found: Sequence[ClassTransport], titles: Sequence[str]) -> tuple[float, Draw]:

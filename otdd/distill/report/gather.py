@@ -36,6 +36,11 @@ class Row:
     std: float
     best_mean: float
 
+    @property
+    def text(self) -> str:
+        """Mean and, of several students, deviation."""
+        return f"{self.mean:.1f}" + f" ± {self.std:.1f}" * (len(self.runs) > 1)
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -54,7 +59,7 @@ class Entropy:
 
     Attributes:
         plain: of views of single images.
-        mixed: of views that CutMix pasted into.
+        mixed: of views that CutMix or Mixup mixed.
         steps: batches that were read.
         total: batches that there are.
     """
@@ -235,9 +240,7 @@ def _entropy(files: SetFiles, count: int) -> Entropy | None:
         assert step.teacher is not None
         shards.check(step.batch.index, count)
         log = step.teacher.double().log_softmax(-1)
-        top, bottom, left, right = step.batch.box.tolist()
-        pasted = bottom > top and right > left
-        (mixed if pasted else plain).append(-(log.exp() * log).sum(-1))
+        (mixed if step.batch.mixed else plain).append(-(log.exp() * log).sum(-1))
     kinds = [torch.cat(part) if part else torch.zeros(0) for part in (plain, mixed)]
     if not all(bool(part.isfinite().all()) for part in kinds):
         raise _damaged(files.store, files.labels[0], "soft labels that are no finite numbers")

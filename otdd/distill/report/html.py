@@ -51,8 +51,8 @@ def table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
 
 def tree(values: Mapping[str, Any]) -> Markup:
     """Nested settings: a table, and groups that fold."""
-    plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
-    rows = [tag("tr", tag("th", k, scope="row"), tag("td", _plain(v))) for k, v in plain.items()]
+    single = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+    rows = [tag("tr", tag("th", k, scope="row"), tag("td", plain(v))) for k, v in single.items()]
     groups = [
         tag("details", tag("summary", k), tree(v))
         for k, v in values.items()
@@ -67,9 +67,10 @@ def image_url(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A setting as a reader writes it."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(plain, value))
     if value is None or isinstance(value, bool):
         return {None: "none", True: "on", False: "off"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

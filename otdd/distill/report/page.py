@@ -49,10 +49,14 @@ def page(
         *_settings(found),
     ]
     title = f"{found.data['name']}, {count(found.config.ipc, 'image')} per class"
+    return document(title, [*_facts(found), *_missing(found)], parts)
+
+
+def document(title: str, top: Sequence[Markup], parts: Sequence[Section]) -> str:
+    """A whole page: its title, what stands above the contents, and its sections."""
     links = [tag("li", tag("a", heading, href=f"#{key}")) for key, heading, _ in parts]
     body = [
-        tag("header", tag("h1", title), *_facts(found)),
-        *_missing(found),
+        tag("header", tag("h1", title), *top),
         tag("nav", tag("ul", *links), aria_label="Contents"),
         tag("main", *(tag("section", tag("h2", h), c, id=key) for key, h, c in parts)),
     ]
@@ -105,7 +109,9 @@ def _settings(found: Found) -> Iterator[Section]:
     content = [tag("details", tag("summary", "Resolved settings"), tree(found.settings), open="")]
     if found.metrics.versions:
         content.append(tag("details", tag("summary", "Versions"), tree(found.metrics.versions)))
-    seeds = f"seed {found.config.seed} of everything; students have 0 to {found.config.seeds - 1}"
+    last = found.config.seeds - 1
+    students = f"students have 0 to {last}" if last else "the student has 0"
+    seeds = f"seed {found.config.seed} of everything; {students}"
     known = {"seeds": seeds, "data": found.data["name"], "data_sha256": found.data["sha256"]}
     hashes = {k: v for k, v in found.identity.items() if k.endswith("_sha256") and v is not None}
     summary = tag("summary", "Seeds and hashes")

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from otdd.distill import plots
-from otdd.distill.config import HEADINGS
+from otdd.distill.config import COLOURS, HEADINGS
 from otdd.distill.geometry import MAX_ITER, TOL
-from otdd.distill.report.figures import COLOURS, Picture
+from otdd.distill.report.figures import Picture
 from otdd.distill.report.gather import Found, Row
 from otdd.distill.report.html import Markup, image_url, join, table, tag
 from otdd.distill.report.transport import POINTS, ClassTransport, Transports
@@ -33,7 +33,7 @@ def accuracy(found: Found, pictures: Mapping[str, Picture]) -> Iterator[Section]
     )
     if teachers:
         note += f" Dashed: the teachers ({teachers[:-2]})."
-    cards = [_card(p, p.alt) for name, p in pictures.items() if name.startswith("accuracy")]
+    cards = [card(p, p.alt) for name, p in pictures.items() if name.startswith("accuracy")]
     tables = [
         tag("div", tag("h3", arch), _accuracy_table([row for row in rows if row.arch == arch]))
         for arch in dict.fromkeys(row.arch for row in rows)
@@ -49,7 +49,7 @@ def _accuracy_table(rows: Sequence[Row]) -> Markup:
         cells[name] = []
         for loss in losses:
             found = [row for row in rows if (row.set, row.loss) == (name, loss)]
-            mean = [f"{row.mean:.1f} ± {row.std:.1f}" for row in found]
+            mean = [row.text for row in found]
             best = [f"best {row.best_mean:.1f}{_students(row, rows)}" for row in found]
             cells[name].append(join([*mean, *(tag("small", text) for text in best)]))
     lines = [(set_name(name), *line) for name, line in cells.items()]
@@ -71,7 +71,7 @@ def images(found: Found, shown: Sequence[int]) -> Iterator[Section]:
     cards = []
     for label in shown:
         strips = [
-            _strip(name, found.classes[label], images[labels == label][:limit])
+            strip(name, found.classes[label], images[labels == label][:limit])
             for name, (images, labels) in found.sets.items()
             if bool((labels == label).any())
         ]
@@ -89,7 +89,7 @@ def images(found: Found, shown: Sequence[int]) -> Iterator[Section]:
     yield "images", "Images", join(content)
 
 
-def _strip(name: str, class_name: str, images: Tensor) -> Markup:
+def strip(name: str, class_name: str, images: Tensor) -> Markup:
     data = plots.strip(images)
     alt = f"{count(len(images), 'image')} of class {class_name} in the set {name}"
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
@@ -118,7 +118,7 @@ def transport(
     if found.metrics.ot_cost:
         cards.append(tag("div", _cost_table(found, made.classes)))
     curves = [pictures[name] for name in ("cost", "convergence") if name in pictures]
-    cards += [_card(picture, picture.alt) for picture in curves]
+    cards += [card(picture, picture.alt) for picture in curves]
     content.append(tag("div", *cards, class_="figures"))
     if cards or made.absent is not None:
         yield "transport", "Transport to the real images", join(content)
@@ -152,7 +152,7 @@ def _maps(
             f": {count(entry.count, 'real image')}, {100 * entry.explained:.0f} % of their "
             "variance on the map",
         )
-        cards.append(_card(pictures[f"map-{entry.label:05d}"], *caption))
+        cards.append(card(pictures[f"map-{entry.label:05d}"], *caption))
     return join([tag("p", note), tag("div", *cards, class_="figures")])
 
 
@@ -161,7 +161,7 @@ def labels(found: Found, pictures: Mapping[str, Picture]) -> Iterator[Section]:
         return
     note = (
         "Entropy of the teachers' labels: 0 is one class for certain. Filled: views of single "
-        "images; outlined: views that CutMix mixed."
+        "images; outlined: views that CutMix or Mixup mixed."
     )
     rows = []
     for name, entropy in found.entropies.items():
@@ -170,7 +170,7 @@ def labels(found: Found, pictures: Mapping[str, Picture]) -> Iterator[Section]:
     heads = ("set", "mean in nats", "mixed", "batches read")
     figure = tag(
         "div",
-        _card(pictures["entropy"], pictures["entropy"].alt),
+        card(pictures["entropy"], pictures["entropy"].alt),
         tag("div", table(heads, rows)),
         class_="figures",
     )
@@ -185,7 +185,7 @@ def times(found: Found, pictures: Mapping[str, Picture]) -> Iterator[Section]:
     rows.append(("in all", f"{sum(timings.values()):.1f}"))
     cards = tag(
         "div",
-        _card(pictures["time"], pictures["time"].alt),
+        card(pictures["time"], pictures["time"].alt),
         tag("div", table(("stage", "seconds"), rows)),
         class_="figures",
     )
@@ -193,7 +193,7 @@ def times(found: Found, pictures: Mapping[str, Picture]) -> Iterator[Section]:
     yield "time", "Run time", join([tag("p", note), cards])
 
 
-def _card(picture: Picture, *caption: object) -> Markup:
+def card(picture: Picture, *caption: object) -> Markup:
     width, height = int.from_bytes(picture.light[16:20]), int.from_bytes(picture.light[20:24])
     dark = tag("source", srcset=image_url(picture.dark), media="(prefers-color-scheme: dark)")
     light = tag(

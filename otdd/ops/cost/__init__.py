@@ -173,6 +173,5 @@ def _cosine_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 cost_gradients = custom_op("otdd::cost_matrix_backward", _gradients, _fake_gradients)
 _cost_gradients = differentiable(cost_gradients, _setup_second, _second_backward)
-_cost_matrix = differentiable(
-    custom_op("otdd::cost_matrix", _cost, _fake_cost), _setup_context, _backward
-)
+cost_op = custom_op("otdd::cost_matrix", _cost, _fake_cost)
+_cost_matrix = differentiable(cost_op, _setup_context, _backward)

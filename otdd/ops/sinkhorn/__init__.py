@@ -173,8 +173,9 @@ def sinkhorn(
             None if rho is None else _per_problem(rho, name, C, or_inf=True)
             for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
         )
+    entries = C.shape[-2] * C.shape[-1]
     refusals = pointers.refusals(
-        C, cuda_refusal(schedule, accelerate), triton_refusal(C, schedule, accelerate)
+        C, cuda_refusal(schedule, accelerate), triton_refusal(entries, schedule, accelerate)
     )
     chosen = backends.choose("sinkhorn", refusals, backend)
     C = pointers.as_read(C, chosen)

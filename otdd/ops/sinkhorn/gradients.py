@@ -22,22 +22,21 @@ def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
 @checks.outside_autocast
 def _solve_backward(ctx, df, dg, dvalue, dcost, *_):  # noqa: ANN001, ANN002, ANN202
     *problem, f, g, history, n_iter = ctx.saved_tensors
-    none = (None,) * 11
+    need_C, need_a, need_b = ctx.needs_input_grad[:3]
     if df is None and dg is None and dvalue is None and dcost is None:
-        return None, None, None, *none
+        return (None,) * 14
     again = torch.is_grad_enabled()  # a derivative of this derivative may be asked for
     if ctx.grad == "envelope":
-        need_C, *need_weights = ctx.needs_input_grad[:3]
         run = _envelope if again else _envelope_gradients
-        needed = need_C, any(need_weights)
-        grads = run(*problem, f, g, dvalue, dcost, *needed, ctx.sinkd, ctx.backend)
+        needed = need_C, need_a or need_b
+        dC, da, db = run(*problem, f, g, dvalue, dcost, *needed, ctx.sinkd, ctx.backend)
     else:
         run = _through if again else _through_gradients
-        grads = run(
+        dC, da, db = run(
             *problem, f, g, history, n_iter, df, dg, dvalue, dcost, ctx.grad, ctx.sinkd, ctx.backend
         )
-    wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
-    return *(t if needed else None for t, needed in wanted), *none
+    wanted = dC if need_C else None, da if need_a else None, db if need_b else None
+    return *wanted, *(None,) * 11
 
 
 def value_slopes(

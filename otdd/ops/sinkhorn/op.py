@@ -5,8 +5,6 @@
 in float64.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -36,11 +34,12 @@ def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
     return one_a.expand(*batch, N), one_b.expand(*batch, M)
 
 
-def triton_refusal(C: Tensor, schedule: float | None, accelerate: str | None) -> str | None:
-    """What the Triton kernels have against a problem; asked without importing triton."""
+def triton_refusal(
+    entries: int, schedule: float | None = None, accelerate: str | None = None
+) -> str | None:
+    """What the Triton kernels have against problems of so many costs; triton is not imported."""
     if schedule is not None or accelerate is not None:
         return "the Triton kernels have neither schedule nor accelerate"
-    entries = math.prod(C.shape[-2:])
     return None if entries <= MOST_ENTRIES else f"{entries} costs; one program takes {MOST_ENTRIES}"
 
 

@@ -35,11 +35,15 @@ class Solution(NamedTuple):
         """Room for the solution of `C`; an early stop leaves some of a history unwritten: zeros."""
         *batch, N, M = C.shape
         steps, dtype = max_iter + 1 if keep_history else 0, checks.wide(C.dtype)
-        shapes = (*batch, N), (*batch, M), batch, batch, batch
+        value = C.new_empty(batch, dtype=dtype)
         return cls(
-            *(C.new_empty(shape, dtype=dtype) for shape in shapes),
-            C.new_empty(batch, dtype=torch.int64),
-            C.new_zeros(*batch, steps, N + M, dtype=torch.float64),
+            C.new_empty((*batch, N), dtype=dtype),
+            C.new_empty((*batch, M), dtype=dtype),
+            value,
+            torch.empty_like(value),
+            torch.empty_like(value),
+            torch.empty_like(value, dtype=torch.int64),
+            C.new_zeros((*batch, steps, N + M), dtype=torch.float64),
         )
 
 
