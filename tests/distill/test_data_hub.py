@@ -298,5 +298,6 @@ def test_specs_as_they_are_kept_and_published(tmp_path, monkeypatch):
     for spec, whole in kept.items():
         assert absolute(spec) == absolute(whole) == whole
         assert published(whole) == published(spec) == spec
+    (tmp_path / "digits").mkdir()  # not what `--data digits` reads
     for spec in ("digits", "hf:owner/name,split=train"):
         assert absolute(spec) == published(spec) == spec

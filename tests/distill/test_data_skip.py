@@ -15,6 +15,7 @@ from otdd.distill.config import ConfigError
 from otdd.distill.data import DataError, DataWarning, load_data
 from otdd.distill.encode import EncodeConfig, encode
 from otdd.distill.export import export
+from otdd.distill.report import report
 from otdd.distill.stream import open_stream
 
 CLASSES = {"Café noir": 9, "béret": 5, "chat gris": 7, "Öl & Essig": 4, "🦊 renard": 6}
@@ -100,6 +101,9 @@ def test_photographs_from_the_folder_to_the_set(photos, clean, tmp_path, capsys)
     made = otdd.load(tmp_path / "o")
     assert made.classes == sorted(CLASSES)
     assert len(made) == 10
+    page = report(tmp_path / "o", tmp_path / "page.html").read_text(encoding="utf-8")
+    assert " 2 images that cannot be read left out.<" in page
+    assert "extra.jpg" not in page
     published = export(tmp_path / "o", "imagefolder", tmp_path / "e").files
     assert "béret/extra.jpg" not in (published.store.path / "otdd.json").read_text()
     assert known["sha256"] == load_data(clean, resolution=8).fingerprint

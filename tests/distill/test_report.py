@@ -261,6 +261,7 @@ def _broken(folder, name, change):
         ("config.json", lambda v: v.update(new=1), "config.json is damaged: new: unknown setting"),
         ("data.json", b"{}", "data.json is damaged: expected name"),
         ("data.json", lambda v: v["classes"].append(3), "data.json is damaged"),
+        ("data.json", lambda v: v.update(skipped=3), "data.json is damaged"),
         ("data.json", lambda v: v["classes"].pop(), "is damaged: expected uint8 images of the cl"),
         ("otdd.json", b"[]", "otdd.json is damaged: it was not written by otdd"),
         ("otdd.json", lambda v: v.update(format=7), "otdd.json is damaged"),

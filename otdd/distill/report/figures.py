@@ -295,7 +295,7 @@ def _panel(axes: Axes, entry: ClassTransport, name: str, ink: str) -> None:
     )
     axes.scatter(real[:, 0], real[:, 1], s=4, color=ink, alpha=0.6, linewidths=0)
     axes.scatter(solve.points[:, 0], solve.points[:, 1], s=42, zorder=3, **_mark(name, ink))
-    axes.set_title(f"{name}, cost {solve.cost:.3g}")
+    axes.set_title(f"{name}, cost {solve.cost:.4g}")
     axes.set(xticks=[], yticks=[])
     axes.spines[["top", "right"]].set_visible(True)
 

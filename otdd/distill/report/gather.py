@@ -157,6 +157,7 @@ def _data(store: Store) -> dict[str, Any]:
         sizes = data["image_shape"]
         well = all(type(t) is str for t in texts) and all(type(n) is int for n in sizes)
         well = well and len(sizes) == 3 and len(data["classes"]) > 0
+        well = well and isinstance(data.get("skipped", []), list)
     except (KeyError, TypeError):
         well = False
     if not well:

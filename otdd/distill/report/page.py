@@ -76,10 +76,13 @@ def _facts(found: Found) -> Iterator[Markup]:
     shape = "x".join(map(str, found.data["image_shape"]))
     students = {len(row.runs) for row in found.metrics.rows}
     seeds = f", students of {span(students)}" if students else ""
+    # How many alone: a page that is passed on has no names of files.
+    skipped = len(found.data.get("skipped", ()))
+    left_out = f" {count(skipped, 'image')} that cannot be read left out." if skipped else ""
     yield tag(
         "p",
         f"{count(len(found.classes), 'class', 'es')}, images of {shape} (channels, height, "
-        f"width); {count(len(found.sets), 'set')}{seeds}; seed {found.config.seed}.",
+        f"width); {count(len(found.sets), 'set')}{seeds}; seed {found.config.seed}.{left_out}",
         class_="facts",
     )
     made = (found.metrics.versions or {}).get("otdd")
