@@ -201,6 +201,13 @@ def test_bad_input_is_one_clear_line_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["run", "sample", "train"])
+def test_an_output_in_a_file_is_a_text(capsys, tmp_path, command):
+    (tmp_path / "f.yaml").write_text("{data: digits, ipc: 1, out: [5]}")
+    code, _, err = call(capsys, command, "--config", tmp_path / "f.yaml")
+    assert (code, err) == (2, "otdd: out: [5] is not accepted; expected a text\n")
+
+
 def test_stages_one_by_one_then_run_finds_all_done(capsys, tmp_path):
     out = tmp_path / "o"
     code, _, err = call(capsys, "evaluate", *TINY, "--out", out)
