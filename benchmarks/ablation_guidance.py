@@ -14,8 +14,9 @@ place. `target-through` carries the correction of x0_hat through the denoiser, `
 compares z_t with noised real latents. Windows are parts of the schedule from noise to image;
 `window-paper` is steps 30 to 45 of 50 of the source. `gradient-K` is the L1 gradient of the source
 in place of our projection, on x0_hat at every step, with K for beta_1 in units of rho_t; `paper` is
-its transport term with all its inferred settings. What `SET+...` does is in `refine.py`. Seeds from
-100 on chose no setting.
+its transport term with all its inferred settings. `cfg-2` has classifier-free guidance of scale 2
+in place of 1, as `unguided-cfg-2` has without transport. What `SET+...` does is in `refine.py`.
+Seeds from 100 on chose no setting.
 """
 
 import argparse
@@ -67,6 +68,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"metric-{m}": _guided(metric=m) for m in ("l1", "l2", "cosine")},
     **{f"repulsion-{k}": _guided(repulsion=k) for k in (0.0, 0.5)},
     **{f"gradient-{k:g}": _gradient(k) for k in (5.0, 50.0, 500.0)},
+    "cfg-2": {**_guided(), "guidance_scale": 2.0},
+    "unguided-cfg-2": {"guidance_scale": 2.0},
     # The transport term alone: the preset has influence and diversity too.
     "paper": {
         **PRESETS["paper"]["sample"],
@@ -136,7 +139,7 @@ def make_set(
     if name in BASELINES:
         baselines(store, data, config, name, codec=generator.codec)
         return name
-    set_name = "unguided" if name == "unguided" else "otg"
+    set_name = "unguided" if name.startswith("unguided") else "otg"
     sample(store, data, generator, config, set_name=set_name)
     return set_name
 

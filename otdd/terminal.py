@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from otdd.distill.config import HEADINGS
-from otdd.distill.words import counted
+from otdd.distill.words import averaged, counted
 from otdd.flags import Log
 from otdd.joblog import JsonLog
 
@@ -220,5 +220,5 @@ def _difference(comparison: dict[str, Any]) -> str:
 def _cell(rows: list[dict[str, Any]], name: str, arch: str, loss: str) -> str:
     for row in rows:
         if (row["set"], row["arch"], row["loss"]) == (name, arch, loss):
-            return f"{row['mean']:.1f} ± {row['std']:.1f}"
+            return averaged(row["mean"], row["std"], len(row["runs"]))
     return ""

@@ -26,7 +26,7 @@ class DataFlags:
     data: str
     """digits, textures, an image folder with train/ (and val/), a table of paths and labels (.csv,
     .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME). Settings
-    of the input follow it: photos.csv,label_column=breed."""
+    of the input follow it: photos.csv,label_column=breed or hf:OWNER/NAME,streaming=true."""
     out: str
     """What is written; an interrupted command continues there."""
     resolution: int | None = None

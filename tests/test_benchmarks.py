@@ -146,14 +146,15 @@ def cells(monkeypatch, module, out, *flags):
 
 def test_guidance_ablation_goes_on_and_its_variants_differ(monkeypatch, tmp_path):
     out = tmp_path / "cells.json"
-    few = ["--variants", "default", "target-z_t", "kmeans", "--seeds"]
+    names = ["default", "target-z_t", "kmeans", "cfg-2", "unguided", "unguided-cfg-2"]
+    few = ["--variants", *names, "--seeds"]
     first = cells(monkeypatch, ablation_guidance, out, *few, "3")
     both = cells(monkeypatch, ablation_guidance, out, *few, "3", "4")
-    assert both[:3] == first
-    assert [row["seed"] for row in both] == [3] * 3 + [4] * 3
-    for part in (both[:3], both[3:]):
-        assert len({row["digest"] for row in part}) == 3
-    assert ablation_report.guidance_table(both, range(10)).count("\n") == 4
+    assert both[:6] == first
+    assert [row["seed"] for row in both] == [3] * 6 + [4] * 6
+    for part in (both[:6], both[6:]):
+        assert len({row["digest"] for row in part}) == 6
+    assert ablation_report.guidance_table(both, range(10)).count("\n") == 7
 
 
 def test_label_ablation_goes_on_and_its_arms_differ(monkeypatch, tmp_path):
@@ -205,15 +206,16 @@ def test_a_continued_fit_forgets_what_it_does_again(tmp_path):
     report = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
     report.begin(0)
     for step, right in ((10, 50.0), (20, 85.0), (30, 90.0)):
-        report.add({"step": step, "cpu_minutes": step / 10, "wall_minutes": 1.0, "right": right})
+        seen = {"right": {"1": right - 15, "2": right}}
+        report.add({"step": step, "cpu_minutes": step / 10, "wall_minutes": 1.0, **seen})
     again = fit_textures.Report(tmp_path / "fit.json", {"data": "toy"})
     again.begin(20)
     assert [row["step"] for row in again.rows] == [10, 20]
     spent = again.spent()
     assert 2.0 <= spent["cpu_minutes"] < 2.5
-    again.add({"step": 30, **spent, "right": 70.0})
+    again.add({"step": 30, **spent, "right": {"1": 79.9, "2": 70.0}})
     content = json.loads((tmp_path / "fit.json").read_text())
-    assert content["cpu_minutes_to_80"] == 2.0
+    assert content["cpu_minutes_to_80"] == {"1": None, "2": 2.0}
 
 
 def test_samples_are_judged_by_class(tmp_path):
@@ -224,7 +226,8 @@ def test_samples_are_judged_by_class(tmp_path):
     torch.nn.init.zeros_(network[1].weight)
     network[1].bias.data = torch.tensor([0.0, 1.0, 0.0])  # says c1 of everything
     teacher = Teacher("toy", network, "", 0.0)
-    seen = fit_textures.judged(made, teacher, count=2)
-    assert seen["by_class"] == {"c0": 0.0, "c1": 100.0, "c2": 0.0}
+    seen = fit_textures.judged(made, teacher, 2, (1.0, 2.5))
+    wanted = {"c0": 0.0, "c1": 100.0, "c2": 0.0}
+    assert seen["by_class"] == {"1": wanted, "2.5": wanted}
     assert seen["images"] == 6
-    assert seen["right"] == pytest.approx(33.33)
+    assert seen["right"] == pytest.approx(dict.fromkeys(("1", "2.5"), 33.33))

@@ -154,7 +154,7 @@ def drawn(columns, **environment):
 
 
 def test_table_of_a_run_names_its_data_and_fits_any_encoding(monkeypatch):
-    row = {"set": "otg", "arch": "convnet", "loss": "ce", "mean": 91.5, "std": 0.6, "runs": [1]}
+    row = {"set": "otg", "arch": "convnet", "loss": "ce", "mean": 91.5, "std": 0.6, "runs": [1, 2]}
     config = {"data": "/home/someone/photos", "ipc": 1}
     metrics = {"accuracy": [row], "ot_cost": {"otg": 11.25}, "comparisons": [], "config": config}
     for encoding, spread in (("utf-8", "±"), ("ascii", "+-")):
@@ -163,7 +163,7 @@ def test_table_of_a_run_names_its_data_and_fits_any_encoding(monkeypatch):
         print_metrics(metrics, "runs/a")
         sys.stdout.flush()
         title, *lines = raw.getvalue().decode(encoding).splitlines()
-        about = f"test accuracy of convnet in %, mean {spread} std of 1 student"
+        about = f"test accuracy of convnet in %, mean {spread} std of 2 students"
         assert title == f"photos, 1 image per class: {about}"
         assert any(f"91.5 {spread} 0.6" in line for line in lines)
         assert len({len(line) for line in lines[:-1]}) == 1

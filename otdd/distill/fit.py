@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from otdd.distill.codec import Codec, PixelCodec
 from otdd.distill.config import ConfigError, SampleConfig
@@ -113,22 +114,29 @@ class Pictures:
     Args:
         data: gives the real images.
         seed: of the noise.
+        scales: of classifier-free guidance, a row of samples each.
     """
 
-    def __init__(self, data: ImageData, seed: int) -> None:
-        self.seed, self.train = seed, data.train
+    def __init__(self, data: ImageData, seed: int, scales: Sequence[float] = (1.0,)) -> None:
+        self.seed, self.train, self.scales = seed, data.train, scales
         self.shown = list(data.classes[:MAX_CLASSES])
         self.labels = torch.arange(len(self.shown)).repeat_interleave(PICTURED)
         firsts = [(data.train.labels == k).nonzero()[:PICTURED, 0] for k in range(len(self.shown))]
         self.real = torch.cat(firsts)
 
     def __call__(self, generator: Generator, step: int) -> bytes:
+        shown = {}
+        for scale in self.scales:
+            title = f"step {step}" + (f", guidance {scale:g}" if scale != 1 else "")
+            shown[title] = self._samples(generator, scale), self.labels
+        real = self.train.images[self.real], self.train.labels[self.real]
+        return grid({**shown, "real": real}, generator.classes)
+
+    def _samples(self, generator: Generator, scale: float) -> Tensor:
         streams = [rng(self.seed, "grid", name, n) for name in self.shown for n in range(PICTURED)]
         batch = Batch(self.labels.to(generator.device), self.labels, streams)
-        latents = run_batch(generator, batch, SampleConfig(steps=PICTURE_STEPS))
-        images = generator.codec.decode(latents.cpu())
-        real = self.train.images[self.real], self.train.labels[self.real]
-        return grid({f"step {step}": (images, self.labels), "real": real}, generator.classes)
+        settings = SampleConfig(steps=PICTURE_STEPS, guidance_scale=scale)
+        return generator.codec.decode(run_batch(generator, batch, settings).cpu())
 
 
 def transformer_config(
@@ -136,7 +144,8 @@ def transformer_config(
 ) -> dict[str, Any]:
     """Configuration of the DiT for latents of (c, h, w): 2 M parameters and 16 or 64 patches.
 
-    Large patches make most of little work: a quarter of the side, up to 8, then an eighth.
+    Large patches make most of little work: a quarter of the side, up to 8, then an eighth. They
+    overlap, as samples of so little training would otherwise have seams.
     """
     channels, height, width = latent_shape
     if height != width:
@@ -155,6 +164,7 @@ def transformer_config(
         "patch_size": patch,
         "num_embeds_ada_norm": classes,
         "norm_elementwise_affine": False,
+        "lapped": True,
     }
 
 

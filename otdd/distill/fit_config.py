@@ -26,7 +26,7 @@ class FitConfig:
     """Side of a patch in latent pixels; 0: a quarter of the latent side up to 8, then an eighth."""
     steps: int = 6000
     """Training steps."""
-    batch: int = 64
+    batch: int = 32
     """Images in a step."""
     lr: float = 0.0
     """Peak learning rate: linear warm-up over 5 % of the steps, then a cosine to zero; 0: 0.001,

@@ -1,7 +1,7 @@
 """A class-conditional diffusion model with all that sampling needs, kept in one file.
 
 A `Generator` is a diffusers `DiTTransformer2DModel`, the configuration of its noise schedule, a
-codec and the names of its classes. `otdd.distill.fit.fit` trains small ones.
+codec and the names of its classes. `otdd.distill.fit.fit` trains small ones, whose patches overlap.
 """
 
 from __future__ import annotations
@@ -272,8 +272,13 @@ def _folder_classes(folder: Path, count: int) -> list[str]:
 
 
 def build_transformer(config: dict[str, Any]) -> torch.nn.Module:
-    """A `DiTTransformer2DModel` from its configuration."""
-    return import_diffusers().DiTTransformer2DModel(**config)
+    """A `DiTTransformer2DModel`, or with `lapped` a `LappedDiT`, from its configuration."""
+    from otdd.distill.lapped import LappedDiT
+
+    settings = dict(config)
+    if settings.pop("lapped", False):
+        return LappedDiT(**settings)
+    return import_diffusers().DiTTransformer2DModel(**settings)
 
 
 def load_generator(spec: str | os.PathLike[str] | None, data: ImageData | Stream) -> Generator:

@@ -13,6 +13,7 @@ from otdd.distill.artefact import DistilledSet
 from otdd.distill.config import ConfigError
 from otdd.distill.formats import pictures
 from otdd.distill.store import Store
+from otdd.distill.words import averaged
 
 CARD = "README.md"
 SHARD_ROWS, SHARD_BYTES = 50_000, 256 * 2**20
@@ -167,7 +168,7 @@ def _figures(name: str, metrics: dict[str, Any]) -> Iterator[str]:
         cells: Sequence[Any] = (
             marked,
             *(_plain(row[k]) for k in ("labels", "loss", "arch")),
-            f"{row['mean']:.2f} ± {row['std']:.2f}",
+            averaged(row["mean"], row["std"], len(row["runs"]), 2),
             f"{row['best_mean']:.2f}",
             len(row["runs"]),
         )

@@ -8,6 +8,11 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
+def averaged(mean: float, std: float, count: int, digits: int = 1) -> str:
+    """A mean and, of more than one value, their deviation: 57.7 or 57.7 ± 0.3."""
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if count > 1 else "")
+
+
 def sized(count: int) -> str:
     """A number of bytes in the unit that suits it: 12 KiB, 3.4 MiB."""
     power = min(max(count, 1).bit_length() - 1, 40) // 10

@@ -97,7 +97,7 @@ def test_card_has_one_config_licence_and_figures(run, tmp_path):
         for r in json.loads((run / "metrics.json").read_text())["accuracy"]
         if (r["set"], r["loss"]) == ("random", "kl")
     ]
-    assert f"| **random** | soft | kl | convnet | {row['mean']:.2f} ± 0.00 |" in body
+    assert f"| **random** | soft | kl | convnet | {row['mean']:.2f} |" in body
     found = files(tmp_path / "hf")
     assert {"classes.json", "otdd.json", "metrics.json", "grid.png"} <= found
     assert {"data/train-00000.parquet", "images/00009/00001.png"} <= found

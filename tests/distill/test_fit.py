@@ -1,15 +1,18 @@
 """Training from scratch: ends with the same bytes however often it was stopped, and says so."""
 
 import dataclasses
+import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distill import tiny
+from PIL import Image
 
 from otdd.distill.config import ConfigError
 from otdd.distill.fit import SCHEDULE, FitConfig, Pictures, fit
@@ -113,6 +116,24 @@ def test_pictures_have_the_same_noise_and_change_no_weight(tmp_path):
     assert names == ["step-000003.png", "step-000006.png"]
     made, picture = Generator.load(a), Pictures(tiny.images(), 0)
     assert picture(made, 1) == picture(made, 1)
+
+
+def test_pictures_have_a_row_of_samples_for_each_guidance_scale(tmp_path):
+    made = fit(tiny.images(), dataclasses.replace(TINY, lr=1e-2), tmp_path / "g.safetensors")
+    shown = {}
+    for scales in ((1.0,), (1.0, 1.0), (1.0, 4.0)):
+        with Image.open(io.BytesIO(Pictures(tiny.images(), 0, scales)(made, 1))) as page:
+            shown[scales] = np.array(page)
+    one, same, two = shown.values()
+    assert same.shape == one.shape  # a row of the same name
+    more = len(two) - len(one)
+    assert more > 0
+    pixels = slice(180, None)  # right of the titles
+    first = slice(0, 46 + more)  # the names of the classes and the samples without guidance
+    assert (two[first, pixels] == one[first, pixels]).all()
+    guided = two[first.stop : first.stop + more, pixels]
+    assert (guided != two[46 : first.stop, pixels]).any()
+    assert (two[first.stop + more :] == one[first.stop :]).all()
 
 
 def test_the_average_is_what_is_sampled():

@@ -19,6 +19,7 @@ from otdd.distill.replay import IncompleteLabels, LabelShards
 from otdd.distill.setfiles import CONFIG, DATA, EXPORTED, SetFiles
 from otdd.distill.settings import from_dict
 from otdd.distill.store import FORMAT, MANIFEST, Store, StoreError
+from otdd.distill.words import averaged
 
 METRICS = "metrics.json"
 STEPS = 200  # batches whose soft labels are read of a set
@@ -39,7 +40,7 @@ class Row:
     @property
     def text(self) -> str:
         """Mean and, of several students, deviation."""
-        return f"{self.mean:.1f}" + f" ± {self.std:.1f}" * (len(self.runs) > 1)
+        return averaged(self.mean, self.std, len(self.runs))
 
 
 @dataclass(frozen=True)
