@@ -30,8 +30,9 @@ def write(event: str, level: str = "info", **values: Any) -> None:
     """Write one event to standard error."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line: dict[str, Any] = {"time": now, "level": level, "event": event}
-    if "RANK" in os.environ:
-        line["rank"] = int(os.environ["RANK"])
+    rank = os.environ.get("RANK", "")
+    if rank.isdecimal():
+        line["rank"] = int(rank)
     sys.stderr.write(json.dumps(line | values) + "\n")
     sys.stderr.flush()
 

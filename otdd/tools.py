@@ -318,6 +318,7 @@ def report(flags: list[str]) -> int:
     require(len(given.dir) > 0, "dir", given.dir, "the folder of a run")
     for folder in given.dir:
         require_path(folder, "dir")
+    require_path(given.out, "out")
     from otdd.distill.report import report, report_several
     from otdd.terminal import shown
 

@@ -171,6 +171,10 @@ def test_help_shows_what_a_preset_and_a_file_set(capsys, tmp_path):
         (["export", "none", "--to", "csv", "--out", "x"], "--to: 'csv' is not accepted; .* hf"),
         (["report"], "missing: --dir"),
         (["report", "none"], "none: no such folder"),
+        (["report", ""], "dir: '' is not accepted; expected the name of a file or a folder"),
+        (["report", "none", "--out="], "out: '' is not accepted; expected the name of"),
+        (["export", "none", "--to", "hf", "--out", ""], "out: '' is not accepted"),
+        (["run", *TINY, "--out", "x", "--generator", ""], "--generator: '' is not accepted"),
         (["report", "none", "--classes", "0"], "classes: 0 is not accepted; expected"),
         (["push", "none"], "missing: --repo-id"),
         (["push", "none", "me/set"], "none: no such folder"),
@@ -199,6 +203,13 @@ def test_bad_input_is_one_clear_line_before_any_work(
     assert re.search(message, err or out), err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "sample", "train"])
+def test_an_output_in_a_file_is_a_text(capsys, tmp_path, command):
+    (tmp_path / "f.yaml").write_text("{data: digits, ipc: 1, out: [5]}")
+    code, _, err = call(capsys, command, "--config", tmp_path / "f.yaml")
+    assert (code, err) == (2, "otdd: out: [5] is not accepted; expected a text\n")
 
 
 def test_stages_one_by_one_then_run_finds_all_done(capsys, tmp_path):

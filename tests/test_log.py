@@ -14,7 +14,7 @@ from datetime import datetime
 
 import pytest
 
-from otdd import cli
+from otdd import cli, joblog
 from otdd.distill.inputs.problems import warn
 from otdd.joblog import JsonLog
 from otdd.terminal import print_metrics
@@ -74,6 +74,13 @@ def test_errors_are_events_with_their_exit_code(capsys):
     assert (error["event"], error["level"], error["exit_code"]) == ("error", "error", 2)
     assert "'nowhere' is no folder" in error["message"]
     assert end["exit_code"] == 2
+
+
+@pytest.mark.parametrize(("rank", "told"), [("3", 3), ("", None), ("x", None)])
+def test_events_tell_the_process_if_it_has_a_number(capsys, monkeypatch, rank, told):
+    monkeypatch.setenv("RANK", rank)
+    joblog.write("start")
+    assert json.loads(capsys.readouterr().err).get("rank") == told
 
 
 def test_the_environment_chooses_where_no_flag_does(capsys, monkeypatch):

@@ -159,10 +159,10 @@ class Augmentation:
     def _blend(self, rng: torch.Generator) -> float:
         if float(torch.rand((), generator=rng, dtype=torch.float64)) >= self.mixup:
             return 0.0
-        while True:  # Johnk's way to a beta variable
-            x, y = torch.rand(2, generator=rng, dtype=torch.float64).pow(1 / self.mixup_alpha)
-            if 0 < x + y <= 1:
-                return float(x / (x + y))
+        while True:  # Johnk's way to a beta variable, in logarithms: of a small shape all is near 0
+            x, y = torch.rand(2, generator=rng, dtype=torch.float64).log() / self.mixup_alpha
+            if torch.logaddexp(x, y) <= 0:
+                return float(torch.sigmoid(x - y))
 
     def _patches(self, count: int, rng: torch.Generator) -> Tensor:
         keys = torch.rand(count, self.patch_shuffle**2, generator=rng, dtype=torch.float64)

@@ -78,6 +78,8 @@ def require_some(values: tuple[str, ...], key: str, accepted: str) -> None:
 
 def require_path(path: str | None, key: str) -> None:
     """Raise a `ConfigError` if no file system has such a name."""
+    require(path is None or isinstance(path, str), key, path, "a text")  # settings of a file
+    require(path != "", key, path, "the name of a file or a folder")
     parts = (path or "").split("/")
     ok = all("\0" not in part and len(os.fsencode(part)) <= 255 for part in parts)
     require(ok, key, path, "a path of names of at most 255 bytes, without zero characters")

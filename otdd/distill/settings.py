@@ -110,7 +110,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         require(isinstance(value, Mapping), key, value, "a group of settings")
         return from_dict(typing.cast(type, kind), value, f"{key}.")
     if origin is Literal:
-        value = {True: "on", False: "off"}.get(value, value) if "on" in args else value
+        if isinstance(value, bool) and "on" in args:  # what YAML makes of the words
+            value = "on" if value else "off"
         require(value in args, key, value, f"one of {', '.join(map(str, args))}")
         return value
     if origin in (typing.Union, types.UnionType):
@@ -196,13 +197,15 @@ def protocol(name: str | None, ipc: Any) -> dict[str, Any]:
 
     An `ipc` that is no number counts as 1 here and is refused with the other settings.
     """
-    require(
-        name is None or name in PROTOCOLS, "train.protocol", name, f"one of {', '.join(PROTOCOLS)}"
-    )
+    ok = name is None or (isinstance(name, str) and name in PROTOCOLS)
+    require(ok, "train.protocol", name, f"one of {', '.join(PROTOCOLS)}")
     if name is None:
         return {}
-    made = PROTOCOLS[name](int(ipc) if str(ipc).isdigit() else 1)
-    return merge(made, {"train": {"protocol": name}})
+    try:
+        count = int(str(ipc))
+    except ValueError:
+        count = 1
+    return merge(PROTOCOLS[name](count), {"train": {"protocol": name}})
 
 
 def resolve(flags: Mapping[str, Any] | None = None, *, file: str | Path | None = None) -> RunConfig:

@@ -42,10 +42,14 @@ class Workers:
 
     @classmethod
     def join(cls) -> Workers:
-        """Joins the processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR)."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        """Joins the processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR).
+
+        Raises:
+            ConfigError: the environment tells of several, but not how to find them.
+        """
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
+        _check_environment()
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
@@ -97,6 +101,25 @@ class Workers:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+
+
+def _check_environment() -> None:
+    """Raise a `ConfigError` for what a launcher would have set otherwise."""
+    for key in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        seen = os.environ.get(key, "")
+        number = key != "MASTER_ADDR"
+        if not seen or (number and not seen.isdecimal()):
+            accepted = "a number" if number else "a host"
+            raise ConfigError(
+                f"{key} of the environment: {seen!r} is not accepted; expected {accepted}, as "
+                "torchrun sets it for each of several processes"
+            )
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if rank >= size:
+        raise ConfigError(
+            f"RANK of the environment: {rank} is not accepted; expected 0 to {size - 1}, one less "
+            "than WORLD_SIZE"
+        )
 
 
 def _agree(store: Any, rank: int, size: int) -> str:

@@ -131,6 +131,13 @@ def test_weights_of_mixup_are_of_the_beta_distribution():
     assert seen.var() == pytest.approx(1 / (4 * 2.6), rel=0.1)
 
 
+def test_mixup_of_a_tiny_shape_takes_one_image_or_the_other():
+    drawn = [
+        float(draw(dataclasses.replace(MIXUP, mixup_alpha=1e-12), epoch=e).blend) for e in range(50)
+    ]
+    assert set(drawn) == {0.0, 1.0}
+
+
 def test_a_batch_is_mixed_in_one_way_only():
     both = Augmentation(cutmix=0.5, mixup=0.5)
     kinds = {"cutmix": 0, "mixup": 0, "none": 0}

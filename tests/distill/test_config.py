@@ -51,6 +51,10 @@ def test_defaults_and_round_trip():
         ({"preset": "best"}, "preset: 'best'.*one of paper, igd, dit, mgd"),
         ({"sample": {"influence": {"strength": -1}}}, "sample.influence.strength: -1.0"),
         ({"sample": {"modes": {"window": [0.5, 0.5]}}}, "sample.modes.window: "),
+        ({"relabel": {"flip": ["on"]}}, r"relabel.flip: \['on'\] is not .* one of auto, on, off"),
+        ({"train": {"protocol": ["edc"]}}, r"train.protocol: \['edc'\] is not .* one of edc, rded"),
+        ({"ipc": "²", "train": {"protocol": "rded"}}, "ipc: '²' is not accepted"),
+        ({"out": 5}, "out: 5 is not accepted; expected a text"),
     ],
 )
 def test_refusals_name_key_value_and_what_is_accepted(values, message):

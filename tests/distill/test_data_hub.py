@@ -223,6 +223,7 @@ def test_classes_without_an_image(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
+        ("hf:", "data hf: is no folder, and no OWNER/NAME"),
         ("hf:nowhere", "is no folder, and no OWNER/NAME"),
         ("hf:./nowhere/x", "is no folder, and no OWNER/NAME"),
         ("hf:owner/name/more", "is no folder, and no OWNER/NAME"),

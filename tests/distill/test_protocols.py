@@ -10,7 +10,7 @@ from otdd import cli
 from otdd.distill.config import PROTOCOLS, ConfigError, TrainConfig
 from otdd.distill.match import make_loss
 from otdd.distill.relabel import Plan
-from otdd.distill.settings import resolve
+from otdd.distill.settings import protocol, resolve
 from otdd.distill.training import Training, factor, learning_rate
 
 BASE = {"data": "digits", "ipc": 10, "out": "x"}
@@ -22,6 +22,13 @@ def test_every_protocol_is_a_set_of_settings(name):
         config = resolve({**BASE, "ipc": ipc, "train": {"protocol": name}})
         assert config.train.protocol == name
         assert config.relabel.cutmix == 1.0
+
+
+def test_a_number_of_images_counts_however_it_is_written():
+    for ipc in (50, "50", "+50", " 50", "5_0"):  # as flags take it
+        assert protocol("rded", ipc)["train"]["batch"] == 200
+    for ipc in ("many", "²", None, [50], 50.0, float("inf")):  # refused with the other settings
+        assert protocol("rded", ipc)["train"]["batch"] == 20
 
 
 def test_values_of_the_protocols():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from otdd.distill import workers
+from otdd.distill.config import ConfigError
 from otdd.distill.store import TEMP
 from otdd.distill.workers import Workers
 
@@ -124,6 +125,24 @@ def test_a_process_that_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(workers, "JOIN", datetime.timedelta(seconds=0.1))
     with pytest.raises(workers.WorkersError, match=r"processes \[1\] of this run have not come"):
         workers._agree(torch.distributed.HashStore(), 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE of the environment: 'two' is not accepted; .* a number"),
+        ("RANK", "", "RANK of the environment: '' is not accepted"),
+        ("RANK", "2", "RANK of the environment: 2 is not accepted; expected 0 to 1"),
+        ("MASTER_ADDR", "", "MASTER_ADDR of the environment: '' .* a host, as torchrun"),
+        ("MASTER_PORT", "x", "MASTER_PORT of the environment: 'x' is not accepted"),
+    ],
+)
+def test_what_a_launcher_left_out_is_named(monkeypatch, key, value, message):
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, given in (whole | {key: value}).items():
+        monkeypatch.setenv(name, given)
+    with pytest.raises(ConfigError, match=message):
+        Workers.join()
 
 
 def test_one_process_is_alone(monkeypatch):

@@ -1,6 +1,7 @@
 """`sinkhorn`'s outputs against the float64 oracle, on every backend."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -337,9 +338,11 @@ def test_bad_input(backend, kwargs, error, says):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, np.longdouble, np.int64])
+@pytest.mark.parametrize(
+    "number", [np.float16, np.float32, np.float64, np.longdouble, np.int64, Fraction]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numbers_of_numpy_do_not_overflow(backend, number, dtype):
+def test_numbers_of_other_types_do_not_overflow(backend, number, dtype):
     C, a, b = problem(2, 4, 5, dtype)
     result = sinkhorn(C, a, b, eps=number(1), rho_a=number(2), rho_b=number(2), backend=backend)
     want = sinkhorn(C, a, b, eps=1.0, rho_a=2.0, rho_b=2.0, backend=backend)

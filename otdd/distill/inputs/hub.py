@@ -125,7 +125,7 @@ def list_hub(name: str, options: Mapping[str, str], resolution: int | None = Non
         DataError: it cannot be loaded, or its columns or splits are not clear.
     """
     where, folder = f"data hf:{name}", Path(name).expanduser()
-    if not folder.is_dir() and not HUB_NAME.fullmatch(name):
+    if not name or not (folder.is_dir() or HUB_NAME.fullmatch(name)):  # "" would be "."
         raise DataError(f"{where} is no folder, and no OWNER/NAME of the Hugging Face Hub")
     limit, streaming = _limit(options, where), _side(options, resolution, where)
     if limit is not None:

@@ -281,7 +281,7 @@ def _per_problem(value: float | Tensor, name: str, C: Tensor, *, or_inf: bool = 
     batch = C.shape[:-2]
     if not isinstance(value, Tensor):
         checks.positive(value, name, C.dtype, or_inf=or_inf)
-        return torch.full(batch, value, dtype=torch.float64, device=C.device)
+        return torch.full(batch, float(value), dtype=torch.float64, device=C.device)
     real = not value.is_complex() and value.dtype != torch.bool
     checks.require(real, name, f"dtype {value.dtype}", "real numbers")
     checks.require(not value.requires_grad, name, "a tensor that requires grad", "a constant")
