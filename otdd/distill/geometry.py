@@ -102,10 +102,12 @@ def report(
     costs: dict[str, float], entropy: float | None, classes: int, students: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What `metrics.json` has of a set under `geometry`."""
+    # Of the rounded entropy, which is all that a later call has.
+    entropy = None if entropy is None else round(entropy, 4)
     share = None if entropy is None else round(entropy / math.log(max(2, classes)), 4)
     return {
         "class_transport": costs,
-        "label_entropy": None if entropy is None else round(entropy, 4),
+        "label_entropy": entropy,
         "label_entropy_share": share,  # of log K
         "students": students,
     }

@@ -91,3 +91,9 @@ def test_what_is_known_is_not_computed_again(run, monkeypatch):
         made = run_stages(config, (stage,))
         assert made["geometry"] == before["geometry"]
         assert made["ot_cost"] == before["ot_cost"]
+
+
+@pytest.mark.parametrize("entropy", [0.68144, 0.68136, 0.68145001, 2.30254])
+def test_a_report_made_again_of_what_it_said_is_the_same(entropy):
+    made = geometry.report({"a": 1.0}, entropy, 2, [])
+    assert geometry.report({"a": 1.0}, made["label_entropy"], 2, []) == made
