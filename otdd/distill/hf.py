@@ -71,9 +71,10 @@ def describe_run(
         if not _is_written(store.path / folder, sets[name]):
             store.remove(folder)
             _write_table(store, folder, sets[name])
-    if not store.has(CARD) or CARD in store.sums.known():
-        made = card(sets, "unknown", without_paths(config), without_paths(metrics))
-        store.write_bytes(CARD, made.encode())
+    made = card(sets, "unknown", without_paths(config), without_paths(metrics)).encode()
+    path = store.path / CARD
+    if not path.exists() or CARD in store.sums.known() or path.read_bytes() == made:
+        store.write_bytes(CARD, made)
 
 
 def _is_written(folder: Path, loaded: DistilledSet) -> bool:
