@@ -38,7 +38,8 @@ def campaign(name: str, whole: Path, root: Path, every: bool) -> list:
     from distill.faults import contents
 
     files = list(contents(whole))
-    ours = [n for n in files if not n.startswith("hf/")]
+    # Pictures of a training on its way are for the eye; nothing reads them or makes them again.
+    ours = [n for n in files if not n.startswith(("hf/", "g.safetensors.grids/"))]
     read = [n for n in ours if not n.startswith("run/")]
     if name == "kill":
         return campaigns.stops(whole, root, 20, SEED)

@@ -68,10 +68,12 @@ def fit(
     """
     config, codec = resolved(config or FitConfig(), ""), codec or PixelCodec()
     target, key = Path(out), key_of(data, config, codec=codec.config())
+    checkpoint = f"{target.name}.checkpoint"
     with alone(target) as store:
         if target.exists():
             made = Generator.load(target)
             refuse_other(target, made.info.get("fit"), key)
+            store.remove(checkpoint)  # a kill may have come before this
             return made
         latents = codec.encode(data.train.images)
         with torch.random.fork_rng(devices=[]):
@@ -93,7 +95,7 @@ def fit(
         made.info = {"fit": key, **trainer.facts(), **(info or {})}
         with trainer.averaged():
             made.save(target)
-        store.remove(f"{target.name}.checkpoint")
+        store.remove(checkpoint)
     return Generator.load(target)
 
 

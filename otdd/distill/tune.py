@@ -80,10 +80,12 @@ def tune(
     config = resolved(config or FitConfig(), (config or FitConfig()).tune)
     _check(config, base, data)
     target, key = Path(out), key_of(data, config, base=generator_digest(base))
+    checkpoint = f"{target.name}.checkpoint"
     with alone(target) as store:
         if target.exists():
             made = Store(target)
             refuse_other(target, made.read_json(SUMMARY) if made.has(SUMMARY) else None, key)
+            store.remove(checkpoint)  # a kill may have come before this
             return _finished(target)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -98,7 +100,7 @@ def tune(
         facts = trainer.facts()
         with trainer.averaged(), torch.no_grad():
             _save(target, fold(model).cpu(), now, {**key, **facts})
-        store.remove(f"{target.name}.checkpoint")
+        store.remove(checkpoint)
     return _finished(target)
 
 

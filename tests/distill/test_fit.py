@@ -59,6 +59,18 @@ def test_interrupted_training_ends_with_the_same_bytes(tmp_path, at):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
 
 
+def test_a_checkpoint_that_a_kill_left_beside_the_result_goes(tmp_path):
+    data, out = tiny.images(), tmp_path / "g.safetensors"
+    with pytest.raises(Stop):
+        fit(data, TINY, out, progress=stop_at(2))
+    checkpoint = tmp_path / "g.safetensors.checkpoint"
+    kept = checkpoint.read_bytes()
+    fit(data, TINY, out)
+    checkpoint.write_bytes(kept)
+    fit(data, TINY, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["g.safetensors"]
+
+
 def run_killed(out: Path, sign: int, at: int) -> subprocess.CompletedProcess:
     command = [sys.executable, str(DRIVER), str(out), str(sign), str(at)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

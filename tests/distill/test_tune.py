@@ -125,6 +125,9 @@ def test_interrupted_tuning_ends_with_the_same_bytes(folder, data, tmp_path, met
     assert not (tmp_path / "cut").exists()
     for name in ("cut", "whole"):
         tune(data, base, config, tmp_path / name)
+    (tmp_path / "cut.checkpoint").write_bytes(b"left by a kill after the last write")
+    tune(data, base, config, tmp_path / "cut")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
     file = "transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     with pytest.raises(StoreError, match="another training"):
