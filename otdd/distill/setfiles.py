@@ -85,10 +85,14 @@ class SetFiles:
             raise StoreError(f"{store.path / MANIFEST} was not written by otdd")
         if manifest.get("format") == EXPORTED:
             return _of_export(store, manifest, name)
+        if other := re.fullmatch(r"otdd-([a-z]+)-1", str(manifest.get("format"))):
+            raise StoreError(
+                f"{store.path} is an export to {other[1]}; otdd reads the folders of runs and "
+                "exports to hf and imagefolder"
+            )
         if manifest.get("format") != FORMAT:
             raise StoreError(
-                f"{store.path / MANIFEST} was not written by this version of otdd, or belongs to "
-                "an export in a format that otdd.load does not read"
+                f"{store.path / MANIFEST} was not written by this version of otdd, or not by otdd"
             )
         return _of_run(store, manifest, name or DEFAULT)
 
