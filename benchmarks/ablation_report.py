@@ -1,4 +1,4 @@
-"""Tables and figures of the ablations, from `ablation_labels.json` and `ablation_guidance.json`.
+"""Tables and figures of the ablations, and of the formats of labels, from their result files.
 
 python benchmarks/ablation_report.py                      # tables, printed
 python benchmarks/ablation_report.py --readme README.md   # the first of them between its markers
@@ -84,6 +84,19 @@ def labels_table(
             these, others = (runs(rows, arm=a, **c) for a in (arm, base(arm)))
             cells.append(difference(these, others, n))
         body.append([f"`{arm}`", *cells])
+    return lines(head, body)
+
+
+def formats_table(rows: Rows) -> str:
+    """Accuracy on whole labels, then a line per format: its difference from them."""
+    columns = groups(rows, "data", "ipc", "loss", "arch", "epochs")
+    whole = [runs(rows, labels="fp16", **c) for c in columns]
+    head = ["labels", *(f"{c['data']}, IPC {c['ipc']}, `{c['loss']}`" for c in columns)]
+    body = [["`fp16`", *(f"{value(found)}, n={len(found)}" for found in whole)]]
+    for name in dict.fromkeys(row["labels"] for row in rows if row["labels"] != "fp16"):
+        these = [runs(rows, labels=name, **c) for c in columns]
+        cells = [difference(a, b, len(b)) for a, b in zip(these, whole, strict=True)]
+        body.append([f"`{name}`", *cells])
     return lines(head, body)
 
 
@@ -217,6 +230,8 @@ def main() -> None:
     fresh = [row for row in labels if row["seed"] >= 100]
     text = labels_table(fresh, _arms(fresh, "no-otm"), lambda arm: "no-otm", "no-otm")
     print("fresh seeds\n" + text, end="\n\n")
+    formats = json.loads((RESULTS / "label_formats.json").read_text())["cells"]
+    print(formats_table(formats), end="\n\n")
     print(guidance_table(guidance, range(100)), end="\n\n")
     print("fresh seeds\n" + guidance_table(guidance, range(100, 10**9)), end="\n\n")
     print(speed(guidance))
