@@ -216,14 +216,14 @@ def main() -> None:
     names = ("ablation_labels", "ablation_guidance")
     labels, guidance = (json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names)
     chosen = [row for row in labels if row["seed"] < 100]
-    table = [row for row in chosen if row["arm"] in ARMS and row["arch"] != "convnet"]
+    swept = [row for row in chosen if (row["data"], row["arch"]) == ("digits", "convnet")]
+    table = [row for row in chosen if row["arm"] in ARMS and row not in swept]
     first = labels_table(
         table,
         [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in chosen)],
         lambda arm: "hard-otg" if arm == "hard-no-otg" else "full",
     )
     print(first, end="\n\n")
-    swept = [row for row in chosen if row["arch"] == "convnet"]
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
     print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
