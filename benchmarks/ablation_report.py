@@ -185,7 +185,7 @@ def plot_arms(labels: Rows, path: Path) -> None:
             full = runs(own, arm="full", ipc=ipc)
             for place, arm in enumerate(arms):
                 d = paired(runs(own, arm=arm, ipc=ipc), full)
-                if d["n"] < 2:
+                if d["n"] < 3:  # of two an interval says nothing
                     continue
                 y = place + (shift - (len(sizes) - 1) / 2) * 0.22
                 label = f"IPC {ipc}" if arm == "no-otm" else None
