@@ -6,7 +6,7 @@ epochs happen to be labelled is part of the spread. Cells that are in the result
 again; `ablation_report.py` makes the tables of them:
 
     python benchmarks/label_formats.py --data digits --ipc 1 5
-    python benchmarks/label_formats.py --data textures --ipc 5
+    python benchmarks/label_formats.py --data textures --ipc 5 --losses otm
 
 The formats with fewer epochs are those that take 1/40 of FKD's bytes at 1000 classes.
 """
