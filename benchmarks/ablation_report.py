@@ -87,6 +87,13 @@ def labels_table(
     return lines(head, body)
 
 
+def arms_table(labels: Rows) -> str:
+    """The source's ablation, of all rows of its file."""
+    rows = _of_arms(labels)
+    arms = [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in rows)]
+    return labels_table(rows, arms, lambda arm: "hard-otg" if arm == "hard-no-otg" else "full")
+
+
 def formats_table(rows: Rows) -> str:
     """Accuracy on whole labels, then a line per format: its difference from them."""
     columns = groups(rows, "data", "ipc", "loss", "arch", "epochs")
@@ -216,13 +223,8 @@ def main() -> None:
     names = ("ablation_labels", "ablation_guidance")
     labels, guidance = (json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names)
     chosen = [row for row in labels if row["seed"] < 100]
-    swept = [row for row in chosen if (row["data"], row["arch"]) == ("digits", "convnet")]
-    table = [row for row in chosen if row["arm"] in ARMS and row not in swept]
-    first = labels_table(
-        table,
-        [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in chosen)],
-        lambda arm: "hard-otg" if arm == "hard-no-otg" else "full",
-    )
+    swept = [row for row in chosen if _swept(row)]
+    first = arms_table(labels)
     print(first, end="\n\n")
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
@@ -238,8 +240,17 @@ def main() -> None:
     if args.readme:
         into_readme(args.readme, first, MARKERS)
     if args.plots:
-        plot_arms(table, RESULTS / "ablation_labels.png")
+        plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
         plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")
+
+
+def _of_arms(rows: Rows) -> Rows:
+    """The rows of the source's ablation: not those of the sweep, nor of fresh seeds."""
+    return [r for r in rows if r["arm"] in ARMS and r["seed"] < 100 and not _swept(r)]
+
+
+def _swept(row: dict[str, Any]) -> bool:
+    return (row["data"], row["arch"]) == ("digits", "convnet")
 
 
 def _arms(rows: Rows, but: str) -> list[str]:
