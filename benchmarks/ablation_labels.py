@@ -149,7 +149,7 @@ class Campaign:
         set_name = {"no-otg": "unguided", "hard-no-otg": "unguided"}.get(arm, "starts-4")
         if arm in LINES:
             set_name = arm.split("-")[0]
-        images, labels = self._set(set_name, config)
+        images, labels = self.set_of(set_name, config)
         if arm.startswith("hard"):
             watched = None
             loss, steps = make_loss("ce", train), hard_steps(len(images), self.data, config, seed)
@@ -168,7 +168,7 @@ class Campaign:
             "shares": shares,
         }
 
-    def _set(self, name: str, config: RunConfig) -> tuple[Tensor, Tensor]:
+    def set_of(self, name: str, config: RunConfig) -> tuple[Tensor, Tensor]:
         store = Store(self.work / f"ipc{config.ipc}-seed{config.seed}-{name}")
         made = "otg" if name == "starts-4" else name
         if not store.has_images(made):

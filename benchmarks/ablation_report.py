@@ -1,4 +1,4 @@
-"""Tables and figures of the ablations, from `ablation_labels.json` and `ablation_guidance.json`.
+"""Tables and figures of the ablations, and of the formats of labels, from their result files.
 
 python benchmarks/ablation_report.py                      # tables, printed
 python benchmarks/ablation_report.py --readme README.md   # the first of them between its markers
@@ -87,6 +87,26 @@ def labels_table(
     return lines(head, body)
 
 
+def arms_table(labels: Rows) -> str:
+    """The source's ablation, of all rows of its file."""
+    rows = _of_arms(labels)
+    arms = [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in rows)]
+    return labels_table(rows, arms, lambda arm: "hard-otg" if arm == "hard-no-otg" else "full")
+
+
+def formats_table(rows: Rows) -> str:
+    """Accuracy on whole labels, then a line per format: its difference from them."""
+    columns = groups(rows, "data", "ipc", "loss", "arch", "epochs")
+    whole = [runs(rows, labels="fp16", **c) for c in columns]
+    head = ["labels", *(f"{c['data']}, IPC {c['ipc']}, `{c['loss']}`" for c in columns)]
+    body = [["`fp16`", *(f"{value(found)}, n={len(found)}" for found in whole)]]
+    for name in dict.fromkeys(row["labels"] for row in rows if row["labels"] != "fp16"):
+        these = [runs(rows, labels=name, **c) for c in columns]
+        cells = [difference(a, b, len(b)) for a, b in zip(these, whole, strict=True)]
+        body.append([f"`{name}`", *cells])
+    return lines(head, body)
+
+
 def guidance_table(rows: Rows, seeds: range) -> str:
     """A line per variant: accuracy, and its difference from `default` on the same seeds."""
     rows = [row for row in rows if row["seed"] in seeds]
@@ -172,7 +192,7 @@ def plot_arms(labels: Rows, path: Path) -> None:
             full = runs(own, arm="full", ipc=ipc)
             for place, arm in enumerate(arms):
                 d = paired(runs(own, arm=arm, ipc=ipc), full)
-                if d["n"] < 2:
+                if d["n"] < 3:  # of two an interval says nothing
                     continue
                 y = place + (shift - (len(sizes) - 1) / 2) * 0.22
                 label = f"IPC {ipc}" if arm == "no-otm" else None
@@ -203,28 +223,34 @@ def main() -> None:
     names = ("ablation_labels", "ablation_guidance")
     labels, guidance = (json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names)
     chosen = [row for row in labels if row["seed"] < 100]
-    table = [row for row in chosen if row["arm"] in ARMS and row["arch"] != "convnet"]
-    first = labels_table(
-        table,
-        [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in chosen)],
-        lambda arm: "hard-otg" if arm == "hard-no-otg" else "full",
-    )
+    swept = [row for row in chosen if _swept(row)]
+    first = arms_table(labels)
     print(first, end="\n\n")
-    swept = [row for row in chosen if row["arch"] == "convnet"]
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
     print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
     fresh = [row for row in labels if row["seed"] >= 100]
     text = labels_table(fresh, _arms(fresh, "no-otm"), lambda arm: "no-otm", "no-otm")
     print("fresh seeds\n" + text, end="\n\n")
+    formats = json.loads((RESULTS / "label_formats.json").read_text())["cells"]
+    print(formats_table(formats), end="\n\n")
     print(guidance_table(guidance, range(100)), end="\n\n")
     print("fresh seeds\n" + guidance_table(guidance, range(100, 10**9)), end="\n\n")
     print(speed(guidance))
     if args.readme:
         into_readme(args.readme, first, MARKERS)
     if args.plots:
-        plot_arms(table, RESULTS / "ablation_labels.png")
+        plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
         plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")
+
+
+def _of_arms(rows: Rows) -> Rows:
+    """The rows of the source's ablation: not those of the sweep, nor of fresh seeds."""
+    return [r for r in rows if r["arm"] in ARMS and r["seed"] < 100 and not _swept(r)]
+
+
+def _swept(row: dict[str, Any]) -> bool:
+    return (row["data"], row["arch"]) == ("digits", "convnet")
 
 
 def _arms(rows: Rows, but: str) -> list[str]:

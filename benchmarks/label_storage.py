@@ -17,11 +17,13 @@ EPOCHS = 300
 FORMATS = {  # and the epochs that are labelled
     "`fp16`": (LabelFormat(), EPOCHS),
     "`q8`": (LabelFormat("q8"), EPOCHS),
+    "`q4`": (LabelFormat("q4"), EPOCHS),
     "`topk`, 32 of 1000": (LabelFormat("topk", 32), EPOCHS),
     "`topk`, 10": (LabelFormat("topk", 10), EPOCHS),
     "`topk`, 4 (default)": (LabelFormat("topk", 4), EPOCHS),
     "`fp16`, `--relabel.label-epochs 7`": (LabelFormat(), 7),
     "`q8`, `--relabel.label-epochs 14`": (LabelFormat("q8"), 14),
+    "`q4`, `--relabel.label-epochs 27`": (LabelFormat("q4"), 27),
 }
 
 

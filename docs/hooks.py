@@ -129,11 +129,7 @@ def ablation(kind: str) -> str:
     rows = results(f"ablation_{kind}")["cells"]
     if kind == "guidance":
         return ablation_report.guidance_table(rows, range(100))
-    arms = [a for a in ablation_report.ARMS if any(row["arm"] == a for row in rows)]
-    rows = [r for r in rows if r["arm"] in arms and r["arch"] != "convnet" and r["seed"] < 100]
-    return ablation_report.labels_table(
-        rows, arms[1:], lambda arm: "hard-otg" if arm == "hard-no-otg" else "full"
-    )
+    return ablation_report.arms_table(rows)
 
 
 SOLVERS = ("plain", "schedule", "anderson", "schedule + anderson", "POT sinkhorn_log", "OTT")
@@ -159,15 +155,7 @@ def _converged(found: Row | None) -> str:
 
 
 def label_formats() -> str:
-    body = []
-    for row in results("label_formats")["rows"]:
-        lost = [
-            f"{row[loss]['mean']:.1f} ({row[loss]['difference']:+.2f}"
-            f" ± {row[loss]['standard_error']:.2f})"
-            for loss in ("kl", "otm")
-        ]
-        body.append([row["data"], row["ipc"], f"`{row['labels']}`", *lost])
-    return table(["data", "IPC", "labels", "`kl`, %", "`otm`, %"], body)
+    return benchmark("ablation_report").formats_table(results("label_formats")["cells"])
 
 
 def student_step() -> str:

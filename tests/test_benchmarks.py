@@ -1,5 +1,6 @@
 """The benchmarks keep working: a tiny problem of each kind, by all contenders installed."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -23,8 +24,10 @@ from contender import DISAGREES
 from distill import tiny
 from peers import CONTENDERS
 
+from otdd.distill.config import RelabelConfig
 from otdd.distill.fit import FitConfig, fit
-from otdd.distill.relabel import Teacher
+from otdd.distill.relabel import Plan, Teacher
+from otdd.distill.training import Step
 
 TINY = [
     cases.Case("given", "given", 2, 6, 5, iterations=4),
@@ -130,11 +133,6 @@ def test_step_of_a_student_is_measured():
     assert row["median_ms"]["loss with"] < row["median_ms"]["step without"]
 
 
-def test_differences_of_formats_are_taken_student_by_student():
-    row = label_formats.compared([90.0, 80.0], [91.0, 82.0])
-    assert (row["mean"], row["difference"], row["standard_error"]) == (85.0, -1.5, 0.5)
-
-
 def cells(monkeypatch, module, out, *flags):
     """The cells of a file after a command of one epoch at one image per class."""
     monkeypatch.setattr(sys, "argv", [
@@ -175,8 +173,39 @@ def test_label_ablation_goes_on_and_its_arms_differ(monkeypatch, tmp_path):
     assert by_arm["full"]["shares"][0] > 0 == by_arm["no-otm"]["shares"][0]
     text = ablation_report.labels_table(rows, ["no-lia", "no-otg"], lambda arm: "full")
     assert text.splitlines()[3] == "| `no-lia` | the same |"
-    ablation_report.plot_arms(rows, tmp_path / "arms.png")
+    third = [{**row, "seed": 2} for row in rows if row["seed"] == 1]  # of two none is drawn
+    ablation_report.plot_arms(rows + third, tmp_path / "arms.png")
     assert (tmp_path / "arms.png").stat().st_size > 1000
+
+
+def test_formats_of_labels_are_compared_on_the_same_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr("otdd.distill.relabel.TEACHER_STEPS", 1)
+    monkeypatch.setattr("otdd.distill.relabel.TEACHER_EPOCHS", 1)
+    out, some = tmp_path / "cells.json", ["--work", str(tmp_path / "work"), "--losses", "otm"]
+    first = cells(monkeypatch, label_formats, out, *some, "--seeds", "0", "--formats", "fp16")
+    few = ["--seeds", "0", "--formats", "fp16", "q8", "topk-1"]
+    rows = cells(monkeypatch, label_formats, out, *some, *few)
+    assert rows[:1] == first
+    assert [row["labels"] for row in rows] == ["fp16", "q8", "topk-1"]
+    assert len({row["student"] for row in rows}) == 3
+    assert len({row["digest"] for row in rows}) == 1
+    text = ablation_report.formats_table(rows)
+    assert text.splitlines()[0] == "| labels | digits, IPC 1, `otm` |"
+    assert len(text.splitlines()) == 5
+
+
+def test_steps_with_few_labels_come_again_as_in_training():
+    campaign = ablation_labels.Campaign("digits", None, ["convnet"], Path("unused"), 5)
+    config = label_formats.settings(campaign, 6, 0)  # 60 images: two batches an epoch
+    relabel = RelabelConfig(label_format="q8", label_epochs=2)
+    plan = Plan.of(dataclasses.replace(config, relabel=relabel), campaign.data, 60)
+    drawn = [batch for epoch in range(5) for batch in plan.epoch(epoch)]
+    logits = torch.randn(10, 50, 10).half()
+    steps = [Step(batch, rows.float()) for batch, rows in zip(drawn, logits, strict=True)]
+    got = list(label_formats.recoded(steps, plan, campaign))
+    assert [step.batch for step in got] == (drawn[:4] * 3)[:10]
+    apart = (got[5].teacher - logits[1].float()).abs()
+    assert 0 < apart.max() <= (logits[1].max() - logits[1].min()).float() / 2 / 255 + 1e-3
 
 
 def test_arms_of_the_sweep_change_what_they_name():

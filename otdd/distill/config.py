@@ -150,9 +150,9 @@ class RelabelConfig:
     every epoch has labels of its own."""
     store_labels: bool = True
     """Keep the logits of every epoch in the output; otherwise teachers run while students train."""
-    label_format: Literal["fp16", "topk", "q8"] = "fp16"
+    label_format: Literal["fp16", "topk", "q8", "q4"] = "fp16"
     """How logits are stored: 2 bytes each (fp16), the largest of each image and one value for the
-    others (topk), or 1 byte each (q8)."""
+    others (topk), or 1 byte (q8) or half a byte each (q4)."""
     top_k: int = 4
     """Logits kept of each image in the format topk."""
     flip: Literal["auto", "on", "off"] = "auto"

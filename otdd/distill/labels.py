@@ -1,4 +1,4 @@
-"""Formats of stored soft labels: half precision, the largest logits, or eight bits.
+"""Formats of stored soft labels: half precision, the largest logits, or eight or four bits.
 
 A format is a pair of functions between the float16 logits of the teachers and what a file holds.
 Students see decoded logits only, whether they were stored or are made as needed.
@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from otdd.distill.config import ConfigError, RelabelConfig, require
 from otdd.ops.checks import finite
 
-LEVELS = 255
+BITS = {"q8": 8, "q4": 4}
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class LabelFormat:
       right, and the others share the rest equally.
     * ``q8``: 256 equal levels from the smallest to the largest of a row, which are kept in float32;
       no logit is off by more than half a level.
+    * ``q4``: the same with 16 levels, two logits in a byte.
 
     Attributes:
-        kind: ``fp16``, ``topk`` or ``q8``.
+        kind: ``fp16``, ``topk``, ``q8`` or ``q4``.
         top_k: classes kept; 0 unless ``topk``.
     """
 
@@ -67,15 +69,17 @@ class LabelFormat:
         if self.kind == "fp16":
             return {"logits": logits}
         finite(logits.float(), "logits")
-        return self._top(logits) if self.kind == "topk" else _eight_bits(logits.float())
+        return self._top(logits) if self.kind == "topk" else self._levels(logits.float())
 
     def decode(self, tensors: Mapping[str, Tensor], classes: int) -> Tensor:
         """Logits (..., K) float32 of the tensors made by `encode`."""
         if self.kind == "fp16":
             return tensors["logits"].float()
-        if self.kind == "q8":
+        if self.kind in BITS:
             low, level = (tensors[k].unsqueeze(-1) for k in ("logits_low", "logits_level"))
-            return low + level * tensors["logits_q8"].float()
+            steps = tensors[f"logits_{self.kind}"]
+            steps = _unpacked(steps, classes) if self.kind == "q4" else steps
+            return low + level * steps.float()
         rest = tensors["logits_rest"].float().unsqueeze(-1)
         made = rest.expand(*rest.shape[:-1], classes).clone()
         return made.scatter_(-1, tensors["logits_classes"].long(), tensors["logits_top"].float())
@@ -104,16 +108,27 @@ class LabelFormat:
             "logits_rest": rest.half(),
         }
 
+    def _levels(self, logits: Tensor) -> dict[str, Tensor]:
+        top = 2 ** BITS[self.kind] - 1
+        low, high = logits.aminmax(dim=-1)
+        level = (high - low) / top
+        steps = (logits - low.unsqueeze(-1)) / level.clamp(min=1e-30).unsqueeze(-1)
+        made = steps.round().clamp(max=top).to(torch.uint8)
+        made = _packed(made) if self.kind == "q4" else made
+        return {f"logits_{self.kind}": made, "logits_low": low, "logits_level": level}
+
 
 FLOAT16 = LabelFormat()
 
 
-def _eight_bits(logits: Tensor) -> dict[str, Tensor]:
-    low, high = logits.aminmax(dim=-1)
-    level = (high - low) / LEVELS
-    steps = (logits - low.unsqueeze(-1)) / level.clamp(min=1e-30).unsqueeze(-1)
-    made = steps.round().clamp(max=LEVELS).to(torch.uint8)
-    return {"logits_q8": made, "logits_low": low, "logits_level": level}
+def _packed(steps: Tensor) -> Tensor:
+    """Two numbers below 16 in a byte, the first in its lower half; (..., K) to (..., ceil(K/2))."""
+    even = F.pad(steps, (0, steps.shape[-1] % 2))
+    return even[..., ::2] | (even[..., 1::2] << 4)
+
+
+def _unpacked(made: Tensor, classes: int) -> Tensor:
+    return torch.stack([made & 15, made >> 4], dim=-1).flatten(-2)[..., :classes]
 
 
 def check_format(seen: LabelFormat, wanted: LabelFormat, set_name: str) -> None:

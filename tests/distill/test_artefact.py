@@ -73,6 +73,7 @@ def test_replay_is_what_training_sees_to_the_bit(folder, workers):
 
 KEPT = [
     {"label_format": "q8"},
+    {"label_format": "q4"},
     {"label_format": "topk", "top_k": 3},
     {"mixup": 0.8, "patch_shuffle": 2},
     {"mixup": 0.8, "cutmix": 0.2, "patch_shuffle": 4, "label_format": "q8"},

@@ -11,7 +11,7 @@ from otdd.distill.config import ConfigError, RelabelConfig
 from otdd.distill.labels import LabelFormat, compact, storage
 
 ROOT = Path(__file__).parents[2]
-FORMATS = (LabelFormat(), LabelFormat("topk", 4), LabelFormat("q8"))
+FORMATS = (LabelFormat(), LabelFormat("topk", 4), LabelFormat("q8"), LabelFormat("q4"))
 
 
 def logits(classes=1000, rows=64):
@@ -26,7 +26,7 @@ def test_weighs_what_it_says(labels):
     made = labels.encode(logits())
     weight = sum(t.numel() * t.element_size() for t in made.values())
     assert weight == 64 * labels.row_bytes(1000)
-    assert labels.row_bytes(1000) == {"fp16": 2000, "topk": 18, "q8": 1008}[labels.kind]
+    assert labels.row_bytes(1000) == {"fp16": 2000, "topk": 18, "q8": 1008, "q4": 508}[labels.kind]
 
 
 def test_half_precision_is_kept():
@@ -45,10 +45,13 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_others(classes):
     assert (got.scatter(1, top, -torch.inf).amax(1) <= want.gather(1, top).amin(1)).all()
 
 
-def test_eight_bits_are_off_by_half_a_level():
-    want = torch.cat([logits(), torch.full((1, 1000), 3.0).half()]).float()
-    got = FORMATS[2].decode(FORMATS[2].encode(want.half()), 1000)
-    level = (want.amax(1) - want.amin(1)) / 255
+@pytest.mark.parametrize(("kind", "levels"), [("q8", 255), ("q4", 15)])
+@pytest.mark.parametrize("classes", [2, 7, 1000])  # an odd number leaves half a byte over
+def test_few_bits_are_off_by_half_a_level(kind, levels, classes):
+    want = torch.cat([logits(classes), torch.full((1, classes), 3.0).half()]).float()
+    labels = LabelFormat(kind)
+    got = labels.decode(labels.encode(want.half()), classes)
+    level = (want.amax(1) - want.amin(1)) / levels
     assert ((got - want).abs().amax(1) <= 0.5001 * level).all()
     assert torch.equal(got[-1], want[-1])
 
@@ -86,3 +89,6 @@ def test_table_of_the_readme_is_computed():
     assert label_storage.table() in (ROOT / "README.md").read_text()
     assert storage(FORMATS[1], 10) < label_storage.FKD[10] / 40
     assert storage(FORMATS[1], 50) < label_storage.FKD[50] / 40
+    for ipc, theirs in label_storage.FKD.items():  # and one epoch more would be too much
+        assert storage(FORMATS[3], ipc, epochs=27) < theirs / 40
+        assert storage(FORMATS[3], ipc, epochs=28) > theirs / 40

@@ -104,7 +104,11 @@ def test_shards_resume_to_the_same_bytes(store, teachers, monkeypatch):
     assert len(list(stage.stored_steps(store, DATA, CONFIG, "kmeans"))) == 9
 
 
-FORMATS = {"topk": {"label_format": "topk", "top_k": 3}, "q8": {"label_format": "q8"}}
+FORMATS = {
+    "topk": {"label_format": "topk", "top_k": 3},
+    "q8": {"label_format": "q8"},
+    "q4": {"label_format": "q4"},
+}
 
 
 def labelled(store, teachers, name, **settings):
@@ -139,12 +143,12 @@ def test_error_of_compact_labels(store, teachers, kind):
     want = torch.cat([step.teacher for step in whole])
     got = torch.cat([step.teacher for step in small])
     apart = (got.softmax(1) - want.softmax(1)).abs().sum(1) / 2
-    assert torch.equal(got.argmax(1), want.argmax(1))
-    if kind == "q8":
-        levels = (want.amax(1) - want.amin(1)) / 255
-        assert ((got - want).abs().amax(1) <= 0.5001 * levels).all()
-        assert apart.max() < 0.01
+    if kind in ("q8", "q4"):
+        level = (want.amax(1) - want.amin(1)) / {"q8": 255, "q4": 15}[kind]
+        assert ((got - want).abs().amax(1) <= 0.5001 * level).all()
+        assert apart.max() < {"q8": 0.01, "q4": 0.15}[kind]
     else:
+        assert torch.equal(got.argmax(1), want.argmax(1))
         top = want.topk(3).indices
         assert torch.equal(got.gather(1, top), want.gather(1, top))
         kept = [t.softmax(1).gather(1, top) for t in (got, want)]
