@@ -61,6 +61,7 @@ class _Flight:
         padding: Of the batch.
         real: Real latents (K, M, D).
         b: Their weights (K, M).
+        barred: Which of all K * M are no others for a class: its own, and padding; (K, K * M).
     """
 
     key: tuple[object, ...]
@@ -68,6 +69,7 @@ class _Flight:
     padding: _Padding
     real: Tensor
     b: Tensor
+    barred: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +181,11 @@ class OTGuidance(Guidance):
             self.check(class_labels, tuple(x.shape[1:]))
             present, groups = group_classes(class_labels)
             real, b = self._real(present, x.device)
-            self._flight = _Flight(key, present, _padding(groups, len(present)), real, b)
+            own = torch.eye(len(b), dtype=torch.bool, device=b.device).repeat_interleave(
+                b.shape[1], 1
+            )
+            barred = own | (b.flatten() == 0)
+            self._flight = _Flight(key, present, _padding(groups, len(present)), real, b, barred)
         return self._flight
 
     def _real(self, present: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -193,13 +199,13 @@ class OTGuidance(Guidance):
 
     def _move(self, flight: _Flight, x: Tensor, y: Tensor, finished: _Finished | None) -> Tensor:
         """`direction` by class, (K, N, D)."""
-        config, a, b = self.config, flight.padding.weights, flight.b
+        config, a = self.config, flight.padding.weights
         gradient, kappa = config.form == "gradient", config.repulsion if len(y) > 1 else 0.0
         moves = transport_moves(
             x,
             y,
             a if finished is None else finished.weights,
-            b,
+            flight.b,
             lambda_1=config.lambda_1,
             metric=config.metric,
             max_iter=config.max_iter,
@@ -209,29 +215,27 @@ class OTGuidance(Guidance):
         if not gradient:
             image = moves.of_x
             if kappa:
-                others, near = self._others(image, y, b, moves.eps / config.lambda_1)
+                others, near = self._others(flight, image, y, moves.eps)
                 image = image + kappa * (image - near @ others)
             return x - image
         if kappa:
-            others, near = self._others(x, y, b, moves.eps / config.lambda_1)
+            others, near = self._others(flight, x, y, moves.eps)
             a = (a if finished is None else finished.weights)[:, : x.shape[1], None]
             with torch.enable_grad():
                 x = x.requires_grad_()
-                away = kappa * (a * near * cost_matrix(x, others, config.metric)).sum()
-            return moves.of_x - torch.autograd.grad(away, x)[0]
+                away = near * cost_matrix(x, others, config.metric)
+                (push,) = torch.autograd.grad(kappa * (a * away).sum(), x)
+            return moves.of_x - push
         return moves.of_x
 
-    def _others(self, x: Tensor, y: Tensor, b: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    def _others(self, flight: _Flight, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Real latents of all classes (K * M, D), and how near those of others are (K, N, K * M).
 
         Nearness sums to 1: softmax_j(-C_nj / std(C)) over the latents of the other classes.
         """
-        classes, width, _ = y.shape
-        others = y.flatten(0, 1)
-        own = torch.arange(classes, device=y.device).repeat_interleave(width)
-        barred = (own == torch.arange(classes, device=y.device)[:, None]) | (b.flatten() == 0)
+        others, spread = y.flatten(0, 1), eps / self.config.lambda_1
         C = cost_matrix(x, others, self.config.metric)
-        scores = (-C / spread[:, None, None]).masked_fill(barred[:, None], -torch.inf)
+        scores = (-C / spread[:, None, None]).masked_fill(flight.barred[:, None], -torch.inf)
         return others, scores.softmax(-1)
 
     def _noised(self, y: Tensor, present: list[int], t: int, alpha_bar: float | None) -> Tensor:

@@ -28,14 +28,8 @@ def moves_cuda(
     M, in_one = y.shape[-2], C is None
     L = 0 if given is None else given.shape[-2]
     B, signed = math.prod(batch), gradient and in_one
-    shapes = (
-        x.shape if signed else (0,),
-        (0,) if signed else (*batch, N, M),
-        a.shape,
-        b.shape,
-        batch,
-    )
-    out = of_x, plan, f, g, eps = tuple(x.new_empty(shape) for shape in shapes)
+    made = (x.shape, (0,)) if signed else ((0,), (*batch, N, M))
+    of_x, plan, f, g, eps = (x.new_empty(t) for t in (*made, a.shape, b.shape, batch))
     C = x.new_empty(*batch, N, M) if C is None else C.contiguous()
     given = None if L == 0 else given.contiguous()
     x, y, a, b, start = pointers.flat(len(batch), x, y, a, b, start)
@@ -61,4 +55,4 @@ def moves_cuda(
         space.numel(),
     )
     pointers.check_cuda(status, "transport_moves")
-    return out
+    return of_x, plan, f, g, eps
