@@ -5,7 +5,7 @@
 
 namespace otdd::cuda {
 
-constexpr int kSpreadThreads = 512;
+constexpr int kSpreadThreads = 1024;
 
 // What one launch leaves in the workspace for the next, and what the solve writes and nobody asks for.
 template <class T>
@@ -29,17 +29,29 @@ struct MoveSpace {
   }
 };
 
-// A block for each class: eps, and the costs of all its points in one place. Sums in double, a warp has a row.
+// A cluster of blocks for each class, where there are clusters: eps, and the costs of all its points in one place.
+// Sums in double; a warp has a row at a time.
 template <class T>
 OTDD_KERNEL OTDD_THREADS(kSpreadThreads, 1)
     spread_costs(OTDD_ARGUMENT MoveArgs<T> args, OTDD_ARGUMENT MoveSpace<T> space) {
   double* of_warps = reinterpret_cast<double*>(chip::shared());
-  const int lane = chip::thread() % 32, warp = chip::thread() / 32, warps = chip::threads() / 32;
+  double* of_block = of_warps + kMostWarps;
+  const int lane = chip::thread() % 32, peers = chip::blocks_of_cluster(), rank = chip::block_of_cluster();
+  const i64 warp = rank * (chip::threads() / 32) + chip::thread() / 32, warps = peers * (chip::threads() / 32);
   const i64 rows = args.N + args.L;
-  for (i64 k = chip::block(); k < args.B; k += chip::blocks()) {
+  for (i64 k = chip::block() / peers; k < args.B; k += chip::blocks() / peers) {
     const auto row_of = [&](i64 i) {
       const i64 moving = k * args.N + i, given = k * args.L + i - args.N;
       return i < args.N ? args.C + moving * args.M : args.given + given * args.M;
+    };
+    const auto over_class = [&](double x, int slot) {
+      x = over_block(x, Add(), 0, of_warps);
+      if (peers == 1) return x;
+      if (chip::thread() == 0) of_block[slot] = x;
+      chip::sync_cluster();
+      x = 0;
+      for (int r = 0; r < peers; ++r) x += chip::of_block(of_block, r)[slot];
+      return x;
     };
     double sum = 0, count = 0;
     for (i64 i = warp; i < rows; i += warps) {
@@ -53,7 +65,7 @@ OTDD_KERNEL OTDD_THREADS(kSpreadThreads, 1)
         if (used && args.b.at(k, j) > 0) sum += double(c), count += 1;
       }
     }
-    sum = over_block(sum, Add(), 0, of_warps), count = over_block(count, Add(), 0, of_warps);
+    sum = over_class(sum, 0), count = over_class(count, 1);
     const double mean = sum / count;
     double squares = 0;
     for (i64 i = warp; i < rows; i += warps) {
@@ -64,13 +76,21 @@ OTDD_KERNEL OTDD_THREADS(kSpreadThreads, 1)
         if (args.b.at(k, j) > 0) squares += off * off;
       }
     }
-    squares = over_block(squares, Add(), 0, of_warps);
-    if (chip::thread() != 0) continue;
+    squares = over_class(squares, 2);
+    if (peers > 1) chip::sync_cluster();  // all have read what the next class, or nobody, will have here
+    if (rank > 0 || chip::thread() != 0) continue;
     const double spread = ::sqrt(squares / count), least = 1e-6 * ::fabs(mean) + 1e-12;  // of a single pair: 0
     const T eps = T(args.lambda * (spread < least ? least : spread));
     chip::write(args.eps + k, eps), chip::write(space.eps + k, double(eps));
     chip::write(space.to_exponent + k, kLog2e / double(eps));
   }
+}
+
+// A block's share is better not less than 8192 costs.
+inline Shape shape_of_spread(const Chip& chip, i64 B, i64 costs) {
+  int peers = 1;
+  while (2 * peers <= 8 && 2 * peers <= chip.cluster && 2 * peers * 8192 <= costs) peers *= 2;
+  return {grid_of(chip, B) * peers, kSpreadThreads, (kMostWarps + 3) * i64(sizeof(double)), peers};
 }
 
 // The plan, from its potentials. Without its weights no entry overflows: each column has the mass of its weight.
@@ -115,8 +135,7 @@ int moves(const MoveArgs<T>& m, int device, void* workspace, void* stream) {
   if (m.x.data) status = cost<T>({m.B, m.N, m.M, m.D, m.x, m.y, m.C}, device, rest, stream);
   if (status != kOk) return status;
   status = on_device(device, [&](const Chip& chip) {
-    const Shape shape{grid_of(chip, m.B), kSpreadThreads, kMostWarps * i64(sizeof(double))};
-    return launch(spread_costs<T>, shape, stream, m, space);
+    return launch(spread_costs<T>, shape_of_spread(chip, m.B, rows * m.M), stream, m, space);
   });
   if (status != kOk) return status;
   SinkhornArgs<T> s{};
