@@ -31,7 +31,7 @@ def moves_cuda(
     made = (x.shape, (0,)) if signed else ((0,), (*batch, N, M))
     of_x, plan, f, g, eps = (x.new_empty(t) for t in (*made, a.shape, b.shape, batch))
     C = x.new_empty(*batch, N, M) if C is None else C.contiguous()
-    given = None if L == 0 else given.contiguous()
+    given = None if given is None or L == 0 else given.contiguous()
     x, y, a, b, start = pointers.flat(len(batch), x, y, a, b, start)
     x, y = pointers.with_rows(x), pointers.with_rows(y)
     nothing = 0, 0, 0
