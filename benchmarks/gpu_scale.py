@@ -1,4 +1,4 @@
-"""What the ops are part of, for scale: a step of DiT-XL/2-256 and a training step of ResNet-18.
+"""What the ops are part of, for scale: steps of DiT-XL/2-256, of its guidance and of ResNet-18.
 
 Weights are random; the time does not depend on them.
 """
@@ -7,6 +7,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 
+import gpu_contenders
 import gpu_floors
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from otdd import _torchvision
 
 IMAGES, CHUNK, GUIDANCE = 4096, 256, 4.0
+CLASSES, REAL = 64, 1300  # real latents of each class
 BATCH = 1024
 
 
@@ -107,6 +109,30 @@ def dit_step() -> tuple[str, Callable]:
     return f"{told}; {CHUNK} images at a time", step
 
 
+def guidance_step(graph: bool, **settings: object) -> Callable[[], tuple[str, Callable]]:
+    """Of `OTGuidance`, on latents of DiT; real ones as many a class as ImageNet has."""
+
+    def make() -> tuple[str, Callable]:
+        from otdd.distill.config import GuidanceConfig
+        from otdd.distill.guidance import OTGuidance
+
+        guidance = OTGuidance(GuidanceConfig(reference_size=REAL, **settings))
+        labels = torch.arange(CLASSES, device="cuda")
+        real = torch.randn(CLASSES * REAL, 4, 32, 32, device="cuda")
+        guidance.set_reference(real, labels.repeat_interleave(REAL))
+        labels = labels.repeat_interleave(IMAGES // CLASSES)
+        x = torch.randn(IMAGES, 4, 32, 32, device="cuda")
+
+        def step() -> None:
+            guidance(x, 0, labels, alpha_bar=0.5)
+
+        if graph:
+            return "a CUDA graph", gpu_contenders.captured(step)
+        return "eager", step
+
+    return make
+
+
 def resnet_step() -> tuple[str, Callable]:
     _torchvision.repair()
     if importlib.util.find_spec("timm") is not None:
@@ -133,8 +159,19 @@ def resnet_step() -> tuple[str, Callable]:
     return f"{told}; 224x224, bf16 autocast, SGD", step
 
 
+L1 = {"form": "gradient", "metric": "l1", "repulsion": 0.0}
 STEPS = {
     f"DiT-XL/2-256, a bf16 step with CFG for {IMAGES} images": (dit_step, 3),
+    f"guidance of {IMAGES} images of {CLASSES} classes, defaults": (guidance_step(False), 10),
+    f"guidance of {IMAGES} images of {CLASSES} classes, defaults, graph": (guidance_step(True), 10),
+    f"guidance of {IMAGES} images of {CLASSES} classes, L1 gradient": (
+        guidance_step(False, **L1),
+        10,
+    ),
+    f"guidance of {IMAGES} images of {CLASSES} classes, L1 gradient, graph": (
+        guidance_step(True, **L1),
+        10,
+    ),
     f"ResNet-18, a training step of {BATCH} images": (resnet_step, 10),
 }
 

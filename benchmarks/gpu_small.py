@@ -14,6 +14,7 @@ from torch import Tensor
 from otdd import ops
 from otdd.backends import BackendError
 from otdd.ops.logits import logit_transport
+from otdd.ops.moves import transport_moves
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-3, "float64": 1e-7}  # relative, in L1
@@ -59,6 +60,13 @@ LOGITS = {  # B, N, K, of csrc/cuda/logits.cu
     "many classes": (1, 40, 1000),
     "classes in slices": (1, 3, 9000),
 }
+MOVES = {  # B, N, L, M, D, of csrc/cuda/moves.cu
+    "few points": (2, 5, 2, 7, 3),
+    "clusters": (2, 30, 10, 1300, 40),
+    "many features": (1, 3, 0, 5, 9000),
+    "many targets": (1, 1, 0, 4000, 3),
+}
+WHAT = ("gradient", "image")
 
 
 def programs() -> Iterator[tuple[str, str]]:
@@ -70,6 +78,7 @@ def programs() -> Iterator[tuple[str, str]]:
             yield from ((f"{shape}, {option}", dtype) for option in options)
         yield from ((f"cost, {shape}", dtype) for shape in COSTS)
         yield from ((f"logits, {shape}", dtype) for shape in LOGITS)
+        yield from ((f"{what} of moves, {shape}", dtype) for what in WHAT for shape in MOVES)
 
 
 def solve(shape: str, option: str, dtype: str, device: str, backend: str) -> list[Tensor]:
@@ -112,12 +121,31 @@ def logits(shape: str, dtype: str, device: str, backend: str) -> list[Tensor]:
     return [value, *torch.autograd.grad(value.sum(), student)]
 
 
+def moves(what: str, shape: str, dtype: str, device: str, backend: str) -> list[Tensor]:
+    B, N, L, M, D = MOVES[shape]
+    generator = torch.Generator().manual_seed(D)
+    x, y, given = (
+        torch.randn(B, *n, generator=generator, dtype=DTYPES[dtype])
+        for n in ((N, D), (M, D), (L, M))
+    )
+    given = D + given if L else None
+    a, b = (torch.rand(B, n, generator=generator, dtype=x.dtype) for n in (N + L, M))
+    b[:, 1] = 0
+    a, b = (w / w.sum(-1, keepdim=True) for w in (a, b))
+    x, y, a, b, given = (None if t is None else t.to(device) for t in (x, y, a, b, given))
+    options = {"lambda_1": 0.5, "metric": "l1", "max_iter": 3, "gradient": what == "gradient"}
+    result = transport_moves(x, y, a, b, **options, given=given, backend=backend)
+    return [result.of_x, result.f, result.g, result.eps]
+
+
 def run(name: str, dtype: str, device: str, backend: str) -> list[Tensor]:
     shape, option = name.rsplit(", ", 1)
     if shape == "cost":
         return cost(option, dtype, device, backend)
     if shape == "logits":
         return logits(option, dtype, device, backend)
+    if shape.endswith(" of moves"):
+        return moves(shape.split()[0], option, dtype, device, backend)
     return solve(shape, option, dtype, device, backend)
 
 

@@ -206,6 +206,24 @@ int logits_backward_(int device, Address stream, i64 B, i64 N, i64 D, Address p,
 }
 
 template <class T>
+int moves_(int device, Address stream, i64 B, i64 N, i64 L, i64 M, i64 D, Strided x, Strided y, Address C,
+           Address given, Strided a, Strided b, Strided g0, double lambda, i64 max_iter, Address f, Address g,
+           Address eps, Address dx, Address plan, bool relative, Address space, i64 bytes) {
+  const MoveArgs<T> args{B, N, L, M, D, matrices<T>(x), matrices<T>(y), address<T>(C), address<const T>(given),
+                         vectors<T>(a), vectors<T>(b), vectors<T>(g0), lambda, max_iter, address<T>(f),
+                         address<T>(g), address<T>(eps), address<T>(dx), address<T>(plan), relative};
+  announce(args.x, B, N, D), announce(args.y, B, M, D), announce(args.given, B, L * M, L, M, M, sizeof(T));
+  if (args.x.data) result(args.C, B * N * M);
+  else announce(static_cast<const T*>(args.C), B, N * M, N, M, M, sizeof(T));
+  announce(args.a, B, N + L), announce(args.b, B, M), announce(args.g0, B, M);
+  result(args.f, B * (N + L)), result(args.g, B * M), result(args.eps, B);
+  if (args.dx) result(args.dx, B * N * D);
+  if (args.plan) result(args.plan, B * N * M);
+  workspace(address<void>(space), bytes);
+  return run([&] { return moves<T>(args, device, address<void>(space), address<void>(stream)); });
+}
+
+template <class T>
 void bind_kernels_of(py::module_& m, const std::string& suffix) {
   m.def(("cuda_sinkhorn_workspace_" + suffix).c_str(), &sinkhorn_workspace<T>);
   m.def(("cuda_sinkhorn_" + suffix).c_str(), &sinkhorn_<T>);
@@ -220,6 +238,8 @@ void bind_kernels_of(py::module_& m, const std::string& suffix) {
   m.def(("cuda_logits_" + suffix).c_str(), &logits_<T>);
   m.def(("cuda_logits_backward_workspace_" + suffix).c_str(), &logits_backward_workspace<T>);
   m.def(("cuda_logits_backward_" + suffix).c_str(), &logits_backward_<T>);
+  m.def(("cuda_moves_workspace_" + suffix).c_str(), &moves_workspace<T>);
+  m.def(("cuda_moves_" + suffix).c_str(), &moves_<T>);
 }
 
 inline void bind_kernels(py::module_& m) {

@@ -108,4 +108,26 @@ int launch_side(const Chip& chip, i64 B, const SideArgs<T, Weights>& args, const
                             : launch(cost_side<T, 2, Weights>, shape, stream, args, plan, layout);
 }
 
+// out = the sum of its copies, in their order.
+template <class T>
+OTDD_KERNEL OTDD_THREADS(256, 1) add_copies(const T* copies, i64 slices, i64 count, T* out) {
+  const i64 step = i64(chip::blocks()) * chip::threads();
+  for (i64 k = i64(chip::block()) * chip::threads() + chip::thread(); k < count; k += step) {
+    T sum = chip::read(copies + k);
+    for (i64 s = 1; s < slices; ++s) sum += chip::read(copies + s * count + k);
+    chip::write(out + k, sum);
+  }
+}
+
+// run(where the sums are to be left), then the copies, if there are several, become `out`.
+template <class T, class Run>
+int with_copies(const Chip& chip, const Cut& cut, i64 count, T* out, void* workspace, void* stream,
+                Run run) {
+  T* copies = static_cast<T*>(workspace);
+  const int status = run(cut.slices > 1 ? copies : out);
+  if (status != kOk || cut.slices == 1) return status;
+  return launch(add_copies<T>, {grid_of(chip, ceil_div(count, 256)), 256}, stream, copies, cut.slices,
+                count, out);
+}
+
 }  // namespace otdd::cuda

@@ -45,4 +45,10 @@ int logits(const LogitArgs<T>& args, int device, void* workspace, void* stream);
 template <class T>
 int logits_backward(const LogitBackwardArgs<T>& args, int device, void* workspace, void* stream);
 
+// Points to the plan, or to the gradient, of their transport.
+template <class T>
+i64 moves_workspace(int device, i64 B, i64 N, i64 L, i64 M, i64 D);
+template <class T>
+int moves(const MoveArgs<T>& args, int device, void* workspace, void* stream);
+
 }  // namespace otdd::cuda

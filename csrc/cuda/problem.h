@@ -108,4 +108,22 @@ struct LogitBackwardArgs {
   Number type;     // of dstudent: T or one of half its digits
 };
 
+// Transport of B classes from N moving points, with L points whose costs are given, to M others. eps of each
+// class is lambda times the standard deviation of its costs between points with weight.
+template <class T>
+struct MoveArgs {
+  i64 B, N, L, M, D;
+  Matrices<T> x, y;  // null: C is given
+  T* C;              // L1 costs of the moving points; contiguous
+  const T* given;    // costs of the others, contiguous
+  Vectors<T> a, b;   // of N + L points, of M
+  Vectors<T> g0;
+  double lambda;
+  i64 max_iter;
+  T *f, *g, *eps;  // contiguous
+  T* dx;           // signed sums of the plan, the gradient of <P, C> for P held fixed; or null
+  T* plan;         // of the moving points; or null
+  bool relative;   // the plan over the rows' weights, 0 where they are 0
+};
+
 }  // namespace otdd::cuda

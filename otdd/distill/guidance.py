@@ -27,33 +27,73 @@ from torch import Tensor
 
 from otdd.distill.config import GuidanceConfig
 from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, rng
-from otdd.ops import barycentric, cost_matrix, sinkhorn
+from otdd.ops import cost_matrix, sinkhorn
+from otdd.ops.moves import scaled_eps, transport_moves
 
 
-@dataclass(frozen=True)
-class _Padded:
-    """Rows grouped by class: `rows` (K, N, D), `weights` (K, N) with zeros at the padding."""
+@dataclass(frozen=True, eq=False)
+class _Padding:
+    """Where rows go in a tensor by class, (K, N, ...), and what they weigh there.
 
-    rows: Tensor
-    weights: Tensor
-    slots: Tensor  # of the input rows, in the flattened (K * N)
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """Costs (K, L, M) from the finished latents of a call, which stay where they are, and weights.
-
-    They are made once for all the denoising steps of the same `memory` and classes.
+    Attributes:
+        index: Of the row at each place, (K * N).
+        weights: (K, N), with zeros at the padding.
+        slots: Place of each row among the K * N.
     """
 
+    index: Tensor
+    weights: Tensor
+    slots: Tensor
+
+    def of(self, latents: Tensor) -> Tensor:
+        """Latents as rows of float32 by class, (K, N, D)."""
+        rows = latents.detach().flatten(1).float()
+        return rows[self.index].view(*self.weights.shape, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """What the classes of a batch in flight decide, once for all its denoising steps.
+
+    Attributes:
+        key: The labels and the device that this is for.
+        present: Classes, in order.
+        padding: Of the batch.
+        real: Real latents (K, M, D).
+        b: Their weights (K, M).
+        barred: Which of all K * M are no others for a class: its own, and padding; (K, K * M).
+    """
+
+    key: tuple[object, ...]
+    present: list[int]
+    padding: _Padding
+    real: Tensor
+    b: Tensor
+    barred: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Finished:
+    """Costs (K, L, M) from the finished latents of a call, which stay where they are.
+
+    They are made once for all the denoising steps of the same `memory` and flight, and so are the
+    weights (K, N + L) that these and the latents in flight have in one problem.
+    """
+
+    key: tuple[object, ...]
     costs: Tensor
     weights: Tensor
-    key: tuple[object, ...]
 
-    def serves(self, key: tuple[object, ...]) -> bool:
-        """Whether the costs are those of the very same tensors and values."""
-        pairs = zip(self.key, key, strict=True)
-        return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs)
+
+def _same(key: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    """Whether both are of the very same tensors and values."""
+    pairs = zip(key, other, strict=True)
+    return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs)
+
+
+def _version(t: Tensor) -> object:
+    """Another one after each change in place; where PyTorch counts none, another at each call."""
+    return object() if t.is_inference() else t._version
 
 
 class OTGuidance(Guidance):
@@ -68,7 +108,8 @@ class OTGuidance(Guidance):
         self.config = config or GuidanceConfig()
         self.seed = seed
         self._classes: list[int] = []
-        self._reference: _Padded | None = None
+        self._reference: tuple[Tensor, Tensor] | None = None
+        self._flight: _Flight | None = None
         self._finished: _Finished | None = None
 
     def set_reference(self, latents: Tensor, class_labels: Tensor) -> None:
@@ -82,8 +123,9 @@ class OTGuidance(Guidance):
         keep = pick_reference(class_labels, self.config.reference_size, self.seed)
         latents, class_labels = latents[keep], class_labels[keep]
         self._classes, groups = group_classes(class_labels)
-        self._reference = _pad(latents.flatten(1).float(), groups, len(self._classes))
-        self._finished = None
+        padding = _padding(groups, len(self._classes))
+        self._reference = padding.of(latents), padding.weights
+        self._flight = self._finished = None
         self._shape = tuple(latents.shape[1:])
 
     @property
@@ -93,13 +135,16 @@ class OTGuidance(Guidance):
 
     def check(self, class_labels: Tensor, shape: tuple[int, ...]) -> None:
         """Raises if there is no reference for latents of this shape and these classes."""
+        self._check_shape(shape)
+        missing = sorted(set(class_labels.tolist()) - set(self._classes))
+        if missing:
+            raise ValueError(f"classes {missing} have no reference latents; give them all")
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
         if self._reference is None:
             raise RuntimeError("OTGuidance has no reference yet: call set_reference first")
         if tuple(shape) != tuple(self._shape):
             raise ValueError(f"x has latents of {tuple(shape)}, the reference has {self._shape}")
-        missing = sorted(set(class_labels.tolist()) - set(self._classes))
-        if missing:
-            raise ValueError(f"classes {missing} have no reference latents; give them all")
 
     def direction(
         self,
@@ -112,82 +157,86 @@ class OTGuidance(Guidance):
     ) -> Tensor:
         """What lowers the transport cost when subtracted: x - T(x), or the gradient g."""
         check_latents(x, class_labels, "x")
-        self.check(class_labels, tuple(x.shape[1:]))
-        present, groups = group_classes(class_labels)
-        moving = _pad(x.detach().flatten(1).float(), groups, len(present))
-        y, b = self._real(present, x.device)
+        flight = self._in_flight(x, class_labels)
+        y = flight.real
         if self.config.target == "q_sample":
-            y = self._noised(y, present, int(t), alpha_bar)
-        finished = self._finish(memory, present, y)
-        move = self._solve(moving, finished, y, b)
-        return move.flatten(0, 1)[moving.slots].view_as(x).to(x.dtype)
+            y = self._noised(y, flight.present, int(t), alpha_bar)
+        finished = self._finish(memory, flight, y)
+        move = self._move(flight, flight.padding.of(x), y, finished)
+        return move.flatten(0, 1)[flight.padding.slots].view_as(x).to(x.dtype)
 
     def transport_cost(self, x: Tensor, class_labels: Tensor) -> Tensor:
         """Cost <P, C> of each class present, in the order of their labels; (K,)."""
-        present, groups = group_classes(class_labels)
-        sources = _pad(x.detach().flatten(1).float(), groups, len(present))
-        y, b = self._real(present, x.device)
-        C = cost_matrix(sources.rows, y, self.config.metric)
-        eps = self._eps(C, sources.weights, b)
-        return sinkhorn(C, sources.weights, b, eps=eps, max_iter=self.config.max_iter).cost
+        flight = self._in_flight(x, class_labels)
+        a, b = flight.padding.weights, flight.b
+        C = cost_matrix(flight.padding.of(x), flight.real, self.config.metric)
+        eps = scaled_eps(C, a, b, self.config.lambda_1)
+        return sinkhorn(C, a, b, eps=eps, max_iter=self.config.max_iter).cost
+
+    def _in_flight(self, x: Tensor, class_labels: Tensor) -> _Flight:
+        """Checked, and made where the labels are not those of the call before: values are read."""
+        self._check_shape(tuple(x.shape[1:]))
+        key = (class_labels, _version(class_labels), x.device)
+        if self._flight is None or not _same(self._flight.key, key):
+            self.check(class_labels, tuple(x.shape[1:]))
+            present, groups = group_classes(class_labels)
+            real, b = self._real(present, x.device)
+            own = torch.eye(len(b), dtype=torch.bool, device=b.device).repeat_interleave(
+                b.shape[1], 1
+            )
+            barred = own | (b.flatten() == 0)
+            self._flight = _Flight(key, present, _padding(groups, len(present)), real, b, barred)
+        return self._flight
 
     def _real(self, present: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Real latents (K, M, D) of the classes present, and their weights (K, M)."""
         assert self._reference is not None  # `check` has seen to it
-        rows, weights = self._reference.rows, self._reference.weights
+        rows, weights = self._reference
         if present != self._classes:  # else no copy: a run refers to just the classes in flight
             index = torch.tensor([self._classes.index(k) for k in present], device=rows.device)
             rows, weights = rows[index], weights[index]
         return rows.to(device), weights.to(device)
 
-    def _solve(self, moving: _Padded, finished: _Finished | None, y: Tensor, b: Tensor) -> Tensor:
-        x, kappa = moving.rows, self.config.repulsion if len(y) > 1 else 0.0
-        gradient, count = self.config.form == "gradient", x.shape[1]
-        with torch.set_grad_enabled(gradient):
-            x = x.detach().requires_grad_(gradient)
-            C = cost_matrix(x, y, self.config.metric)
-            costs, a = C.detach(), moving.weights
-            if finished is not None:
-                costs = torch.cat([costs, finished.costs], 1)
-                a = (torch.cat([a, finished.weights], 1) > 0).to(a.dtype)
-                a = a / a.sum(1, keepdim=True)
-            eps = self._eps(costs, a, b)
-            result = sinkhorn(costs, a, b, eps=eps, max_iter=self.config.max_iter)
-            a = a[:, :count]
-            if not gradient:
-                potentials = result.f[:, :count], result.g
-                image = barycentric(potentials, y, C=costs[:, :count], eps=eps, a=a, b=b)
-                if kappa:
-                    others, near = self._others(image, y, b, eps / self.config.lambda_1)
-                    image = image + kappa * (image - near @ others)
-                return x - image
-            objective = (result.plan[:, :count] * C).sum()
+    def _move(self, flight: _Flight, x: Tensor, y: Tensor, finished: _Finished | None) -> Tensor:
+        """`direction` by class, (K, N, D)."""
+        config, a = self.config, flight.padding.weights
+        gradient, kappa = config.form == "gradient", config.repulsion if len(y) > 1 else 0.0
+        moves = transport_moves(
+            x,
+            y,
+            a if finished is None else finished.weights,
+            flight.b,
+            lambda_1=config.lambda_1,
+            metric=config.metric,
+            max_iter=config.max_iter,
+            gradient=gradient,
+            given=None if finished is None else finished.costs,
+        )
+        if not gradient:
+            image = moves.of_x
             if kappa:
-                others, near = self._others(x.detach(), y, b, eps / self.config.lambda_1)
-                away = near * cost_matrix(x, others, self.config.metric)
-                objective = objective - kappa * (a[..., None] * away).sum()
-            return torch.autograd.grad(objective, x)[0]
+                others, near = self._others(flight, image, y, moves.eps)
+                image = image + kappa * (image - near @ others)
+            return x - image
+        if kappa:
+            others, near = self._others(flight, x, y, moves.eps)
+            a = (a if finished is None else finished.weights)[:, : x.shape[1], None]
+            with torch.enable_grad():
+                x = x.requires_grad_()
+                away = near * cost_matrix(x, others, config.metric)
+                (push,) = torch.autograd.grad(kappa * (a * away).sum(), x)
+            return moves.of_x - push
+        return moves.of_x
 
-    def _others(self, x: Tensor, y: Tensor, b: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    def _others(self, flight: _Flight, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Real latents of all classes (K * M, D), and how near those of others are (K, N, K * M).
 
         Nearness sums to 1: softmax_j(-C_nj / std(C)) over the latents of the other classes.
         """
-        classes, width, _ = y.shape
-        others = y.flatten(0, 1)
-        own = torch.arange(classes, device=y.device).repeat_interleave(width)
-        barred = (own == torch.arange(classes, device=y.device)[:, None]) | (b.flatten() == 0)
+        others, spread = y.flatten(0, 1), eps / self.config.lambda_1
         C = cost_matrix(x, others, self.config.metric)
-        scores = (-C / spread[:, None, None]).masked_fill(barred[:, None], -torch.inf)
+        scores = (-C / spread[:, None, None]).masked_fill(flight.barred[:, None], -torch.inf)
         return others, scores.softmax(-1)
-
-    def _eps(self, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        valid = (a > 0)[:, :, None] & (b > 0)[:, None, :]
-        count = valid.sum((1, 2))
-        mean = (C * valid).sum((1, 2)) / count
-        spread = ((C - mean[:, None, None]).square() * valid).sum((1, 2)) / count
-        floor = 1e-6 * mean.abs() + 1e-12  # a single pair has no spread
-        return self.config.lambda_1 * spread.sqrt().maximum(floor)
 
     def _noised(self, y: Tensor, present: list[int], t: int, alpha_bar: float | None) -> Tensor:
         if alpha_bar is None:
@@ -198,20 +247,20 @@ class OTGuidance(Guidance):
         ]
         return alpha_bar**0.5 * y + (1 - alpha_bar) ** 0.5 * torch.stack(noise).to(y.device)
 
-    def _finish(self, memory: Memory | None, present: list[int], y: Tensor) -> _Finished | None:
+    def _finish(self, memory: Memory | None, flight: _Flight, y: Tensor) -> _Finished | None:
         """Costs from the latents finished before to the real ones, if there are any."""
         if memory is None or len(memory[0]) == 0:
             return None
-        versions = tuple(t._version for t in memory)
         noised = y if self.config.target == "q_sample" else None  # other targets at every step
-        key = (*memory, *versions, tuple(present), noised)
-        if self._finished is None or not self._finished.serves(key):
-            rows, groups = self._recent(memory, present)
-            if len(rows) == 0:
+        key = (*memory, *map(_version, memory), flight, noised)
+        if self._finished is None or not _same(self._finished.key, key):
+            latents, groups = self._recent(memory, flight.present)
+            if len(latents) == 0:
                 return None
-            padded = _pad(rows, groups, len(present))
-            costs = cost_matrix(padded.rows, y, self.config.metric)
-            self._finished = _Finished(costs, padded.weights, key)
+            padding = _padding(groups, len(flight.present))
+            costs = cost_matrix(padding.of(latents), y, self.config.metric)
+            a = (torch.cat([flight.padding.weights, padding.weights], 1) > 0).to(costs.dtype)
+            self._finished = _Finished(key, costs, a / a.sum(1, keepdim=True))
         return self._finished
 
     def _recent(self, memory: Memory, present: list[int]) -> tuple[Tensor, Tensor]:
@@ -219,7 +268,7 @@ class OTGuidance(Guidance):
         rows, groups = [], []
         for group, label in enumerate(present):
             own = latents[labels == label][-self.config.memory :]
-            rows.append(own.detach().flatten(1).float())
+            rows.append(own)
             groups.append(torch.full((len(own),), group, device=labels.device))
         return torch.cat(rows), torch.cat(groups)
 
@@ -236,10 +285,10 @@ def pick_reference(class_labels: Tensor, size: int, seed: int) -> Tensor:
     return torch.cat(kept)
 
 
-def _pad(rows: Tensor, groups: Tensor, count: int) -> _Padded:
+def _padding(groups: Tensor, count: int) -> _Padding:
     sizes = torch.bincount(groups, minlength=count)
     order = torch.argsort(groups, stable=True)
-    rank = torch.arange(len(groups), device=rows.device)
+    rank = torch.arange(len(groups), device=groups.device)
     rank = rank - (sizes.cumsum(0) - sizes)[groups[order]]
     width = int(sizes.max())
     slots = torch.empty_like(order)
@@ -247,7 +296,7 @@ def _pad(rows: Tensor, groups: Tensor, count: int) -> _Padded:
     # Padding repeats a real row, so that every cost (cosine too) stays finite there.
     first = order[(sizes.cumsum(0) - sizes).clamp_max(len(order) - 1)]  # of none: any row
     index = first[:, None].expand(-1, width).reshape(-1).clone()
-    index[slots] = torch.arange(len(groups), device=rows.device)
-    weights = rows.new_zeros(count * width)
-    weights[slots] = 1 / sizes[groups].to(rows.dtype)
-    return _Padded(rows[index].view(count, width, -1), weights.view(count, width), slots)
+    index[slots] = torch.arange(len(groups), device=groups.device)
+    weights = torch.zeros(count * width, device=groups.device)
+    weights[slots] = 1 / sizes[groups].float()
+    return _Padding(index, weights.view(count, width), slots)

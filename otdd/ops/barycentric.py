@@ -182,6 +182,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _image_backward_op = custom_op("otdd::barycentric_backward", _image_backward, _fake_image_backward)
 _once = differentiable(_image_backward_op, *no_derivative("barycentric has no second derivative"))
-_barycentric = differentiable(
-    custom_op("otdd::barycentric", _image, _fake_image), _setup_context, _backward
-)
+image_op = custom_op("otdd::barycentric", _image, _fake_image)
+_barycentric = differentiable(image_op, _setup_context, _backward)

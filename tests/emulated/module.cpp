@@ -5,6 +5,7 @@
 #include "cuda/bindings.h"
 #include "cuda/cost.cu"
 #include "cuda/logits.cu"
+#include "cuda/moves.cu"
 #include "cuda/sinkhorn.cu"
 
 namespace py = pybind11;

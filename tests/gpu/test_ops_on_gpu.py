@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from otdd.distill.config import GuidanceConfig
+from otdd.distill.guidance import OTGuidance
 from otdd.losses import OTLogitLoss
 from otdd.ops import barycentric, cost_matrix, sinkhorn
 from otdd.ops.logits import logit_transport
+from otdd.ops.moves import transport_moves
 
 pytestmark = pytest.mark.gpu
 
@@ -175,6 +178,64 @@ def test_logits(size, dtype):
         exact = logit_gradient(*(t.float() for t in narrow), "cuda")
         assert torch.equal(seen[0], exact[0])
         assert torch.equal(seen[1], exact[1].to(half))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", ["l1", "sqeuclidean"])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (5, 1, 0, 1, 1),
+        (3, 5, 2, 7, 3),
+        (64, 64, 0, 1300, 128),
+        (1, 3, 1, 40, 9000),
+        (1, 1, 0, 4000, 3),
+    ],
+)
+def test_moves(size, gradient, metric, dtype):
+    B, N, L, M, D = size
+    generator = torch.Generator().manual_seed(D)
+    shapes = (N, D), (M, D), (L, M)
+    x, y, given = (torch.randn(B, *s, generator=generator, dtype=dtype) for s in shapes)
+    a, b = (torch.rand(B, n, generator=generator, dtype=dtype) + 0.1 for n in (N + L, M))
+    a[1:, 1:2] = 0
+    tensors = [
+        t.to(DEVICE) for t in (x, y, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True))
+    ]
+    given = (D + given).to(DEVICE) if L else None
+    options = {"lambda_1": 0.5, "metric": metric, "max_iter": 10, "gradient": gradient}
+
+    def run(backend, tensors, given):
+        moves = transport_moves(*tensors, **options, given=given, backend=backend)
+        return moves.of_x, moves.f, moves.g, moves.eps
+
+    seen = run("cuda", tensors, given)
+    want = run("reference", wide(tensors), None if given is None else given.double())
+    close(seen, want, 100 * DTYPES[dtype], least=1e-3)
+    assert all(map(torch.equal, seen, run("cuda", tensors, given)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"form": "gradient", "metric": "l1", "repulsion": 0.0}])
+def test_a_step_of_guidance_captured_in_a_cuda_graph(settings):
+    """The first call makes what the classes decide; those after it wait for nothing."""
+    guidance = OTGuidance(GuidanceConfig(**settings))
+    real = torch.randn(60, 4, 8, 8, device=DEVICE)
+    guidance.set_reference(real, torch.arange(3, device=DEVICE).repeat_interleave(20))
+    x = torch.randn(7, 4, 8, 8, device=DEVICE)
+    labels = torch.tensor([0, 2, 1, 1, 0, 0, 0], device=DEVICE)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            guidance.direction(x, 0, labels)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = guidance.direction(x, 0, labels)
+    x.normal_()
+    graph.replay()
+    assert torch.equal(captured, guidance.direction(x, 0, labels))
 
 
 @pytest.mark.parametrize("size", [(64, 64, 64), (1, 1500, 1500)])

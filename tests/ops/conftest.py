@@ -61,6 +61,10 @@ FEWER = {
     "test_logits": {
         "test_values_and_gradients": lambda p: p["size"] in [(1, 7), (7, 9)] and not p["sinkd"],
     },
+    "test_moves": {
+        "test_values": lambda p: p["size"] in [(1, 0, 9, 4), (5, 2, 7, 3)],
+        "test_costs_of_any_size": lambda p: p["scale"] > 1,
+    },
     "test_masses": {"test_total_weight": lambda p: p["mass"] in (1e-25, 1e25)},
     "test_transforms": {
         "test_hessian_of_value": lambda p: False,

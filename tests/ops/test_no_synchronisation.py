@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from otdd import backends
 from otdd.losses import DatasetDistance, OTDistillationLoss, OTLogitLoss
 from otdd.ops import barycentric, cost_matrix, sinkhorn, sinkhorn_points
+from otdd.ops.moves import transport_moves
 from otdd.ops.points import tiles
 from otdd.ops.points.reference import Clouds
 
@@ -60,6 +61,16 @@ def test_solve(calls, grad, eps):
     barycentric(result, y)
     assert result.plan.shape == C.shape
     assert {"otdd::cost_matrix", "otdd::sinkhorn"} <= calls.names
+
+
+@pytest.mark.parametrize("metric", ["l1", "cosine"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_moves(calls, metric, gradient):
+    points = fake(3, 20, 7), fake(3, 30, 7), fake(3, 25), fake(3, 30)
+    options = {"lambda_1": 0.1, "metric": metric, "max_iter": 5, "gradient": gradient}
+    moves = transport_moves(*points, **options, given=fake(3, 5, 30))
+    assert moves.of_x.shape == (3, 20, 7)
+    assert "otdd::transport_moves" in calls.names
 
 
 def test_unbalanced(calls):

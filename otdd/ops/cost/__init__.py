@@ -131,12 +131,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return dx, dy, None, None
     metric = ctx.metric
     if metric == "l2":
-        C = ctx.saved_tensors[2]
-        grad = grad / (2 * C).masked_fill_(C == 0, torch.inf)  # of a distance 0: 0
-        metric = "sqeuclidean"
+        grad, metric = _of_squares(grad, ctx.saved_tensors[2]), "sqeuclidean"
     run = _cost_gradients if torch.is_grad_enabled() else cost_gradients
     dx, dy = run(grad, x, y, metric, need_x, need_y, ctx.backend)
     return dx if need_x else None, dy if need_y else None, None, None
+
+
+def gradient_of_x(
+    grad: Tensor, x: Tensor, y: Tensor, C: Tensor, metric: str, backend: str
+) -> Tensor:
+    """Gradient of ``<grad, C>``, for ``C`` the costs of `cost_matrix`, in x; not differentiable."""
+    if metric == "cosine":
+        return _cosine_side(grad, x, y)
+    if metric == "l2":
+        grad, metric = _of_squares(grad, C), "sqeuclidean"
+    return cost_gradients(grad, x, y, metric, True, False, backend)[0]
+
+
+def _of_squares(grad: Tensor, C: Tensor) -> Tensor:
+    """The gradient with respect to squared distances, from that of the distances C."""
+    return grad / (2 * C).masked_fill_(C == 0, torch.inf)  # of a distance 0: 0
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -24,8 +24,17 @@ def cost_matrix_reference(x: Tensor, y: Tensor, metric: str) -> Tensor:
 
 
 def _euclidean(x: Tensor, y: Tensor) -> Tensor:
+    if x.numel() and _is_one(y):  # cdist would copy it for each problem
+        y = y[(0,) * (y.dim() - 2)]
+        return _euclidean(x.flatten(0, -2), y).unflatten(0, x.shape[:-1])
     # Differences, not |x|^2 + |y|^2 - 2xy: exact for close points and shifted clouds.
     return torch.cdist(x, y, p=2.0, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _is_one(t: Tensor) -> bool:
+    """Whether all problems of a batch have the same points, at the same place."""
+    batch = zip(t.shape[:-2], t.stride(), strict=False)
+    return t.dim() > 2 and all(size == 1 or stride == 0 for size, stride in batch)
 
 
 def _scale(x: Tensor, y: Tensor) -> Tensor:
