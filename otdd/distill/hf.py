@@ -1,4 +1,8 @@
-"""A set as a Hugging Face data set: parquet files, and a card that says what they are."""
+"""Sets as a Hugging Face data set: parquet files, and a card that says what they are.
+
+An exported folder holds one set, and its card one config; that of a run has a config for every
+set.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,20 @@ import html
 import io
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from otdd import __version__
 from otdd.distill.artefact import DistilledSet
-from otdd.distill.config import ConfigError
 from otdd.distill.formats import pictures
+from otdd.distill.setfiles import DEFAULT, SetFiles
 from otdd.distill.store import Store
 from otdd.distill.words import averaged
 
 CARD = "README.md"
+ALONE = "default"  # config of a folder that holds one set
 SHARD_ROWS, SHARD_BYTES = 50_000, 256 * 2**20
 ROW_GROUP = 100  # images in one piece of a file that is streamed
 MANY = 1000  # classes and accuracies that the card lists
@@ -27,22 +35,61 @@ def hf(target: Store, loaded: DistilledSet, manifest: dict[str, Any]) -> None:
     from otdd.distill.export import METRICS, without_paths
     from otdd.distill.plots import grid
 
-    _write_parquet(target, loaded)
+    _write_table(target, "data", loaded)
     pair = (loaded.images, loaded.labels)
     target.write_bytes("grid.png", grid({loaded.name: pair}, loaded.classes))
     store, metrics = loaded.files.store, {}
     if store.has(METRICS):
         metrics = without_paths(store.read_json(METRICS))
         target.write_json(METRICS, metrics)
-    target.write_bytes(CARD, card(loaded, manifest, metrics).encode())
+    made = card({ALONE: loaded}, manifest["license"], manifest["config"], metrics)
+    target.write_bytes(CARD, made.encode())
 
 
-def _write_parquet(target: Store, loaded: DistilledSet) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ConfigError(f'--to hf: {error}; pip install "otdd[hub]"') from None
+def describe_run(
+    store: Store, labelled: Mapping[str, bool], config: dict[str, Any], metrics: dict[str, Any]
+) -> None:
+    """Makes the folder of a run one that `datasets.load_dataset` reads, with tables and a card.
+
+    Tables that are whole and have the right columns stay; so does a README of someone else.
+
+    Args:
+        store: of the run.
+        labelled: set -> whether it has all its soft labels.
+        config: settings of the run.
+        metrics: what `metrics.json` holds.
+    """
+    from otdd.distill.export import without_paths
+
+    sets = {}
+    for name in sorted(labelled, key=lambda name: name != DEFAULT):  # the first is what is read
+        files = SetFiles.find(store.path, name, verify=False)
+        if not labelled[name]:
+            files = replace(files, labels=())
+        sets[name] = DistilledSet(files, verify=False)
+        folder = f"sets/{name}/data"
+        if not _is_written(store.path / folder, sets[name]):
+            store.remove(folder)
+            _write_table(store, folder, sets[name])
+    made = card(sets, "unknown", without_paths(config), without_paths(metrics)).encode()
+    path = store.path / CARD
+    if not path.exists() or CARD in store.sums.known() or path.read_bytes() == made:
+        store.write_bytes(CARD, made)
+
+
+def _is_written(folder: Path, loaded: DistilledSet) -> bool:
+    import pyarrow.parquet as pq
+
+    found = [pq.ParquetFile(path) for path in folder.glob("*.parquet")]
+    columns = {tuple(file.schema_arrow.names) for file in found}
+    rows = sum(file.metadata.num_rows for file in found)
+    return rows == len(loaded) and columns == {tuple(_features(loaded))}
+
+
+def _write_table(target: Store, folder: str, loaded: DistilledSet) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     soft, classes = loaded.soft_labels, len(loaded.classes)
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields = [pa.field("image", image), pa.field("label", pa.int64())]
@@ -63,7 +110,7 @@ def _write_parquet(target: Store, loaded: DistilledSet) -> None:
         buffer = io.BytesIO()
         table = pa.Table.from_arrays(columns, schema=schema)
         pq.write_table(table, buffer, row_group_size=ROW_GROUP)
-        target.write_bytes(f"data/train-{number:05d}.parquet", buffer.getvalue())
+        target.write_bytes(f"{folder}/train-{number:05d}.parquet", buffer.getvalue())
         done += len(rows)
 
 
@@ -91,10 +138,47 @@ def _features(loaded: DistilledSet) -> dict[str, Any]:
     return features
 
 
-def card(loaded: DistilledSet, manifest: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """The card: a head that the Hub and `datasets` read, then what a person wants to know."""
+def card(
+    sets: Mapping[str, DistilledSet],
+    license: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> str:
+    """The card: a head that the Hub and `datasets` read, then what a person wants to know.
+
+    Args:
+        sets: config -> the set it holds. The first is what `load_dataset` reads if no name is
+            given; one that is called `default` is alone in its folder.
+        license: as the Hub spells it.
+        config: settings of the run.
+        metrics: what `metrics.json` holds, or nothing.
+    """
     import yaml
 
+    first = next(iter(sets.values()))
+    size = next((name for limit, name in SIZES if len(first) < limit), "1M<n<10M")
+    configs: list[dict[str, Any]] = []
+    for name in sets:
+        path = "data" if name == ALONE else f"sets/{name}/data"
+        files = [{"split": "train", "path": f"{path}/train-*.parquet"}]
+        configs.append({"config_name": name, "data_files": files})
+    head: dict[str, Any] = {
+        "license": license,
+        "pretty_name": f"{first.files.data['name']}, distilled",
+        "task_categories": ["image-classification"],
+        "size_categories": [size],
+        "tags": ["dataset-distillation", "optimal-transport", "otdd"],
+        "configs": configs,
+    }
+    if ALONE in sets:
+        head["dataset_info"] = {"features": _card_features(first)}
+    else:
+        configs[0]["default"] = True
+    text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=100)
+    return f"---\n{text}---\n\n" + "\n\n".join(_body(sets, license, config, metrics)) + "\n"
+
+
+def _card_features(loaded: DistilledSet) -> list[dict[str, Any]]:
     names = {str(label): name for label, name in enumerate(loaded.classes)}
     features: list[dict[str, Any]] = [
         {"name": "image", "dtype": "image"},
@@ -103,63 +187,69 @@ def card(loaded: DistilledSet, manifest: dict[str, Any], metrics: dict[str, Any]
     if loaded.has_soft_labels:
         length = len(loaded.classes)
         features.append({"name": "soft_label", "sequence": "float32", "length": length})
-    files = [{"split": "train", "path": "data/train-*.parquet"}]
-    size = next((name for limit, name in SIZES if len(loaded) < limit), "1M<n<10M")
-    head = {
-        "license": manifest["license"],
-        "pretty_name": f"{loaded.files.data['name']}, distilled",
-        "task_categories": ["image-classification"],
-        "size_categories": [size],
-        "tags": ["dataset-distillation", "optimal-transport", "otdd"],
-        "configs": [{"config_name": "default", "data_files": files}],
-        "dataset_info": {"features": features},
-    }
-    text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=100)
-    return f"---\n{text}---\n\n" + "\n\n".join(_body(loaded, manifest, metrics)) + "\n"
+    return features
 
 
-def _body(loaded: DistilledSet, manifest: dict[str, Any], metrics: dict[str, Any]) -> Iterator[str]:
-    data, config = loaded.files.data, manifest["config"]
+def _body(
+    sets: Mapping[str, DistilledSet],
+    license: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> Iterator[str]:
+    first = next(iter(sets.values()))
+    data, alone = first.files.data, ALONE in sets
     shape = "x".join(map(str, data["image_shape"]))
+    names = ", ".join(f"`{loaded.name}`" for loaded in sets.values())
     yield f"# {_plain(data['name'])}, distilled"
     yield (
-        f"{len(loaded)} images of {shape} (channels, height, width) in {len(loaded.classes)} "
-        f"classes, {config.get('ipc', '?')} per class: the set `{loaded.name}` made by "
-        f"otdd {manifest['exported_with']} from "
-        f"{_plain(data['name'])}. Licence: {_plain(manifest['license'])}."
+        f"{'The set' if alone else 'The sets'} {names} made by otdd {__version__} from "
+        f"{_plain(data['name'])}: {len(first)} images{'' if alone else ' each'} of {shape} "
+        f"(channels, height, width) in {len(first.classes)} classes, {config.get('ipc', '?')} per "
+        f"class. Licence: {_plain(license)}."
     )
     yield "![the images by class](grid.png)"
-    yield "\n".join(_usage(loaded))
+    yield "\n".join(_usage(sets))
     if metrics.get("accuracy"):
         yield "## Measured"
-        yield "\n".join(_figures(loaded.name, metrics))
+        yield "\n".join(_figures(first.name, metrics))
     yield "## Classes"
-    listed = [f"{k}. {_plain(name)}" for k, name in enumerate(loaded.classes[:MANY])]
-    yield "\n".join([*listed, *(["..."] if len(loaded.classes) > MANY else [])])
+    listed = [f"{k}. {_plain(name)}" for k, name in enumerate(first.classes[:MANY])]
+    yield "\n".join([*listed, *(["..."] if len(first.classes) > MANY else [])])
     yield "## Made with"
-    shown = {"mean": loaded.mean, "deviation": loaded.std}
+    shown = {"mean": first.mean, "deviation": first.std}
+    about = "`otdd.json`" if alone else "`config.json`, `otdd.json` and `metrics.json`"
     yield "\n".join(
         [f"* {k} of the real images in [0, 1]: {', '.join(map(str, v))}" for k, v in shown.items()]
-        + [f"* seed {config.get('seed', '?')}; all settings, hashes and versions: `otdd.json`"]
+        + [f"* seed {config.get('seed', '?')}; all settings, hashes and versions: {about}"]
     )
 
 
-def _usage(loaded: DistilledSet) -> Iterator[str]:
+def _usage(sets: Mapping[str, DistilledSet]) -> Iterator[str]:
+    first, alone = next(iter(sets.values())), ALONE in sets
+    other = None if len(sets) == 1 else list(sets)[1]
     yield from ("```python", "import datasets, otdd", "")
     yield 'table = datasets.load_dataset("path/or/repository", split="train")'
+    if other:
+        yield f'another = datasets.load_dataset("path/or/repository", "{other}", split="train")'
     yield 'distilled = otdd.load("path")  # a torch Dataset'
-    if loaded.has_soft_labels:
+    if other:
+        yield f'another = otdd.load("path", set="{other}")'
+    if first.has_soft_labels:
         yield "for images, logits, targets, labels in distilled.replay():"
         yield "    ...  # the augmented batches that the teachers labelled"
     yield from ("```", "")
-    yield "`images/` has the same images by class; `classes.json` names its folders in order."
-    if loaded.has_soft_labels:
+    if alone:
+        yield "`images/` has the same images by class; `classes.json` names its folders in order."
+    else:
+        yield "`sets/*/images/` has the same images by class; `data.json` names them in order."
+    if first.has_soft_labels:
+        files = "labels*.safetensors" if alone else "sets/*/labels/*.safetensors"
         yield "`soft_label` is the mean of the logits of the teachers; softmax gives probabilities."
-        yield "`labels*.safetensors` has the logits and the augmentation of every view, the logits"
+        yield f"`{files}` has the logits and the augmentation of every view, the logits"
         yield "in the format that the file names (float16 if it names none)."
 
 
-def _figures(name: str, metrics: dict[str, Any]) -> Iterator[str]:
+def _figures(name: str, metrics: Mapping[str, Any]) -> Iterator[str]:
     yield "Test accuracy in %, mean and deviation over students; after the last step, and at best."
     yield from ("", "| set | labels | loss | student | accuracy | best | students |")
     yield "|---|---|---|---|---|---|---|"

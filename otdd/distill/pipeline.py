@@ -34,7 +34,16 @@ Progress = Callable[[str, int, int], None]
 METRICS = "metrics.json"
 GRID = "grid.png"
 CURVES = "curves.png"
-PACKAGES = ("torch", "numpy", "diffusers", "timm", "safetensors", "scikit-learn", "pillow")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "diffusers",
+    "timm",
+    "safetensors",
+    "scikit-learn",
+    "pillow",
+    "pyarrow",
+)
 STAGES = ("sample", "relabel", "train", "evaluate")
 SHARED = ("sample", "train")  # by several processes
 
@@ -169,8 +178,8 @@ class Run:
             evaluate.tidy(self.store, self.config, name)
 
     def evaluate(self) -> dict[str, Any]:
-        """Gather table, transport costs and pictures; returns the content of metrics.json."""
-        from otdd.distill import curves, evaluate, plots
+        """Gather what is known of the sets, with pictures and a card; returns metrics.json."""
+        from otdd.distill import curves, evaluate, hf, plots, relabel
 
         names = self._with_images()
         sets = {name: self.store.read_images(name) for name in names}
@@ -184,7 +193,12 @@ class Run:
                 self.store.write_bytes(GRID, plots.grid(pairs, self.data.classes))
             if runs := evaluate.training_accuracies(self.store, self.config, names):
                 self.store.write_bytes(CURVES, curves.curves(runs))
-        return self._write_metrics(reports)
+        metrics = self._write_metrics(reports)
+        labelled = {
+            name: relabel.relabelled(self.store, self.data, self.config, name) for name in names
+        }
+        hf.describe_run(self.store, labelled, self.store.read_json(CONFIG), metrics)
+        return metrics
 
     @cached_property
     def teachers(self) -> list[Teacher]:

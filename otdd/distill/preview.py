@@ -134,6 +134,8 @@ def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> in
     if "relabel" in stages and _soft(config):
         here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
         total += sum(_network_bytes(arch, config, made) for arch in here)
+    if "evaluate" in stages:  # the tables have the pictures once more
+        total += len(config.sets) * count * prod(made.data.image_shape)
     return total
 
 

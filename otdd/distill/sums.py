@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SUMS = "SHA256SUMS"
 PART = ".sums-"  # lists of processes that do not hold the lock of the folder
 # Files without a hash, of earlier versions, that get one.
-ADOPTED = (".safetensors", ".json", ".png", ".csv")
+ADOPTED = (".safetensors", ".json", ".png", ".csv", ".parquet")
 SHOWN = 5  # files that an error names
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 

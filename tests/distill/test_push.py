@@ -9,8 +9,6 @@ from otdd.distill.export import export
 from otdd.distill.push import push
 from otdd.distill.store import StoreError
 
-pytest.importorskip("pyarrow")
-
 
 class Hub:
     """Remembers what it is asked, or refuses."""

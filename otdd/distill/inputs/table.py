@@ -158,11 +158,9 @@ def _read_text(table: Path, where: str) -> Read:
 
 
 def _read_parquet(table: Path, where: str) -> Read:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError(f'{where}: {error}; pip install "otdd[hub]"') from None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         read = pq.read_table(table)
         records = read.to_pylist()
