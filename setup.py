@@ -33,6 +33,7 @@ CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contr
 AVX2 = "-mavx2 -mfma"
 AVX512 = f"{AVX2} -mavx512f -mavx512dq -mavx512vl -mavx512bw -mprefer-vector-width=512"
 ISA_FLAGS = {"baseline": [], "avx2": AVX2.split(), "avx512": AVX512.split()}
+REACHED = "../.."  # ROOT, from the folder of the build: the objects of a tree serve a copy of it
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden"
 
@@ -178,10 +179,6 @@ def build_header(plan: Plan, version: str, compiler: str) -> str:
     return "".join(f"#define OTDD_BUILD_{key} {json.dumps(text)}\n" for key, text in facts.items())
 
 
-def escape(text: str) -> str:
-    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
 def ninja_file(plan: Plan, root: Path, includes: Sequence[str], target: str) -> str:
     """Text of build.ninja. `includes` (Python, pybind11) go to bindings.cpp alone."""
     defines = ["-DOTDD_ISAS_X86=1"] if "avx2" in plan.isas else []
@@ -196,13 +193,27 @@ def ninja_file(plan: Plan, root: Path, includes: Sequence[str], target: str) -> 
         f"  command = {shlex.join(plan.compiler)} $in -o $out $flags",
     ]
     objects: list[str] = []
+    libraries = list(plan.link_flags)
 
     def compile_(rule: str, source: Path, name: str, flags: Sequence[str]) -> None:
         joined = shlex.join(flags).replace("$", "$$")
-        lines.extend([f"build {name}: {rule} {escape(str(source))}", f"  flags = {joined}"])
+        path = f"{REACHED}/{source.relative_to(root).as_posix()}"
+        lines.extend([f"build {name}: {rule} {path}", f"  flags = {joined}"])
         objects.append(name)
 
-    common = [*plan.cxx_flags, *defines, f"-I{root / 'csrc'}"]
+    if plan.cuda.home:  # first, for these take longest
+        nvcc = shlex.quote(str(plan.cuda.home / "bin/nvcc"))
+        lines += ["rule nvcc", f"  command = {nvcc} $flags -MMD -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+        flags = [*NVCC_FLAGS.split(), f"-I{REACHED}/csrc"]
+        for source in sorted((root / "csrc/cuda").glob("*.cu")):
+            archs = gencode_flags(plan.cuda.archs)
+            compile_("nvcc", source, f"cuda_{source.stem}.o", [*flags, *archs])
+        # Static, so that the module loads on a machine without CUDA.
+        folders = [plan.cuda.home / name for name in ("lib64", "lib")]
+        libraries += [f"-L{folder}" for folder in folders]
+        libraries += ["-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+    common = [*plan.cxx_flags, *defines, f"-I{REACHED}/csrc"]
     compile_("cxx", root / "csrc/bindings.cpp", "bindings.o", [*common, *cuda, "-I.", *includes])
     cpu = sorted((root / "csrc/cpu").glob("*.cpp"))
     kernels = [source for source in cpu if source.stem.startswith("kernels")]
@@ -214,19 +225,6 @@ def ninja_file(plan: Plan, root: Path, includes: Sequence[str], target: str) -> 
         for source in kernels:
             flags = [*common, f"-DOTDD_ISA={isa}", *ISA_FLAGS[isa]]
             compile_("cxx", source, f"cpu_{source.stem}_{isa}.o", flags)
-    libraries = list(plan.link_flags)
-    if plan.cuda.home:
-        nvcc = shlex.quote(str(plan.cuda.home / "bin/nvcc"))
-        lines += ["rule nvcc", f"  command = {nvcc} $flags -MMD -MF $out.d -c $in -o $out"]
-        lines += ["  depfile = $out.d", "  deps = gcc"]
-        flags = [*NVCC_FLAGS.split(), f"-I{root / 'csrc'}"]
-        for source in sorted((root / "csrc/cuda").glob("*.cu")):
-            archs = gencode_flags(plan.cuda.archs)
-            compile_("nvcc", source, f"cuda_{source.stem}.o", [*flags, *archs])
-        # Static, so that the module loads on a machine without CUDA.
-        folders = [plan.cuda.home / name for name in ("lib64", "lib")]
-        libraries += [f"-L{folder}" for folder in folders]
-        libraries += ["-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
     lines += [f"build {target}: link {' '.join(objects)}"]
     lines += [f"  flags = {shlex.join(libraries).replace('$', '$$')}", f"default {target}", ""]
     return "\n".join(lines)

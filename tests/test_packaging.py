@@ -133,6 +133,8 @@ def test_summary_says_what_is_built_and_why(toolkit):
 
 def test_ninja_file_links_baseline_first_and_cuda_statically(tmp_path, toolkit):
     root = sources(tmp_path / "a b")
+    (root / "csrc/cuda").mkdir()
+    (root / "csrc/cuda/sinkhorn.cu").touch()
     cuda = build.find_cuda({}, [toolkit])
     text = build.ninja_file(plan(isas=list(build.ISA_FLAGS), cuda=cuda), root, [], "m.so")
     link = next(line for line in text.splitlines() if line.startswith("build m.so"))
@@ -140,7 +142,8 @@ def test_ninja_file_links_baseline_first_and_cuda_statically(tmp_path, toolkit):
     assert kernels == [f"cpu_kernels_{isa}.o" for isa in ("baseline", "avx2", "avx512")]
     assert "-lcudart_static" in text
     assert "-lcudart " not in text
-    assert str(tmp_path / "a$ b") in text  # ninja's own quoting
+    assert "build cuda_sinkhorn.o: nvcc ../../csrc/cuda/sinkhorn.cu" in text
+    assert str(root) not in text
 
 
 def test_build_header_quotes_its_strings():
@@ -199,6 +202,18 @@ def test_build_is_incremental_and_follows_headers(tmp_path):
     assert build_in_place(root).returncode == 0
     assert run(sys.executable, "-c", code, cwd=root).stdout == "21\n"
     assert kernels.stat().st_mtime_ns == compiled
+
+
+def test_objects_of_a_tree_serve_its_copy(tmp_path):
+    root, copy = sources(tmp_path / "tree"), tmp_path / "a copy"
+    assert build_in_place(root).returncode == 0
+    shutil.copytree(root, copy)
+    shutil.rmtree(root)
+    assert "no work to do" in build_in_place(copy).stdout
+    (copy / "csrc/value.h").unlink()
+    result = build_in_place(copy)
+    assert result.returncode != 0
+    assert "value.h" in result.stdout + result.stderr
 
 
 def test_source_that_does_not_compile_fails_with_the_compiler_output(tmp_path):

@@ -1,7 +1,7 @@
-"""The Triton kernels compiled for GPUs that are not there: ``python tests/triton_cases.py``.
+"""The Triton kernels compiled for a GPU that is not there: ``python tests/triton_cases.py sm_90``.
 
-Prints, for each case and architecture, what a kernel needs of a chip, as JSON. Must not run with
-TRITON_INTERPRET=1, under which kernels have no compiler.
+Prints, for each case, what a kernel needs of a chip, as JSON; words after the architecture choose
+cases by their names. Must not run with TRITON_INTERPRET=1, under which kernels have no compiler.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-ARCHS = (80, 90, 100)
+ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -141,7 +141,8 @@ def _points_cases() -> Iterable[Case]:
                 ),
                 mock.patch.multiple(tiles, STORED=stored, _multiplied=_of_nvidia(dtype, precision)),
             ):
-                for tol in (0.0, 1e-3):
+                # A solve that stops by itself has all of one that does not, seen with one metric.
+                for tol in (0.0, 1e-3) if metric == "l1" else (1e-3,):
                     module.points_triton(p, w, metric, 2, tol, precision)
                 options = metric, "difference", metric == "l2", precision
                 module.product_triton(p, w, w, w, w, eps, x, *options)
@@ -213,6 +214,11 @@ def compiled(case: Case, arch: int) -> dict[str, object]:
 
 
 def _ptxas(ptx: str, arch: int) -> str:
+    """What ptxas says of registers by its own way to allocate them.
+
+    Triton 3.7 asks for another, --regAllocOptLevel=2, by which solve_streamed of 400 x 500 in
+    float32 spills 24 bytes on sm_100.
+    """
     import triton
 
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -226,10 +232,13 @@ def _ptxas(ptx: str, arch: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-if __name__ == "__main__":
+def main(arch: str, *words: str) -> None:
     found = {}
     for case in cases():
-        if not sys.argv[1:] or any(word in case.name for word in sys.argv[1:]):
-            for arch in ARCHS:
-                found[f"{case.name} sm_{arch}"] = {**compiled(case, arch), "matrix": case.products}
+        if not words or any(word in case.name for word in words):
+            found[case.name] = {**compiled(case, ARCHS[arch]), "matrix": case.products}
     print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -35,9 +35,9 @@ def teachers(errors):
     return [Teacher(f"t{n}", net, str(n), 0.0) for n, net in enumerate(made)]
 
 
-def config(out="x", **relabel):
+def config(out="x", epochs=30, **relabel):
     given = {"teachers": ["auto:measured"], "teacher_epochs": 1, **relabel}
-    train = {"epochs": 60, "batch": 20, "losses": ["ce", "kl"]}
+    train = {"epochs": epochs, "batch": 20, "losses": ["ce", "kl"]}
     return settings(out, ipc=5, sets=["random"], relabel=given, train=train)
 
 
@@ -62,7 +62,7 @@ def test_more_teachers_are_taken_where_they_help(tmp_path):
     assert said["rule"] == "measured"
     assert said["why"].startswith("4 of 4 teachers: validation accuracy ")
     alike = teachers([0.0] * 4)
-    one = choice.choose(Store.open(tmp_path / "b", {}), DATA, config(), alike)
+    one = choice.choose(Store.open(tmp_path / "b", {}), DATA, config(epochs=6), alike)
     assert [t.name for t in one] == ["t0"]
 
 

@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from distill.finished_run import finished_run
+from distill.finished_run import finished_run, written_set
 from distill.test_report import Seen
 
 from otdd import cli, tools
@@ -99,10 +99,10 @@ def test_a_run_that_is_not_finished(runs, tmp_path):
 
 
 def test_what_is_refused(runs, tmp_path):
-    finished_run(tmp_path / "textures", data="textures", ipc=1, train={"epochs": 1})
+    written_set(tmp_path / "photos", ["a", "b", "c"])
     one = runs / "one <b>"
-    with pytest.raises(StoreError, match=r"textures \(textures: 8 .* is of other data than .*10"):
-        report_several([one, tmp_path / "textures"], tmp_path / "page")
+    with pytest.raises(StoreError, match=r"photos \(toy: 3 .* is of other data than .*10"):
+        report_several([one, tmp_path / "photos"], tmp_path / "page")
     with pytest.raises(ConfigError, match="one <b>' is not accepted; expected every folder once"):
         report_several([one, f"{one}/."], tmp_path / "page")
     with pytest.raises(ConfigError, match="two folders of runs or more"):

@@ -14,6 +14,7 @@ SMALL = [(1, 1), (5, 7), (1, 9), (33, 50), (20, 300)]
 # Triton's interpreter takes some milliseconds for an iteration: what it is spared, of tests that
 # take many sizes, or thousands of iterations. By name of the test: whether it runs these arguments.
 FEWER = {
+    "test_cost": {"test_values": lambda p: p["sizes"] == (5, 7, 3) or p["batch"] == (1,)},
     "test_sinkhorn": {
         "test_values": lambda p: p["size"] in SMALL and p["max_iter"] != 2,
         "test_every_ratio_of_cost_to_eps": lambda p: (

@@ -24,7 +24,7 @@ def test_envelope(backend, metric, size, rho):
     if backend == "triton" and size != (1, 9, 3):
         pytest.skip("slow to interpret")
     leaves = tuple(t.requires_grad_() for t in clouds(2, *size, torch.float64))
-    max_iter = 60 if backend == "triton" else 600
+    max_iter = 60 if backend == "triton" else 300
     options = {"eps": 0.8, "max_iter": max_iter, "rho_a": rho, "rho_b": rho}
     x, y, a, b = leaves
     result = sinkhorn_points(*leaves, metric=metric, **options, backend=backend)
@@ -47,7 +47,7 @@ def test_envelope(backend, metric, size, rho):
 @pytest.mark.parametrize("mode", ["unrolled", "implicit"])
 def test_other_modes_are_those_of_sinkhorn(backend, metric, mode):
     x, y, *_ = (t.requires_grad_() for t in clouds(2, 6, 8, 3, torch.float64))
-    options = {"eps": 0.9, "max_iter": 40, "grad": mode}
+    options = {"eps": 0.9, "max_iter": 12, "grad": mode}
     r = sinkhorn_points(x, y, metric=metric, backend=backend, **options)
     dense = "reference" if backend == "triton" else backend
     s = sinkhorn(cost_matrix(x, y, metric, backend=dense), backend=dense, **options)
@@ -73,7 +73,8 @@ def test_float32_gradients_far_from_the_origin(backend):
 @pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
 def test_coinciding_points_have_finite_gradients(backend, metric):
     x = torch.rand(12, 3, dtype=torch.float64).requires_grad_()
-    result = sinkhorn_points(x, x.detach(), metric=metric, eps=0.01, backend=backend)
+    options = {"metric": metric, "eps": 0.01, "max_iter": 20, "backend": backend}
+    result = sinkhorn_points(x, x.detach(), **options)
     (dx,) = torch.autograd.grad(result.value.sum(), x)
     assert torch.isfinite(dx).all()
 

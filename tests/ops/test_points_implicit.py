@@ -69,7 +69,7 @@ def gauge_free(grads: tuple, hard: bool) -> list:
 @pytest.mark.parametrize("rho", [(None, None), (0.7, 0.7), (0.4, None)])
 def test_implicit_is_exact_at_convergence(backend, metric, size, rho):
     leaves = leaves_of(size)
-    options = {"eps": torch.tensor([0.8, 1.5]).double(), "max_iter": 600}
+    options = {"eps": torch.tensor([0.8, 1.5]).double(), "max_iter": 300}
     soft = {k: v for k, v in zip(("rho_a", "rho_b"), rho, strict=True) if v is not None}
     options |= soft
     r = sinkhorn_points(*leaves, metric=metric, **options, grad="implicit", backend=backend)

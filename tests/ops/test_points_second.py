@@ -45,7 +45,7 @@ def products(value, leaves: tuple, along: list, hard: bool) -> list[torch.Tensor
 @pytest.mark.parametrize("rho", [(None, None), (0.7, 0.7), (None, 2.0)])
 def test_hessian_products(backend, metric, size, rho):
     leaves = tuple(t.requires_grad_() for t in clouds(2, *size, torch.float64))
-    options = {"eps": torch.tensor([0.8, 1.5]).double(), "max_iter": 600}
+    options = {"eps": torch.tensor([0.8, 1.5]).double(), "max_iter": 300}
     options |= {k: v for k, v in zip(("rho_a", "rho_b"), rho, strict=True) if v is not None}
     C = cost_oracle(*leaves[:2], metric)
     ours = sinkhorn_points(*leaves, metric=metric, **options, backend=backend).value
@@ -65,7 +65,7 @@ def test_one_input_at_a_time_and_labels(only, metric, monkeypatch):
     leaves = tuple(t.requires_grad_() for t in (*clouds(2, 7, 9, 3, torch.float64), W))
     lx = torch.randint(0, 3, (2, 7), generator=generator)
     ly = torch.randint(0, 4, (2, 9), generator=generator)
-    options = {"eps": 1.3, "max_iter": 500, "rho_a": 0.9, "rho_b": 0.5}
+    options = {"eps": 1.3, "max_iter": 300, "rho_a": 0.9, "rho_b": 0.5}
     between = torch.stack([w[i][:, j] for w, i, j in zip(W, lx, ly, strict=True)])
     labels = {"labels_x": lx, "labels_y": ly, "label_cost": W}
     C = cost_oracle(*leaves[:2], metric) + between
@@ -91,7 +91,7 @@ def test_gradgradcheck(backend, metric):
     leaves = tuple(t.requires_grad_() for t in clouds(2, 3, 4, 2, torch.float64))
 
     def value(x, y, a, b):
-        options = {"eps": 0.8, "max_iter": 500, "backend": backend}
+        options = {"eps": 0.8, "max_iter": 300, "backend": backend}
         return sinkhorn_points(x, y, a.softmax(-1), b.softmax(-1), metric=metric, **options).value
 
     torch.autograd.gradgradcheck(value, leaves, fast_mode=True)
@@ -154,7 +154,7 @@ def test_masks_and_coinciding_points(backend, metric):
     x[0, 5:], y[0, 6:] = 1e3, -1e3
     y[0, :3] = x[0, :3]
     leaves = tuple(t.requires_grad_() for t in (x, y, a, b))
-    options = {"eps": 0.8, "max_iter": 500, "backend": backend}
+    options = {"eps": 0.8, "max_iter": 300, "backend": backend}
     along = directions(leaves, True)
     got = products(sinkhorn_points(*leaves, metric=metric, **options).value, leaves, along, False)
     # The dense ops of the library are their own oracle for the gradient 0 of a distance 0.
@@ -171,7 +171,7 @@ def test_torch_func_hessian(backend):
     x, y, a, b = clouds(2, 3, 4, 2, torch.float64)
 
     def value(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return sinkhorn_points(x, y, a, b, eps=0.8, max_iter=500, backend=backend).value
+        return sinkhorn_points(x, y, a, b, eps=0.8, max_iter=300, backend=backend).value
 
     hessian = vmap(jacrev(jacrev(value)))(x, y, a, b)
     assert hessian.shape == (2, 3, 2, 3, 2)
@@ -205,7 +205,7 @@ def test_what_has_no_second_derivative_says_so(backend):
 
 def test_slopes_in_the_weights_move_with_the_points_under_l1_too(backend):
     leaves = tuple(t.requires_grad_() for t in clouds(1, 7, 9, 2, torch.float64))
-    options = {"eps": 0.8, "max_iter": 500}
+    options = {"eps": 0.8, "max_iter": 300}
     ours = sinkhorn_points(*leaves, metric="l1", **options, backend=backend).value
     theirs = sinkhorn_oracle(cost_oracle(*leaves[:2], "l1"), *leaves[2:], **options)["value"]
     w = directions(leaves, True)[2]
@@ -228,13 +228,13 @@ def test_of_the_divergence(kept, rho, monkeypatch):
 
     def oracle(x, y, a, b) -> torch.Tensor:
         C = cost_oracle(x, y, "sqeuclidean")
-        return sinkhorn_oracle(C, a, b, eps=0.8, max_iter=500, **soft)["value"]
+        return sinkhorn_oracle(C, a, b, eps=0.8, max_iter=300, **soft)["value"]
 
     x, y, a, b = leaves
     theirs = oracle(x, y, a, b) - (oracle(x, x, a, a) + oracle(y, y, b, b)) / 2
     if soft:
         theirs = theirs + 0.4 * (a.sum(-1) - b.sum(-1)).square()
-    ours = sinkhorn_divergence(*leaves, eps=0.8, max_iter=500, **soft).value
+    ours = sinkhorn_divergence(*leaves, eps=0.8, max_iter=300, **soft).value
     along = directions(leaves, rho is None)
     got, want = (products(v, leaves, along, rho is None) for v in (ours, theirs))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)

@@ -126,7 +126,8 @@ def test_autocast_leaves_the_ops_in_float32(backend, metric):
 def test_losses_inside_autocast_and_compile(backend):
     torch._dynamo.reset()
     s, t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
-    for loss in (OTLogitLoss(backend=backend), SinkhornLoss(eps=0.5, backend=backend)):
+    options = {"eps": 0.5, "max_iter": 5, "backend": backend}
+    for loss in (OTLogitLoss(**options), SinkhornLoss(**options)):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         seen, want = compiled(s, t), loss(s, t)
         torch.testing.assert_close(seen, want)
