@@ -166,8 +166,18 @@ class _Batches:
 
 
 def missing(store: Store, config: RunConfig, set_name: str) -> list[Student]:
-    """Students of a set that the store has no result of."""
-    return [s for s in all_students(config) if not store.has(s.file("results", set_name))]
+    """Students of a set of which the store lacks the result, or what was written beside it."""
+    # A folder of before there were logs, or a geometry report, has results alone.
+    kinds = ["results", *(kind for kind in ("logs", "geometry") if store.has(kind))]
+    return [
+        student
+        for student in all_students(config)
+        if not all(
+            store.has(student.file(kind, set_name))
+            for kind in kinds
+            if kind != "geometry" or student.soft
+        )
+    ]
 
 
 def tidy(store: Store, config: RunConfig, set_name: str) -> None:

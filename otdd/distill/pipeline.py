@@ -250,11 +250,15 @@ class Run:
         return geometry.report(costs, entropy, count, students)
 
     def _teacher_facts(self) -> list[dict[str, Any]]:
-        lost = not self.store.has(METRICS) and any(
-            self.store.has(f"sets/{name}/labels") for name in self.config.sets
-        )
+        from otdd.distill.choice import TEACHERS
+
+        known, chosen = self._known("teachers", []), self.store.has(TEACHERS)
+        labelled = any(self.store.has(f"sets/{name}/labels") for name in self.config.sets)
+        # A kill, or a full disk, may have come between the labels and what is said of them.
+        lost = (labelled or chosen) and not known
+        lost = lost or (labelled and not chosen and self.store.has("teachers"))
         if "teachers" not in self.__dict__ and not lost:  # not asked for this time
-            return self._known("teachers", [])
+            return known
         return [{"name": t.name, "accuracy": t.accuracy} for t in self.teachers]
 
     def _known(self, key: str, default: Any) -> Any:

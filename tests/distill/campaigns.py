@@ -185,6 +185,8 @@ def harm(path: Path, way: str, draw: random.Random) -> None:
 
 OWNERS = {
     "run": ("evaluate",),
+    "run/logs": ("train", "evaluate"),
+    "run/geometry": ("train", "evaluate"),
     "latents": ("encode", "evaluate"),
     "surrogate": ("fit-surrogate", "evaluate"),
     "g.safetensors": ("fit", "evaluate"),
@@ -192,7 +194,8 @@ OWNERS = {
 
 
 def _owner(root: Path, name: str, way: str, expected: dict[str, str]) -> Row:
-    stages = OWNERS[name.partition("/")[0]]
+    parts = name.split("/")
+    stages = OWNERS.get("/".join(parts[:2]), OWNERS[parts[0]])
     done = forked(root, stages)
     if done["code"] == 2 and one_line(done):
         named = _named(root, done["said"])

@@ -107,6 +107,17 @@ def test_what_is_missing_is_made_again_and_what_is_there_stays(folder, tmp_path,
         assert (path.stat().st_mtime_ns == time) == ("random" in str(path))
 
 
+def test_what_is_said_of_teachers_survives_metrics_that_could_not_be_written(folder, tmp_path):
+    config, before = copied(folder, tmp_path), {}
+    with Store(tmp_path / "run") as store:
+        before = store.read_json("metrics.json")
+        assert before["teachers"]
+        store.sums.keep()
+        store.write_json("metrics.json", {**before, "teachers": []})  # that of the stage before
+    run_stages(config, ("evaluate",))
+    assert Store(tmp_path / "run").read_json("metrics.json")["teachers"] == before["teachers"]
+
+
 def test_changed_tables_are_named(folder, tmp_path):
     config = copied(folder, tmp_path)
     path = tmp_path / "run" / "sets/random/data/train-00000.parquet"
