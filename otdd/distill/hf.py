@@ -6,6 +6,7 @@ set.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import json
@@ -42,7 +43,7 @@ def hf(target: Store, loaded: DistilledSet, manifest: dict[str, Any]) -> None:
     if store.has(METRICS):
         metrics = without_paths(store.read_json(METRICS))
         target.write_json(METRICS, metrics)
-    made = card({ALONE: loaded}, manifest["license"], manifest["config"], metrics)
+    made = card(target, {ALONE: loaded}, manifest["license"], manifest["config"], metrics)
     target.write_bytes(CARD, made.encode())
 
 
@@ -71,19 +72,33 @@ def describe_run(
         if not _is_written(store.path / folder, sets[name]):
             store.remove(folder)
             _write_table(store, folder, sets[name])
-    made = card(sets, "unknown", without_paths(config), without_paths(metrics)).encode()
+    made = card(store, sets, "unknown", without_paths(config), without_paths(metrics)).encode()
     path = store.path / CARD
-    if not path.exists() or CARD in store.sums.known() or path.read_bytes() == made:
+    mine = CARD in store.sums.known() or (path.is_file() and path.read_bytes() == made)
+    if mine or not path.exists():
         store.write_bytes(CARD, made)
 
 
 def _is_written(folder: Path, loaded: DistilledSet) -> bool:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found = [pq.ParquetFile(path) for path in folder.glob("*.parquet")]
+    try:
+        found = [pq.ParquetFile(path) for path in folder.glob("*.parquet")]
+    except pa.ArrowInvalid:  # cut short, in a folder that has lost its list of hashes
+        return False
     columns = {tuple(file.schema_arrow.names) for file in found}
     rows = sum(file.metadata.num_rows for file in found)
     return rows == len(loaded) and columns == {tuple(_features(loaded))}
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of all tables of a set."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.parquet")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _write_table(target: Store, folder: str, loaded: DistilledSet) -> None:
@@ -139,6 +154,7 @@ def _features(loaded: DistilledSet) -> dict[str, Any]:
 
 
 def card(
+    target: Store,
     sets: Mapping[str, DistilledSet],
     license: str,
     config: Mapping[str, Any],
@@ -147,6 +163,7 @@ def card(
     """The card: a head that the Hub and `datasets` read, then what a person wants to know.
 
     Args:
+        target: has the tables of all sets.
         sets: config -> the set it holds. The first is what `load_dataset` reads if no name is
             given; one that is called `default` is alone in its folder.
         license: as the Hub spells it.
@@ -161,7 +178,10 @@ def card(
     for name in sets:
         path = "data" if name == ALONE else f"sets/{name}/data"
         files = [{"split": "train", "path": f"{path}/train-*.parquet"}]
-        configs.append({"config_name": name, "data_files": files})
+        # `datasets` keeps what it has read by the name of the folder and this head alone. Without
+        # the hash it would take another folder of that name, or a changed one, for the same.
+        about = f"sha256 {_digest(target.path / path)}"
+        configs.append({"config_name": name, "data_files": files, "description": about})
     head: dict[str, Any] = {
         "license": license,
         "pretty_name": f"{first.files.data['name']}, distilled",
@@ -197,13 +217,13 @@ def _body(
     metrics: Mapping[str, Any],
 ) -> Iterator[str]:
     first = next(iter(sets.values()))
-    data, alone = first.files.data, ALONE in sets
+    data, alone, one = first.files.data, ALONE in sets, len(sets) == 1
     shape = "x".join(map(str, data["image_shape"]))
     names = ", ".join(f"`{loaded.name}`" for loaded in sets.values())
     yield f"# {_plain(data['name'])}, distilled"
     yield (
-        f"{'The set' if alone else 'The sets'} {names} made by otdd {__version__} from "
-        f"{_plain(data['name'])}: {len(first)} images{'' if alone else ' each'} of {shape} "
+        f"{'The set' if one else 'The sets'} {names} made by otdd {__version__} from "
+        f"{_plain(data['name'])}: {len(first)} images{'' if one else ' each'} of {shape} "
         f"(channels, height, width) in {len(first.classes)} classes, {config.get('ipc', '?')} per "
         f"class. Licence: {_plain(license)}."
     )

@@ -1,5 +1,6 @@
 """The folder of a run as a Hugging Face data set: its card, and a table of every set."""
 
+import json
 import shutil
 
 import datasets
@@ -10,6 +11,7 @@ from distill.finished_run import finished_run, settings, written_set
 
 import otdd
 from otdd.distill import hf
+from otdd.distill.export import export
 from otdd.distill.pipeline import run_stages
 from otdd.distill.settings import to_dict
 from otdd.distill.store import Store, StoreError
@@ -53,6 +55,27 @@ def test_otg_is_the_default_set(tmp_path):
     assert names == ["otg", "kmeans"]
     first = tables(tmp_path / "run", cache=tmp_path / "cache")[0]["image"]
     assert np.array_equal(np.array(first).transpose(2, 0, 1), part["images"][0].numpy())
+
+
+def test_folders_of_one_name_are_told_apart_in_one_cache(tmp_path):
+    for place in "ab":
+        run, given = tmp_path / place / "run", tmp_path / place / "given"
+        images = written_set(run, ["x", "y"])
+        with Store(run) as store:
+            hf.describe_run(store, {"otg": False}, {"ipc": 2}, {})
+        export(run, "hf", given)
+        for folder in (run, given):
+            first = tables(folder, cache=tmp_path / "cache")[0]["image"]
+            assert np.array_equal(np.array(first).transpose(2, 0, 1), images[0].numpy())
+
+
+def test_a_cache_does_not_outlive_a_change(folder, tmp_path):
+    config = to_dict(copied(folder, tmp_path))
+    for labelled in (False, True):
+        with Store(tmp_path / "run") as store:
+            hf.describe_run(store, {"random": labelled}, config, {})
+        names = tables(tmp_path / "run", cache=tmp_path / "cache").column_names
+        assert ("soft_label" in names) == labelled
 
 
 def test_odd_class_names(tmp_path):
@@ -118,6 +141,28 @@ def test_what_is_said_of_teachers_survives_metrics_that_could_not_be_written(fol
     assert Store(tmp_path / "run").read_json("metrics.json")["teachers"] == before["teachers"]
 
 
+def test_teachers_are_told_when_their_weights_and_the_metrics_are_gone(folder, tmp_path):
+    config = copied(folder, tmp_path)
+    metrics = tmp_path / "run" / "metrics.json"
+    before = json.loads(metrics.read_text())["teachers"]
+    metrics.unlink()
+    shutil.rmtree(tmp_path / "run" / "teachers")
+    run_stages(config, ("evaluate",))
+    assert before
+    assert json.loads(metrics.read_text())["teachers"] == before
+    assert not (tmp_path / "run" / "teachers").exists()
+
+
+def test_broken_tables_without_a_hash_are_made_again(folder, tmp_path):
+    config = copied(folder, tmp_path)
+    path = tmp_path / "run" / "sets/random/data/train-00000.parquet"
+    before = path.read_bytes()
+    path.write_bytes(before[:9])
+    (tmp_path / "run" / "SHA256SUMS").unlink()
+    run_stages(config, ("evaluate",))
+    assert path.read_bytes() == before
+
+
 def test_changed_tables_are_named(folder, tmp_path):
     config = copied(folder, tmp_path)
     path = tmp_path / "run" / "sets/random/data/train-00000.parquet"
@@ -135,3 +180,7 @@ def test_a_readme_of_someone_else_stays(folder, tmp_path):
     card.write_text("my notes")
     run_stages(config, ("evaluate",))
     assert card.read_text() == "my notes"
+    card.unlink()
+    card.mkdir()
+    run_stages(config, ("evaluate",))
+    assert card.is_dir()
