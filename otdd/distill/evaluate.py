@@ -73,7 +73,9 @@ def train(
     for student in wanted:
         with reproducible(data.image_shape):
             outcome = _trained(store, data, config, set_name, student, batches, plan, ticker)
-        result = {"accuracy": outcome.accuracy, "best": outcome.best}
+        kinds = ("logs", "geometry") if student.soft else ("logs",)
+        beside = [student.file(kind, set_name) for kind in kinds]
+        result = {"accuracy": outcome.accuracy, "best": outcome.best, "beside": beside}
         store.write_json(student.file("results", set_name), result)
         store.remove(student.file("checkpoints", set_name))
         ticker.student_done()
@@ -167,17 +169,17 @@ class _Batches:
 
 def missing(store: Store, config: RunConfig, set_name: str) -> list[Student]:
     """Students of a set of which the store lacks the result, or what was written beside it."""
-    # A folder of before there were logs, or a geometry report, has results alone.
-    kinds = ["results", *(kind for kind in ("logs", "geometry") if store.has(kind))]
-    return [
-        student
-        for student in all_students(config)
-        if not all(
-            store.has(student.file(kind, set_name))
-            for kind in kinds
-            if kind != "geometry" or student.soft
-        )
-    ]
+    return [s for s in all_students(config) if not finished(store, s.file("results", set_name))]
+
+
+def finished(store: Store, result: str) -> bool:
+    """Whether a result is there, and the files that it names.
+
+    Results of earlier versions name none, as there may have been none.
+    """
+    if not store.has(result):
+        return False
+    return all(store.has(name) for name in store.read_json(result).get("beside", ()))
 
 
 def tidy(store: Store, config: RunConfig, set_name: str) -> None:

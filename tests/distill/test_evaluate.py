@@ -60,6 +60,19 @@ def test_finished_students_are_left_alone(tmp_path):
     assert 0 <= row["runs"][1] <= 100
 
 
+def test_a_student_is_missing_when_a_file_that_its_result_names_is(tmp_path):
+    store = Store.open(tmp_path, {})
+    one, early = (evaluate.Student("convnet", "ce", seed) for seed in (0, 1))
+    log, result = one.file("logs", "otg"), one.file("results", "otg")
+    store.write_json(log, {})
+    store.write_json(result, {"accuracy": 1.0, "best": 1.0, "beside": [log]})
+    # A result of before there were logs, in a folder that has got some since.
+    store.write_json(early.file("results", "otg"), {"accuracy": 1.0, "best": 1.0})
+    assert not {one, early} & set(evaluate.missing(store, CONFIG, "otg"))
+    store.remove(log)
+    assert {one, early} & set(evaluate.missing(store, CONFIG, "otg")) == {one}
+
+
 def test_transport_cost_of_the_data_itself_and_of_one_point():
     images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
     images[2:] = 255
