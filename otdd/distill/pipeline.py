@@ -252,14 +252,14 @@ class Run:
     def _teacher_facts(self) -> list[dict[str, Any]]:
         from otdd.distill.choice import TEACHERS
 
-        known, chosen = self._known("teachers", []), self.store.has(TEACHERS)
+        known = self._known("teachers", [])
         labelled = any(self.store.has(f"sets/{name}/labels") for name in self.config.sets)
-        # A kill, or a full disk, may have come between the labels and what is said of them.
-        lost = (labelled or chosen) and not known
-        lost = lost or (labelled and not chosen and self.store.has("teachers"))
-        if "teachers" not in self.__dict__ and not lost:  # not asked for this time
+        if labelled and not self.store.has(TEACHERS) and (not known or self.store.has("teachers")):
+            _ = self.teachers  # what was said of them was lost: it is said again
+        if not self.store.has(TEACHERS):
             return known
-        return [{"name": t.name, "accuracy": t.accuracy} for t in self.teachers]
+        facts = self.store.read_json(TEACHERS)["teachers"]  # their weights may be gone
+        return [{"name": t["name"], "accuracy": t["accuracy"]} for t in facts]
 
     def _known(self, key: str, default: Any) -> Any:
         return (

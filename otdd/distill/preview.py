@@ -10,7 +10,7 @@ from torch import Tensor
 from otdd.distill import costs
 from otdd.distill.config import RunConfig
 from otdd.distill.costs import Cost, duration
-from otdd.distill.evaluate import LABELS, Student
+from otdd.distill.evaluate import LABELS, Student, finished
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
 from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
 from otdd.distill.store import Store
@@ -68,7 +68,7 @@ def _costs(
                 steps = denoising_steps(config, made, name)
                 if (cost := costs.denoising(config, made, name, steps)) is not None:
                     yield name, cost
-    if stage == "relabel" and _soft(config):
+    if stage == "relabel" and _soft(config) and not all(_labelled(config, made, store)):
         here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
         plan = _plan(config, made)
         batches = plan.labelled * plan.steps_per_epoch
@@ -77,15 +77,14 @@ def _costs(
             taught = costs.teaching(config, made, arch)
             if not list(store.path.glob(f"teachers/{arch}-*")):
                 yield f"teachers {arch}", Cost(taught.count * here.count(arch), taught.step)
-            left = 0 if all(_labelled(config, made, store)) else batches
-            if left:
+            if batches:
                 label = costs.labelling(config, made, arch)
-                yield f"labels of {arch}", Cost(left * here.count(arch), label)
+                yield f"labels of {arch}", Cost(batches * here.count(arch), label)
     if stage == "train":
         for arch in config.train.archs:
             for loss in config.train.losses:
                 done = sum(
-                    store.has(Student(arch, loss, seed).file("results", name))
+                    finished(store, Student(arch, loss, seed).file("results", name))
                     for name in config.sets
                     for seed in range(config.seeds)
                 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from distill.finished_run import finished_run, settings
@@ -101,6 +102,12 @@ def test_a_finished_folder_is_previewed_by_its_own_settings(tmp_path, capsys):
     assert "sample" not in said
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert json.loads((out / "config.json").read_text())["seeds"] == 1
+
+
+def test_nothing_is_asked_of_teachers_whose_labels_are_all_there(tmp_path):
+    config = finished_run(tmp_path / "run", SHARD_BYTES)
+    shutil.rmtree(tmp_path / "run" / "teachers")
+    assert not [line for line in preview(config, STAGES) if line.startswith("time ")]
 
 
 def test_costs_are_measured_and_go_with_what_is_done(tmp_path, monkeypatch):
