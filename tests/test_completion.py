@@ -46,7 +46,7 @@ CASES = [
     (["otdd", "encode", "--device", "cu"], ["cuda"]),
     (["otdd", "export", "runs/a", "--to", "h"], ["hf"]),
     (["otdd", "run", "--no-q"], ["--no-quiet"]),
-    (["otdd", "run", "--relabel.label_format", "q"], ["q8"]),
+    (["otdd", "run", "--relabel.label_format", "t"], ["topk"]),
 ]
 GLUED = ("otdd run --sample.order=j", "--sample.order=joint")
 
