@@ -6,9 +6,11 @@ import json
 import os
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from distill.finished_run import finished_run, same, written_set
 from PIL import Image
 
@@ -50,7 +52,6 @@ def test_exported_folder_is_the_set_again(run, tmp_path, to):
 
 
 def test_hugging_face_reads_names_types_and_soft_labels(run, tmp_path):
-    datasets = pytest.importorskip("datasets")
     export(run, "hf", tmp_path / "hf", set="random", license="cc-by-4.0")
     loaded = otdd.load(run, set="random")
     table = datasets.load_dataset(str(tmp_path / "hf"), cache_dir=str(tmp_path / "cache"))
@@ -66,7 +67,6 @@ def test_hugging_face_reads_names_types_and_soft_labels(run, tmp_path):
 
 
 def test_odd_class_names_are_content_and_never_paths(tmp_path):
-    datasets = pytest.importorskip("datasets")
     images = written_set(tmp_path / "run", ODD)
     for to in FORMATS:
         export(tmp_path / "run", to, tmp_path / to)
@@ -84,7 +84,6 @@ def test_odd_class_names_are_content_and_never_paths(tmp_path):
 
 
 def test_card_has_one_config_licence_and_figures(run, tmp_path):
-    yaml = pytest.importorskip("yaml")
     export(run, "hf", tmp_path / "hf", set="random", license="cc-by-4.0")
     _, head, body = (tmp_path / "hf/README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(head)
@@ -111,7 +110,6 @@ def test_card_has_one_config_licence_and_figures(run, tmp_path):
 
 
 def test_parquet_is_cut_into_shards(run, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("otdd.distill.hf.SHARD_ROWS", 7)
     export(run, "hf", tmp_path / "hf", set="random")
     assert len(list((tmp_path / "hf/data").iterdir())) == 3
