@@ -10,7 +10,6 @@ from otdd.ops import pointers
 from otdd.ops.sinkhorn import triton_backward, triton_solve
 from otdd.ops.sinkhorn.reference import Solution, potentials_backward_reference
 
-
 # Registers of a thread of `solve_streamed`. Given no number, ptxas of Triton 3.7 aims at one of its
 # own, 32 or 96, and keeps to it by spilling a few values. AMD's compiler takes no number.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
