@@ -10,12 +10,13 @@ template <class T, int kTR, int kTC>
 OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1)
     unrolled_warp(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT TeamSpace space, char* workspace) {
   using Grip = WarpGrip<T, Unroll<T>, kTR, kTC>;
-  const i64 team = i64(chip::block()) * kWarps + chip::thread() / 32, teams = i64(chip::blocks()) * kWarps;
-  char* own = workspace + team * space.bytes;
+  const auto team = [] { return int(chip::fresh(chip::block())) * kWarps + chip::thread() / 32; };
   Grip grip;
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team(); problem < args.B; problem += kWarps * unsigned(chip::fresh(chip::blocks()))) {
+    char* own = workspace + team() * space.bytes;
     Unrolled<T, Grip>(args, grip, problem)
         .run(reinterpret_cast<T*>(own + space.rows), reinterpret_cast<T*>(own + space.columns));
+  }
 }
 
 template <class T, Team kTeam>

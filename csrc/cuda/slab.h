@@ -68,8 +68,8 @@ class SlabGrip {
     C_ = &args.C, problem_ = problem, inv_eps_ = inv_eps, M_ = int(args.M);
     count_ = int(inside(args.N - row0(), S.rows)), own_ = int(inside(M_ - column0(), S.own));
     meet();  // the problem before is done with, and all blocks have started
-    for (i64 j = M_ + thread_; j < S.ld; j += threads_) v()[j] = 0, gamma()[j] = -INFINITY;
-    for (i64 i = count_ + thread_; i < S.rows; i += threads_) rows()[i] = Row();
+    for (int j = M_ + thread_; j < S.ld; j += threads_) v()[j] = 0, gamma()[j] = -INFINITY;
+    for (int i = count_ + thread_; i < S.rows; i += threads_) rows()[i] = Row();
   }
 
   // At the end of a kernel: no block ends while others may still look at its shared memory.
@@ -90,15 +90,15 @@ class SlabGrip {
 
   template <class Fn>
   OTDD_DEVICE void for_rows(Fn fn) {
-    for (i64 i = thread_; i < count_; i += threads_) fn(rows()[i], row0() + i, true);
+    for (int i = thread_; i < count_; i += threads_) fn(rows()[i], row0() + i, true);
   }
   template <class Fn>
   OTDD_DEVICE void for_columns(Fn fn) {
-    for (i64 j = thread_; j < own_; j += threads_) fn(columns()[j], column0() + j, true);
+    for (int j = thread_; j < own_; j += threads_) fn(columns()[j], column0() + j, true);
   }
 
   OTDD_DEVICE bool show(Shown what, bool flag) {
-    for (i64 j = thread_; j < own_; j += threads_) {
+    for (int j = thread_; j < own_; j += threads_) {
       if (what == kV) show_to_all(v(), S.w_v, column0() + j, columns()[j].v);
       else show_to_all(gamma(), S.w_gamma, column0() + j, columns()[j].gamma);
     }
@@ -108,9 +108,9 @@ class SlabGrip {
       if (thread_ == 0) set_slot(k, flag);
       meet();
       if (kTeam == Team::kGroup)
-        for (i64 j = thread_; j < M_; j += threads_) {
-          if (what == kV) v()[j] = chip::fetch_fresh(at<T>(workspace_ + S.w_v) + j);
-          else gamma()[j] = chip::fetch_fresh(at<double>(workspace_ + S.w_gamma) + j);
+        for (int j = thread_; j < M_; j += threads_) {
+          if (what == kV) v()[j] = chip::fetch_fresh(in_workspace<T>(S.w_v) + j);
+          else gamma()[j] = chip::fetch_fresh(in_workspace<double>(S.w_gamma) + j);
         }
       bool any = false;
       for (int r = thread_; r < S.peers; r += threads_) any |= slot(k, r) != 0;
@@ -122,19 +122,19 @@ class SlabGrip {
   // A warp has one row at a time.
   OTDD_DEVICE void fill(bool fresh, bool keep) {
     const int lane = thread_ % 32, warps = threads_ / 32;
-    for (i64 i = thread_ / 32; i < S.rows; i += warps) {
+    for (int i = thread_ / 32; i < S.rows; i += warps) {
       if (i >= count_) {
-        for (i64 j = lane; keep && j < S.ld; j += 32) put(i, j, T(0));
+        for (int j = lane; keep && j < S.ld; j += 32) put(i, j, T(0));
         continue;
       }
       double shift = rows()[i].shift;
       if (fresh) {
         shift = -INFINITY;
-        for (i64 j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma()[j] - exponent(i, j));
+        for (int j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma()[j] - exponent(i, j));
         shift = over_warp(shift, Most());
       }
       T total = 0, spent = 0;
-      for (i64 j = lane; j < S.ld; j += 32) {
+      for (int j = lane; j < S.ld; j += 32) {
         const T c = j < M_ ? cost(i, j) : T(0);
         const T e = power(gamma()[j] - double(c) * inv_eps_ - shift);  // 0 in the padding
         total += e, spent += e * c;
@@ -152,9 +152,9 @@ class SlabGrip {
   // A warp has four rows at a time.
   OTDD_DEVICE void products() {
     const int lane = thread_ % 32, warps = threads_ / 32;
-    for (i64 i = 4 * (thread_ / 32); i < S.rows; i += 4 * warps) {
+    for (int i = 4 * (thread_ / 32); i < S.rows; i += 4 * warps) {
       T s[4] = {0, 0, 0, 0};
-      for (i64 j = 4 * lane; j < S.ld; j += 128) {
+      for (int j = 4 * lane; j < S.ld; j += 128) {
         const Four<T> weights = four(v() + j);
         OTDD_UNROLL
         for (int k = 0; k < 4; ++k) {
@@ -182,15 +182,15 @@ class SlabGrip {
     if (wanted) error = sum_of_block(error);
     else chip::sync();
     if constexpr (kTeam == Team::kAlone) {
-      for (i64 j = thread_; j < own_; j += threads_) columns()[j].c = over_groups(j);
+      for (int j = thread_; j < own_; j += threads_) columns()[j].c = over_groups(j);
     } else {
-      for (i64 j = thread_; j < M_; j += threads_) {
+      for (int j = thread_; j < M_; j += threads_) {
         if (kTeam == Team::kCluster) partial()[j] = over_groups(j);
-        else chip::put(at<T>(workspace_ + S.w_partial) + rank_ * S.ld + j, over_groups(j));
+        else chip::put(in_workspace<T>(S.w_partial) + rank_ * S.ld + j, over_groups(j));
       }
       if (thread_ == 0) set_slot(kErrorSlot, error);
       meet();
-      for (i64 j = thread_; j < own_; j += threads_) {
+      for (int j = thread_; j < own_; j += threads_) {
         T c = 0;
         for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0() + j);
         columns()[j].c = c;
@@ -207,17 +207,17 @@ class SlabGrip {
   // gamma's place is used; a block then looks at its own columns alone, and none but it shows these.
   OTDD_DEVICE void column_lse() {
     chip::sync();
-    for (i64 j = thread_; j < M_; j += threads_) {
+    for (int j = thread_; j < M_; j += threads_) {
       double top = -INFINITY, total = 0;
-      for (i64 i = 0; i < count_; ++i) top = ::fmax(top, rows()[i].shift - exponent(i, j));
-      for (i64 i = 0; i < count_ && top > -INFINITY; ++i)
+      for (int i = 0; i < count_; ++i) top = ::fmax(top, rows()[i].shift - exponent(i, j));
+      for (int i = 0; i < count_ && top > -INFINITY; ++i)
         total += double(power(rows()[i].shift - exponent(i, j) - top));
       const double lse = top + ::log(total);  // -inf where no row has weight
-      if (kTeam == Team::kGroup) chip::put(at<double>(workspace_ + S.w_lse) + rank_ * S.ld + j, lse);
+      if (kTeam == Team::kGroup) chip::put(in_workspace<double>(S.w_lse) + rank_ * S.ld + j, lse);
       else gamma()[j] = lse;
     }
     meet();
-    for (i64 j = thread_; j < own_; j += threads_) {
+    for (int j = thread_; j < own_; j += threads_) {
       double top = -INFINITY, total = 0;
       for (int r = 0; r < S.peers; ++r) top = ::fmax(top, lse_of(r, column0() + j));
       for (int r = 0; r < S.peers; ++r) total += ::exp(lse_of(r, column0() + j) - top);
@@ -232,8 +232,8 @@ class SlabGrip {
   // dC = K_ij (u_i + v_j)
   OTDD_DEVICE void write_sums(T* dC) {
     const int lane = thread_ % 32, warps = threads_ / 32;
-    for (i64 i = thread_ / 32; i < count_; i += warps)
-      for (i64 j = lane; j < M_; j += 32)
+    for (int i = thread_ / 32; i < count_; i += warps)
+      for (int j = lane; j < M_; j += 32)
         chip::write(dC + (row0() + i) * M_ + j, element(i, j) * (rows()[i].u_new + v()[j]));
   }
 
@@ -269,6 +269,8 @@ class SlabGrip {
   }
   OTDD_DEVICE i64 row_stride() const { return S.peers * S.rows; }
   OTDD_DEVICE i64 column_stride() const { return S.ld; }
+  OTDD_DEVICE static i64 row_place(i64 i) { return i; }
+  OTDD_DEVICE static i64 column_place(i64 j) { return j; }
 
  private:
   const SlabPlan& S;
@@ -290,6 +292,10 @@ class SlabGrip {
   OTDD_DEVICE static X* shared(i64 offset) {
     return at<X>(chip::shared() + offset);
   }
+  template <class X>
+  OTDD_DEVICE X* in_workspace(i64 offset) const {
+    return at<X>(workspace_ + chip::fresh(offset));
+  }
   OTDD_DEVICE T* K() const { return shared<T>(S.K); }
   OTDD_DEVICE T* v() const { return shared<T>(S.v); }
   OTDD_DEVICE double* gamma() const { return shared<double>(S.gamma); }
@@ -306,7 +312,7 @@ class SlabGrip {
   OTDD_DEVICE void meet() {
     if (kTeam == Team::kAlone) chip::sync();
     if (kTeam == Team::kCluster) chip::sync_cluster();
-    if (kTeam == Team::kGroup) chip::sync_blocks(at<unsigned>(workspace_ + S.w_counter), S.peers, meetings_);
+    if (kTeam == Team::kGroup) chip::sync_blocks(in_workspace<unsigned>(S.w_counter), S.peers, meetings_);
   }
 
   template <class X>
@@ -314,24 +320,24 @@ class SlabGrip {
     if (kTeam == Team::kAlone) mine[j] = x;
     if (kTeam == Team::kCluster)
       for (int r = 0; r < S.peers; ++r) chip::of_block(mine, r)[j] = x;
-    if (kTeam == Team::kGroup) chip::put(at<X>(workspace_ + offset) + j, x);
+    if (kTeam == Team::kGroup) chip::put(in_workspace<X>(offset) + j, x);
   }
   OTDD_DEVICE T partial_of(int rank, i64 j) {
     if (kTeam == Team::kCluster) return chip::of_block(partial(), rank)[j];
-    return chip::fetch_fresh(at<T>(workspace_ + S.w_partial) + rank * S.ld + j);
+    return chip::fetch_fresh(in_workspace<T>(S.w_partial) + rank * S.ld + j);
   }
   OTDD_DEVICE double lse_of(int rank, i64 j) {
     if (kTeam == Team::kAlone) return gamma()[j];
     if (kTeam == Team::kCluster) return chip::of_block(gamma(), rank)[j];
-    return chip::fetch_fresh(at<double>(workspace_ + S.w_lse) + rank * S.ld + j);
+    return chip::fetch_fresh(in_workspace<double>(S.w_lse) + rank * S.ld + j);
   }
   OTDD_DEVICE void set_slot(int k, double x) {
     if (kTeam == Team::kCluster) slots()[k] = x;
-    else chip::put(at<double>(workspace_ + S.w_slots) + rank_ * kSlots + k, x);
+    else chip::put(in_workspace<double>(S.w_slots) + rank_ * kSlots + k, x);
   }
   OTDD_DEVICE double slot(int k, int rank) {
     if (kTeam == Team::kCluster) return chip::of_block(slots(), rank)[k];
-    return chip::fetch_fresh(at<double>(workspace_ + S.w_slots) + rank * kSlots + k);
+    return chip::fetch_fresh(in_workspace<double>(S.w_slots) + rank * kSlots + k);
   }
 
   OTDD_DEVICE double sum_of_block(double x) { return over_block(x, Add(), 0.0, sums()); }
