@@ -130,10 +130,13 @@ class Run:
                     baselines.baselines(self.store, self.data, self.config, name, codec=self._codec)
 
     def relabel(self) -> None:
-        """Stage 2: soft labels of every set."""
-        from otdd.distill import relabel
+        """Stage 2: soft labels of every set, or the teachers alone where none are stored."""
+        from otdd.distill import choice, relabel
 
-        if not self._wants_soft() or not self.config.relabel.store_labels:
+        if not self._wants_soft():
+            return
+        if not self.config.relabel.store_labels:
+            _ = choice.kept(self.store) or self.teachers
             return
         for name in self._with_images():
             if not relabel.relabelled(self.store, self.data, self.config, name):
