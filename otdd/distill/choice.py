@@ -25,10 +25,10 @@ from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData, LabeledImages
 from otdd.distill.match import make_loss, reproducible, train_student
 from otdd.distill.relabel import MEASURED, Plan, Progress, Teacher, live_steps
+from otdd.distill.setfiles import TEACHERS
 from otdd.distill.store import Store
 from otdd.distill.training import Training, device_of
 
-TEACHERS = "teachers.json"
 COUNTS = (1, 2, 4, 8)
 SEEDS = 3
 STEPS = 300  # of a short student, at most

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from otdd.distill import students
-from otdd.distill.choice import TEACHERS, kept
+from otdd.distill.choice import kept
 from otdd.distill.config import ConfigError, RunConfig
 from otdd.distill.data import Facts, ImageData, LabeledImages
 from otdd.distill.match import reproducible
 from otdd.distill.relabel import Plan, Teacher, digest_of, live_step
-from otdd.distill.setfiles import CONFIG, SetFiles
+from otdd.distill.setfiles import CONFIG, TEACHERS, SetFiles
 from otdd.distill.settings import from_dict
 from otdd.distill.store import Store, StoreError
 from otdd.distill.training import Step

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DATA = "data.json"
 CONFIG = "config.json"
+TEACHERS = "teachers.json"
 EXPORTED = "otdd-set-1"  # the `format` of an exported folder
 DEFAULT = "otg"
 LAYOUTS = {"images": "images/", "root": ""}  # where the class folders of an export are
@@ -142,7 +143,7 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
         live = not config["relabel"].get("store_labels", True)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise StoreError(f"{store.path / CONFIG} was not written by otdd") from None
-    live = live and not labels
+    live = live and not labels and store.has(TEACHERS)
     return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False, live=live)
 
 

@@ -9,10 +9,10 @@ from distill.finished_run import DATA, finished_run, same, settings
 
 import otdd
 from otdd.distill import relabel, students
-from otdd.distill.choice import TEACHERS
 from otdd.distill.config import ConfigError
 from otdd.distill.pipeline import run_stages
 from otdd.distill.preview import preview
+from otdd.distill.setfiles import TEACHERS
 from otdd.distill.store import Store, StoreError
 
 TEACHER = {"teacher_epochs": 1}
@@ -170,3 +170,18 @@ def test_where_teachers_may_be(folder, tmp_path):
     assert loaded.soft_labels is None
     with pytest.raises(ConfigError, match="device: 'meta' is not accepted; expected cpu, unless"):
         loaded.replay(device="meta", workers=1)
+
+
+def test_the_card_says_how(folder):
+    text = (folder / "README.md").read_text()
+    assert "in distilled.replay():" in text
+    assert "the networks in `teachers/` label every view" in text
+
+
+def test_hard_labels_alone_need_no_teachers(tmp_path):
+    given = {**TEACHER, "store_labels": False}
+    train = {"epochs": 1, "losses": ["ce"]}
+    finished_run(tmp_path / "hard", sets=["random"], relabel=given, train=train)
+    with pytest.raises(StoreError, match="set random has no soft labels; run `otdd relabel` first"):
+        otdd.load(tmp_path / "hard", set="random").replay()
+    assert "replay" not in (tmp_path / "hard" / "README.md").read_text()
