@@ -1,6 +1,7 @@
 """Runs that store no soft labels: the teachers in the folder label again, to the bit."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -185,3 +186,9 @@ def test_hard_labels_alone_need_no_teachers(tmp_path):
     with pytest.raises(StoreError, match="set random has no soft labels; run `otdd relabel` first"):
         otdd.load(tmp_path / "hard", set="random").replay()
     assert "replay" not in (tmp_path / "hard" / "README.md").read_text()
+
+
+def test_it_goes_to_workers_that_are_spawned(folder):
+    here = otdd.load(folder, set="random").replay().dataset
+    there = pickle.loads(pickle.dumps(here))
+    assert same(here[5], there[5])
