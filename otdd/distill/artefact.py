@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from otdd.distill.config import require
 from otdd.distill.replay import Labelled, Labels, LabelShards, Replay, whole
 from otdd.distill.setfiles import SetFiles
+from otdd.distill.workers import local_device
 
 __all__ = ["DistilledSet", "Labelled", "load"]
 
@@ -93,7 +94,7 @@ class DistilledSet(Dataset[tuple[Any, int]]):
         stop: int | None = None,
         workers: int = 0,
         pin_memory: bool = False,
-        device: str | torch.device = "cpu",
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> DataLoader[Labelled]:
         """The augmented batches that the teachers labelled, with their logits, in order.
 
@@ -113,16 +114,17 @@ class DistilledSet(Dataset[tuple[Any, int]]):
 
         Raises:
             StoreError: the set has no soft labels, or not all of them, and no teachers.
+            ConfigError: epochs that there are not, or a device that is not there or has no use.
         """
-        place = torch.device(device)
         require(workers >= 0, "workers", workers, "an integer >= 0")
-        ok = place.type == "cpu" or (self.files.live and workers == 0)
-        require(ok, "device", str(device), "cpu, unless teachers label live without workers")
+        require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
+        ok = device == "cpu" or (self.files.live and workers == 0)
+        require(ok, "device", device, "cpu, unless teachers in the folder label without workers")
         epochs = self.epochs
         stop = epochs if stop is None else stop
         ok = 0 <= start < stop <= epochs
         require(ok, "start, stop", (start, stop), f"epochs of 0 to {epochs}, start < stop")
-        soft = self._live(place) if self.files.live else self._shards
+        soft = self._live(local_device(device, "device")) if self.files.live else self._shards
         steps = range(start * soft.steps_per_epoch, stop * soft.steps_per_epoch)
         return DataLoader(
             Replay(self.images, self.labels, len(self.classes), soft),
@@ -138,7 +140,7 @@ class DistilledSet(Dataset[tuple[Any, int]]):
             self.files.store.sums.verify(self.files.labels)
         return LabelShards(self.files, len(self))
 
-    def _live(self, device: torch.device) -> Labels:
+    def _live(self, device: str) -> Labels:
         from otdd.distill.live import LiveLabels
 
         return LiveLabels(self.files, self.images, device, verify=self._verify)

@@ -41,7 +41,7 @@ class LiveLabels:
     """
 
     def __init__(
-        self, files: SetFiles, images: Tensor, device: torch.device, *, verify: bool = True
+        self, files: SetFiles, images: Tensor, device: str, *, verify: bool = True
     ) -> None:
         store = files.store
         facts = kept(store)
@@ -82,7 +82,7 @@ def _described(data: dict[str, Any]) -> ImageData:
     return ImageData(data["name"], data["classes"], part, part, facts)
 
 
-def _teacher(store: Store, fact: dict[str, Any], data: ImageData, device: torch.device) -> Teacher:
+def _teacher(store: Store, fact: dict[str, Any], data: ImageData, device: str) -> Teacher:
     file, name = fact["file"], fact["name"]
     state, meta = store.read_tensors(file), store.read_meta(file)
     try:

@@ -169,8 +169,16 @@ def test_where_teachers_may_be(folder, tmp_path):
     loaded = otdd.load(folder, set="random")
     assert not loaded.has_soft_labels
     assert loaded.soft_labels is None
-    with pytest.raises(ConfigError, match="device: 'meta' is not accepted; expected cpu, unless"):
-        loaded.replay(device="meta", workers=1)
+    with pytest.raises(ConfigError, match="device: 'meta' is not accepted; expected cpu or cuda"):
+        loaded.replay(device="meta")
+    with pytest.raises(ConfigError, match="device: 'cuda' is not accepted; expected cpu, unless"):
+        loaded.replay(device="cuda", workers=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(folder):
+    with pytest.raises(ConfigError, match="device: 'cuda' is not accepted for process 0"):
+        otdd.load(folder, set="random").replay(device="cuda")
 
 
 def test_the_card_says_how(folder):
