@@ -148,6 +148,9 @@ def _points_cases() -> Iterable[Case]:
                     module.points_triton(p, w, metric, 2, tol, precision)
                 options = metric, "difference", metric == "l2", precision
                 module.product_triton(p, w, w, w, w, eps, x, *options)
+                if metric == "l1":  # of costs that are given
+                    goal = torch.full((1,), 1e-3, dtype=torch.float64)
+                    module.given_triton(x.new_zeros(1, 128, 128), w, w, eps, eps, eps, w, 2, goal)
     yield from launched.values()
 
 
