@@ -8,8 +8,8 @@ sequential class: 49 finished latents stand beside it, as at IPC 50.
     python benchmarks/guidance_share.py --model DiT-S/2 --batch 1 8 64 --rounds 5
     python benchmarks/guidance_share.py --model DiT-XL/2 --batch 1 --rounds 5
 
-Times are CPU times of the one thread that works: the step, the guidance, and of the guidance the
-Sinkhorn iterations. Memory is the peak of the process during the step, with and without guidance,
+Times are CPU times of the one thread that works. The guidance is all that is done outside the
+denoiser less what is done there without guidance; of it the Sinkhorn iterations. Memory is the peak of the process during the step, with and without guidance,
 each in a process of its own (Linux).
 """
 
@@ -70,29 +70,32 @@ def guidance(settings: str, references: int) -> OTGuidance:
     return made
 
 
-def sampler(model: torch.nn.Module, batch: int, terms: list[OTGuidance]) -> Callable[[], Tensor]:
-    """One denoising step from noise, as `otdd sample` makes it."""
-    draws = torch.Generator().manual_seed(2)
-    noise = torch.randn(batch, *LATENT, generator=draws)
-    labels = torch.zeros(batch, dtype=torch.int64)
-    memory = None
-    if batch == 1:
-        finished = torch.randn(FINISHED, *LATENT, generator=draws)
-        memory = finished, torch.zeros(FINISHED, dtype=torch.int64)
-    denoiser = Denoiser(model)
-    scheduler = import_diffusers().DDIMScheduler()
-    scheduler.set_timesteps(50)
-    scheduler.timesteps = scheduler.timesteps[25:26]
+class Step:
+    """One denoising step from noise, as `otdd sample` makes it; `inside` is of the denoiser, ms."""
 
-    def step() -> Tensor:
-        return denoise(
-            lambda z, t: denoiser.predict(z, t, labels, batch=64),
-            scheduler,
-            noise,
-            Guides(terms, labels, memory),
-        )
+    def __init__(self, model: torch.nn.Module, batch: int, terms: list[OTGuidance]) -> None:
+        draws = torch.Generator().manual_seed(2)
+        self.noise = torch.randn(batch, *LATENT, generator=draws)
+        self.labels = torch.zeros(batch, dtype=torch.int64)
+        memory = None
+        if batch == 1:
+            finished = torch.randn(FINISHED, *LATENT, generator=draws)
+            memory = finished, torch.zeros(FINISHED, dtype=torch.int64)
+        self.guides = Guides(terms, self.labels, memory)
+        self.denoiser = Denoiser(model)
+        self.scheduler = import_diffusers().DDIMScheduler()
+        self.scheduler.set_timesteps(50)
+        self.scheduler.timesteps = self.scheduler.timesteps[25:26]
+        self.inside = 0.0
 
-    return step
+    def __call__(self) -> Tensor:
+        return denoise(self._predict, self.scheduler, self.noise, self.guides)
+
+    def _predict(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        start = time.thread_time()
+        predicted = self.denoiser.predict(z, t, self.labels, batch=64)
+        self.inside = 1e3 * (time.thread_time() - start)
+        return predicted
 
 
 def clock(run: Callable[[], object]) -> float:
@@ -113,25 +116,19 @@ def solver(term: OTGuidance, batch: int) -> Callable[[], object]:
 
 def measure(name: str, batch: int, settings: str, references: int, rounds: int) -> dict:
     """Medians of interleaved rounds; the first is not counted."""
-    term = guidance(settings, references)
-    step = sampler(transformer(name), batch, [term])
-    inside: list[float] = []
-    direction = term.direction
-
-    def timed(*args: object, **kwargs: object) -> Tensor:
-        start = time.thread_time()
-        move = direction(*args, **kwargs)
-        inside.append(1e3 * (time.thread_time() - start))
-        return move
-
-    term.direction = timed
+    term, model = guidance(settings, references), transformer(name)
+    guided, unguided = Step(model, batch, [term]), Step(model, batch, [])
     solve = solver(term, batch)
-    first = clock(step)  # with what is done once: costs of the finished latents
-    steps, solves = [], []
+    first = clock(guided) - guided.inside  # with what is done once: costs of finished latents
+    clock(unguided)
+    steps, beside, bare, solves = [], [], [], []
     for _ in range(rounds):
-        steps.append(clock(step))
+        beside.append(clock(guided) - guided.inside)
+        steps.append(clock(unguided))
+        bare.append(steps[-1] - unguided.inside)
         solves.append(clock(solve))
-    whole, guided = statistics.median(steps), statistics.median(inside[1:])
+    without, step = statistics.median(bare), statistics.median(steps)
+    added = statistics.median(beside) - without
     return {
         "model": name,
         "batch": batch,
@@ -139,21 +136,20 @@ def measure(name: str, batch: int, settings: str, references: int, rounds: int) 
         "references": references,
         "rounds": rounds,
         "median_ms": {
-            "step with guidance": round(whole, 2),
-            "guidance": round(guided, 3),
+            "step without guidance": round(step, 2),
+            "guidance": round(added, 3),
             "of it sinkhorn": round(statistics.median(solves), 3),
-            "guidance, first step": round(inside[0], 3),
+            "guidance, first step": round(first - without, 3),
         },
         "spread_of_step": [round(min(steps), 2), round(max(steps), 2)],
-        "first_step_ms": round(first, 2),
-        "share_of_unguided_step": round(guided / (whole - guided), 6),
+        "share_of_unguided_step": round(added / step, 6),
     }
 
 
 def peak_mib(name: str, batch: int, settings: str, references: int) -> float:
     """Peak resident memory of this process during one step, MiB; `none` is unguided."""
     terms = [] if settings == "none" else [guidance(settings, references)]
-    step = sampler(transformer(name), batch, terms)
+    step = Step(transformer(name), batch, terms)
     Path("/proc/self/clear_refs").write_text("5")
     step()
     status = Path("/proc/self/status").read_text()
