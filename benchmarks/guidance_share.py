@@ -14,6 +14,7 @@ each in a process of its own (Linux).
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -156,15 +157,13 @@ def peak_mib(name: str, batch: int, settings: str, references: int) -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
-def peaks(name: str, batch: int, settings: str, references: int, rounds: int) -> dict[str, float]:
-    """Median peaks with and without guidance, MiB, each of processes of their own."""
-    found: dict[str, float] = {}
-    for key in ("none", settings):
-        command = [sys.executable, __file__, "--model", name, "--batch", str(batch)]
-        command += ["--references", str(references), "--peak", key]
-        runs = [float(subprocess.check_output(command, text=True)) for _ in range(rounds)]
-        found["guided" if key == settings else "unguided"] = round(statistics.median(runs), 1)
-    return found
+@functools.cache
+def peak(name: str, batch: int, settings: str, references: int) -> float:
+    """Median peak of three processes of their own, MiB."""
+    command = [sys.executable, __file__, "--model", name, "--batch", str(batch)]
+    command += ["--references", str(references), "--peak", settings]
+    runs = [float(subprocess.check_output(command, text=True)) for _ in range(3)]
+    return round(statistics.median(runs), 1)
 
 
 def main() -> None:
@@ -192,9 +191,9 @@ def main() -> None:
         for settings in given.settings:
             case = given.model, batch, settings, given.references
             row = measure(*case, given.rounds)
-            row["peak_mib"] = peaks(*case, 3)
-            memory = row["peak_mib"]
-            row["share_of_memory"] = round(memory["guided"] / memory["unguided"] - 1, 5)
+            bare = peak(given.model, batch, "none", given.references)
+            row["peak_mib"] = {"unguided": bare, "guided": peak(*case)}
+            row["share_of_memory"] = round(row["peak_mib"]["guided"] / bare - 1, 5)
             row |= about
             rows = [r for r in rows if any(r[k] != row[k] for k in identity)] + [row]
             given.results.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
