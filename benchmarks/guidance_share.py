@@ -9,8 +9,8 @@ sequential class: 49 finished latents stand beside it, as at IPC 50.
     python benchmarks/guidance_share.py --model DiT-XL/2 --batch 1 --rounds 5
 
 Times are CPU times of the one thread that works. The guidance is all that is done outside the
-denoiser less what is done there without guidance; of it the Sinkhorn iterations. Memory is the peak of the process during the step, with and without guidance,
-each in a process of its own (Linux).
+denoiser less what is done there without guidance; of it the Sinkhorn iterations. Memory is the peak
+of the process during the step, with and without guidance, each in a process of its own (Linux).
 """
 
 import argparse
