@@ -9,6 +9,7 @@ from pathlib import Path
 
 from report import into_readme
 
+from otdd.distill import students
 from otdd.distill.labels import LabelFormat, storage
 
 MARKERS = "<!-- labels -->", "<!-- /labels -->"
@@ -25,6 +26,7 @@ FORMATS = {  # and the epochs that are labelled
     "`q8`, `--relabel.label-epochs 14`": (LabelFormat("q8"), 14),
     "`q4`, `--relabel.label-epochs 27`": (LabelFormat("q4"), 27),
 }
+TEACHERS = ("mobilenetv2_100", "resnet18")  # who label while students train
 
 
 def table() -> str:
@@ -37,9 +39,24 @@ def table() -> str:
         line = [name, str(labels.row_bytes(1000))]
         for ipc, theirs in FKD.items():
             size = storage(labels, ipc, epochs=epochs)
-            line += [gigabytes(size), f"{100 * size / theirs:.3g} %"]
+            line += [gigabytes(size), share(size, theirs)]
+        lines.append(line)
+    for arch in TEACHERS:
+        size = weights(arch)
+        line = [f"`--relabel.no-store-labels`, one {arch} as teacher", "0"]
+        line += [c for theirs in FKD.values() for c in (gigabytes(size), share(size, theirs))]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def weights(arch: str) -> int:
+    """Bytes of the file of a teacher of 1000 classes, but for its header."""
+    network = students.import_timm().create_model(arch, num_classes=1000)
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
+def share(size: float, theirs: float) -> str:
+    return f"{100 * size / theirs:.3g} %"
 
 
 def gigabytes(size: float) -> str:

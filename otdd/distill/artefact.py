@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from otdd.distill.config import require
-from otdd.distill.replay import Labelled, LabelShards, Replay, whole
+from otdd.distill.replay import Labelled, Labels, LabelShards, Replay, whole
 from otdd.distill.setfiles import SetFiles
+from otdd.distill.workers import local_device
 
 __all__ = ["DistilledSet", "Labelled", "load"]
 
@@ -63,22 +64,22 @@ class DistilledSet(Dataset[tuple[Any, int]]):
 
     @property
     def has_soft_labels(self) -> bool:
-        """Whether teachers labelled the set and their labels were kept."""
+        """Whether teachers labelled the set and their labels are stored."""
         return bool(self.files.labels)
 
     @cached_property
     def soft_labels(self) -> Tensor | None:
-        """Mean logits, float32 (N, K), or None.
+        """Mean logits, float32 (N, K), or None where none are stored.
 
         The mean is over teachers and over all epochs. Views of an image that CutMix or Mixup mixed
         are left out where it has others. Softmax gives probabilities.
         """
-        return self._shards.mean(len(self)) if self.has_soft_labels else None
+        return self._shards.mean() if self.has_soft_labels else None
 
     @property
     def epochs(self) -> int:
-        """Epochs that `replay` has."""
-        return self._shards.epochs
+        """Epochs that `replay` has, with labels of their own."""
+        return self.files.epochs if self.files.live else self._shards.epochs
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images uint8 or in [0, 1], (..., C, H, W), to mean 0 and deviation 1 of the real ones."""
@@ -93,32 +94,40 @@ class DistilledSet(Dataset[tuple[Any, int]]):
         stop: int | None = None,
         workers: int = 0,
         pin_memory: bool = False,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> DataLoader[Labelled]:
         """The augmented batches that the teachers labelled, with their logits, in order.
 
         They are those that otdd's own students train on, to the bit, with any number of workers.
+        Where the run stores no labels (`relabel.store_labels` off), its teachers, who are in the
+        folder, label the batches as they come: the same bits on the same machine.
 
         Args:
             start: first epoch.
             stop: epoch after the last; by default all that were labelled.
             workers: processes that make the batches.
             pin_memory: as for a `DataLoader`.
+            device: where teachers label; the batches are on the CPU. Without `workers` only.
 
         Returns:
             A loader of `Labelled` batches.
 
         Raises:
-            StoreError: the set has no soft labels, or not all of them.
+            StoreError: the set has no soft labels, or not all of them, and no teachers.
+            ConfigError: epochs that there are not, or a device that is not there or has no use.
         """
-        shards = self._shards
-        stop = shards.epochs if stop is None else stop
-        ok = 0 <= start < stop <= shards.epochs
-        require(ok, "start, stop", (start, stop), f"epochs of 0 to {shards.epochs}, start < stop")
         require(workers >= 0, "workers", workers, "an integer >= 0")
-        per_epoch = shards.steps_per_epoch
-        steps = range(start * per_epoch, stop * per_epoch)
+        require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
+        ok = device == "cpu" or (self.files.live and workers == 0)
+        require(ok, "device", device, "cpu, unless teachers in the folder label without workers")
+        epochs = self.epochs
+        stop = epochs if stop is None else stop
+        ok = 0 <= start < stop <= epochs
+        require(ok, "start, stop", (start, stop), f"epochs of 0 to {epochs}, start < stop")
+        soft = self._live(local_device(device, "device")) if self.files.live else self._shards
+        steps = range(start * soft.steps_per_epoch, stop * soft.steps_per_epoch)
         return DataLoader(
-            Replay(self.images, self.labels, len(self.classes), shards),
+            Replay(self.images, self.labels, len(self.classes), soft),
             batch_sampler=BatchSampler(steps, 1, drop_last=False),
             collate_fn=whole,
             num_workers=workers,
@@ -129,7 +138,12 @@ class DistilledSet(Dataset[tuple[Any, int]]):
     def _shards(self) -> LabelShards:
         if self._verify:
             self.files.store.sums.verify(self.files.labels)
-        return LabelShards(self.files)
+        return LabelShards(self.files, len(self))
+
+    def _live(self, device: str) -> Labels:
+        from otdd.distill.live import LiveLabels
+
+        return LiveLabels(self.files, self.images, device, verify=self._verify)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_shards"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -24,14 +25,15 @@ from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData, LabeledImages
 from otdd.distill.match import make_loss, reproducible, train_student
 from otdd.distill.relabel import MEASURED, Plan, Progress, Teacher, live_steps
+from otdd.distill.setfiles import TEACHERS
 from otdd.distill.store import Store
 from otdd.distill.training import Training, device_of
 
-TEACHERS = "teachers.json"
 COUNTS = (1, 2, 4, 8)
 SEEDS = 3
 STEPS = 300  # of a short student, at most
 HELD_OUT = 100  # images of a class, at most
+_WEIGHTS = re.compile(r"teachers/[^/]+\.safetensors")
 
 
 def choose(
@@ -48,18 +50,35 @@ def choose(
     if MEASURED not in config.relabel.teachers:
         chosen, about = list(teachers), _unmeasured(config, len(teachers))
     elif store.has(TEACHERS):
-        count = len(store.read_json(TEACHERS)["teachers"])
-        return list(teachers[:count])
+        about = store.read_json(TEACHERS)
+        chosen = list(teachers[: len(about["teachers"])])
     else:
         found = measure(teachers, data, config, progress)
         count, why = smallest_good(found)
         chosen = list(teachers[:count])
         about = {"rule": "measured", "why": why, "candidates": found}
     facts = [{"name": t.name, "digest": t.digest, "accuracy": t.accuracy} for t in chosen]
+    if not config.relabel.store_labels:  # whoever reads the folder needs the teachers themselves
+        facts = [{**fact, "file": t.file} for fact, t in zip(facts, chosen, strict=True)]
     made = {**about, "teachers": facts}
     if not store.has(TEACHERS) or store.read_json(TEACHERS) != made:
         store.write_json(TEACHERS, made)
     return chosen
+
+
+def kept(store: Store) -> list[dict[str, Any]]:
+    """The teachers of a run as `teachers.json` has them, if all their weights are in the store.
+
+    Empty before they are trained, and where labels are stored in their place.
+    """
+    found = store.read_json(TEACHERS) if store.has(TEACHERS) else {}
+    teachers = found.get("teachers") if isinstance(found, dict) else None
+    try:
+        files = [t["file"] for t in teachers or ()]
+        there = all(_WEIGHTS.fullmatch(file) and store.has(file) for file in files)
+    except (KeyError, TypeError):
+        return []
+    return teachers or [] if there else []
 
 
 def measure(

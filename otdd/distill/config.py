@@ -149,7 +149,8 @@ class RelabelConfig:
     """Epochs that are labelled; a longer training goes through them again and again. By default
     every epoch has labels of its own."""
     store_labels: bool = True
-    """Keep the logits of every epoch in the output; otherwise teachers run while students train."""
+    """Keep the logits of every epoch in the output; otherwise the teachers are kept in their place,
+    and label while students train."""
     label_format: Literal["fp16", "topk", "q8", "q4"] = "fp16"
     """How logits are stored: 2 bytes each (fp16), the largest of each image and one value for the
     others (topk), or 1 byte (q8) or half a byte each (q4)."""

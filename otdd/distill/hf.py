@@ -254,7 +254,7 @@ def _usage(sets: Mapping[str, DistilledSet]) -> Iterator[str]:
     yield 'distilled = otdd.load("path")  # a torch Dataset'
     if other:
         yield f'another = otdd.load("path", set="{other}")'
-    if first.has_soft_labels:
+    if first.has_soft_labels or first.files.live:
         yield "for images, logits, targets, labels in distilled.replay():"
         yield "    ...  # the augmented batches that the teachers labelled"
     yield from ("```", "")
@@ -267,6 +267,8 @@ def _usage(sets: Mapping[str, DistilledSet]) -> Iterator[str]:
         yield "`soft_label` is the mean of the logits of the teachers; softmax gives probabilities."
         yield f"`{files}` has the logits and the augmentation of every view, the logits"
         yield "in the format that the file names (float16 if it names none)."
+    if first.files.live:
+        yield "No soft labels are stored: the networks in `teachers/` label every view in `replay`."
 
 
 def _figures(name: str, metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from otdd import __version__
 from otdd.distill.config import ConfigError, RunConfig
 from otdd.distill.prepare import SAMPLED, prepare
-from otdd.distill.setfiles import CONFIG, DATA, describe
+from otdd.distill.setfiles import CONFIG, DATA, TEACHERS, describe
 from otdd.distill.settings import to_dict
 from otdd.distill.store import Store
 from otdd.distill.workers import Workers, local_device
@@ -130,10 +130,13 @@ class Run:
                     baselines.baselines(self.store, self.data, self.config, name, codec=self._codec)
 
     def relabel(self) -> None:
-        """Stage 2: soft labels of every set."""
-        from otdd.distill import relabel
+        """Stage 2: soft labels of every set, or the teachers alone where none are stored."""
+        from otdd.distill import choice, relabel
 
-        if not self._wants_soft() or not self.config.relabel.store_labels:
+        if not self._wants_soft():
+            return
+        if not self.config.relabel.store_labels:
+            _ = choice.kept(self.store) or self.teachers
             return
         for name in self._with_images():
             if not relabel.relabelled(self.store, self.data, self.config, name):
@@ -250,8 +253,6 @@ class Run:
         return geometry.report(costs, entropy, count, students)
 
     def _teacher_facts(self) -> list[dict[str, Any]]:
-        from otdd.distill.choice import TEACHERS
-
         known = self._known("teachers", [])
         labelled = any(self.store.has(f"sets/{name}/labels") for name in self.config.sets)
         if labelled and not self.store.has(TEACHERS) and (not known or self.store.has("teachers")):

@@ -7,12 +7,13 @@ from math import prod
 
 from torch import Tensor
 
-from otdd.distill import costs
+from otdd.distill import choice, costs
 from otdd.distill.config import RunConfig
 from otdd.distill.costs import Cost, duration
 from otdd.distill.evaluate import LABELS, Student, finished
+from otdd.distill.labels import storage
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
-from otdd.distill.relabel import MEASURED, Plan, shard_name, teacher_names
+from otdd.distill.relabel import MEASURED, Plan, architecture, shard_name, teacher_names
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
 from otdd.distill.surrogate_config import SurrogateConfig
@@ -72,7 +73,7 @@ def _costs(
         here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
         plan = _plan(config, made)
         batches = plan.labelled * plan.steps_per_epoch
-        batches *= len(config.sets) * config.relabel.store_labels
+        batches *= len(config.sets) * config.relabel.store_labels  # else students wait for them
         for arch in dict.fromkeys(here):
             taught = costs.teaching(config, made, arch)
             if not list(store.path.glob(f"teachers/{arch}-*")):
@@ -111,10 +112,9 @@ def denoising_steps(config: RunConfig, made: Prepared, name: str) -> int:
 
 
 def label_bytes(config: RunConfig, made: Prepared) -> int:
-    """Size of the soft labels of one set: float16 logits, and the augmentation they belong to."""
-    plan = _plan(config, made)
-    row = 2 * made.data.num_classes + 4 * 6 + 2 * 8
-    return plan.labelled * plan.steps_per_epoch * (plan.batch * row + 4 * 8)
+    """Size of the soft labels of one set, and of the augmentation they belong to."""
+    plan, classes = _plan(config, made), made.data.num_classes
+    return storage(plan.labels, config.ipc, classes, plan.labelled, plan.batch)
 
 
 def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> int:
@@ -132,6 +132,8 @@ def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> in
         total += len(config.sets) * label_bytes(config, made)
     if "relabel" in stages and _soft(config):
         here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
+        if not config.relabel.store_labels:  # the others are kept as well
+            here = [architecture(name) for name in teacher_names(config)]
         total += sum(_network_bytes(arch, config, made) for arch in here)
     if "evaluate" in stages:  # the tables have the pictures once more
         total += len(config.sets) * count * prod(made.data.image_shape)
@@ -166,15 +168,17 @@ def _sampling(config: RunConfig, made: Prepared, store: Store) -> Iterator[str]:
 def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
     if not _soft(config):
         return "nothing: no loss asks for soft labels"
-    if not config.relabel.store_labels:
-        return "nothing is stored: teachers label while students train"
-    plan, names = _plan(config, made), teacher_names(config)
-    measured = MEASURED in config.relabel.teachers
+    names, measured = teacher_names(config), MEASURED in config.relabel.teachers
     count = "1 to " * (measured and len(names) > 1) + counted(len(names), "teacher")
+    count += f" ({', '.join(names)})"
+    if not config.relabel.store_labels:
+        done = ": finished" if choice.kept(store) else ""
+        return f"{count}, kept in place of labels; they label while students train{done}"
+    plan = _plan(config, made)
     parts = _labelled(config, made, store)
     done = f", {sum(parts)} of {counted(len(parts), 'shard')} finished" if any(parts) else ""
     return (
-        f"{counted(len(config.sets), 'set')} by {count} ({', '.join(names)}), "
+        f"{counted(len(config.sets), 'set')} by {count}, "
         f"{counted(plan.labelled, 'epoch')} of {counted(plan.steps_per_epoch, 'batch', 'batches')} "
         f"of {plan.batch}: "
         f"{sized(label_bytes(config, made))} a set{done}"
@@ -182,7 +186,9 @@ def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
 
 
 def _labelled(config: RunConfig, made: Prepared, store: Store) -> list[bool]:
-    """Which shards of labels are there."""
+    """Which shards of labels are there, or whether the teachers are where none are stored."""
+    if not config.relabel.store_labels:
+        return [bool(choice.kept(store))]
     plan = _plan(config, made)
     shards = -(-plan.labelled // plan.epochs_per_shard(made.data.num_classes))
     return [store.has(shard_name(name, i)) for name in config.sets for i in range(shards)]

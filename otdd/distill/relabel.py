@@ -40,12 +40,21 @@ MEASURED = "auto:measured"  # so many of the most are taken as `otdd.distill.cho
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen network with its name, a hash of its weights, and its test accuracy in percent."""
+    """A frozen network.
+
+    Attributes:
+        name: as in `relabel.teachers`.
+        network: images in [0, 1] to logits.
+        digest: hash of its weights.
+        accuracy: on the test images, in percent.
+        file: where its weights are in the store; empty if they are not.
+    """
 
     name: str
     network: nn.Module
     digest: str
     accuracy: float
+    file: str = ""
 
 
 def teacher_names(config: RunConfig) -> list[str]:
@@ -68,24 +77,40 @@ def teacher_names(config: RunConfig) -> list[str]:
 def make_teachers(
     store: Store, data: ImageData, config: RunConfig, progress: Progress | None = None
 ) -> list[Teacher]:
-    """Teachers of a run: loaded, or trained on the real training data and kept in the store."""
+    """Teachers of a run: loaded, or trained on the real training data and kept in the store.
+
+    Where no labels are stored, those that were loaded are kept as well, for `otdd.load`.
+    """
     teachers = []
     device = local_device(config.train.device, "train.device")
-    network: torch.nn.Module
+    network: students.Normalized
     names = teacher_names(config)
     for number, name in enumerate(names):
+        arch, seed, file = architecture(name), config.seed, ""
         if name.startswith("timm:"):
             network = students.pretrained(name.removeprefix("timm:"), data)
         elif "=" in name:
-            arch, _, file = name.partition("=")
-            network = students.load_checkpoint(arch, file, data)
+            network = students.load_checkpoint(arch, name.partition("=")[2], data)
         else:
-            seed = config.seed + 1000 * names[:number].count(name)
-            network = _trained(store, data, config, name, seed, progress)
+            seed += 1000 * names[:number].count(name)
+            file = f"teachers/{arch}-{seed}.safetensors"
+            network = _trained(store, data, config, arch, seed, file, progress)
+        digest = digest_of(network)
+        if not file and not config.relabel.store_labels:
+            file = f"teachers/{digest[:16]}.safetensors"
+            if not store.has(file):
+                _keep(store, network, file, arch, data)
         network.to(device).eval().requires_grad_(False)
-        digest = _digest(network)
-        teachers.append(Teacher(name, network, digest, round(accuracy(network, data.test), 2)))
+        right = round(accuracy(network, data.test), 2)
+        teachers.append(Teacher(name, network, digest, right, file))
     return teachers
+
+
+def architecture(name: str) -> str:
+    """The architecture in a name of `relabel.teachers`, for `students.make_network`."""
+    if name.startswith("timm:"):
+        return name.removeprefix("timm:").partition(".")[0]  # what follows names the weights
+    return name.partition("=")[0]
 
 
 @torch.no_grad()
@@ -171,11 +196,17 @@ def live_steps(
 ) -> Iterator[Step]:
     """The same steps as `stored_steps`, labelled as they are needed."""
     plan = Plan.of(config, data, len(images))
-    labels, device = plan.labels, device_of(teachers[0].network)
     for epoch in range(first, plan.epochs):
         for batch in plan.epoch(epoch % plan.labelled):
-            made = labels.encode(soft_labels(teachers, batch.apply(images, device)))
-            yield Step(batch, labels.decode(made, len(data.classes)))
+            yield live_step(batch, images, teachers, plan.labels)
+
+
+def live_step(
+    batch: Batch, images: Tensor, teachers: Sequence[Teacher], labels: LabelFormat
+) -> Step:
+    """A batch with the labels that its teachers give it, as a file of this format has them."""
+    logits = soft_labels(teachers, batch.apply(images, device_of(teachers[0].network)))
+    return Step(batch, labels.decode(labels.encode(logits), logits.shape[-1]))
 
 
 def hard_steps(
@@ -245,11 +276,12 @@ class Plan:
 
     def epoch(self, epoch: int) -> list[Batch]:
         """Batches of one epoch."""
-        draw, size = self.augment.draw, self.size
-        return [
-            draw(self.count, self.batch, size, seed=self.seed, epoch=epoch, step=step)
-            for step in range(self.steps_per_epoch)
-        ]
+        return [self.batch_of(epoch, step) for step in range(self.steps_per_epoch)]
+
+    def batch_of(self, epoch: int, step: int) -> Batch:
+        """One batch of an epoch."""
+        given = self.count, self.batch, self.size
+        return self.augment.draw(*given, seed=self.seed, epoch=epoch, step=step)
 
 
 def shard_name(set_name: str, number: int) -> str:
@@ -272,9 +304,9 @@ def _trained(
     config: RunConfig,
     arch: str,
     seed: int,
+    file: str,
     progress: Progress | None,
-) -> nn.Module:
-    file = f"teachers/{arch}-{seed}.safetensors"
+) -> students.Normalized:
     network = students.make_network(arch, data, seed)
     if store.has(file):
         network.load_state_dict(store.read_tensors(file))
@@ -297,12 +329,17 @@ def _trained(
         loss = make_loss("ce", TEACHER)
         training = Training(network, loss, TEACHER, plan.total, plan.steps_per_epoch, seed=seed)
         train_student(training, images, data.train.labels, steps())
-    state = network.state_dict()
-    store.write_tensors(file, state, {"arch": arch, "classes": list(data.classes)})
+    _keep(store, network, file, arch, data)
     return network
 
 
-def _digest(network: nn.Module) -> str:
+def _keep(store: Store, network: nn.Module, file: str, arch: str, data: ImageData) -> None:
+    meta = {"arch": arch, "classes": list(data.classes)}
+    store.write_tensors(file, network.state_dict(), meta)
+
+
+def digest_of(network: nn.Module) -> str:
+    """Hash of all weights, with their names, shapes and types."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,8 +46,31 @@ class Labelled(NamedTuple):
     labels: Tensor
 
 
+class Labels(Protocol):
+    """The soft labels of a set, step by step: stored ones, or `live.LiveLabels`.
+
+    Attributes:
+        epochs: how many the labels have.
+        steps_per_epoch: batches of one epoch.
+        teachers: names and hashes of the teachers.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    teachers: list[list[str]]
+
+    def __len__(self) -> int: ...
+
+    def step(self, number: int) -> Step:
+        """Augmentation and logits of a step, counted from the first of the first epoch."""
+
+
 class LabelShards:
-    """The soft labels of a set, step by step.
+    """Soft labels of a set that are stored, step by step.
+
+    Args:
+        files: of the set.
+        count: images of the set.
 
     Attributes:
         epochs: how many the labels have.
@@ -58,15 +81,13 @@ class LabelShards:
         StoreError: there are none, or not all of them.
     """
 
-    def __init__(self, files: SetFiles) -> None:
-        self._store, self._names = files.store, files.labels
+    def __init__(self, files: SetFiles, count: int) -> None:
+        self._store, self._names, self._count = files.store, files.labels, count
         self._open: dict[str, Any] = {}
         where = f"{files.store.path}: set {files.name}"
         if not files.labels:
             hint = "it was exported without" if files.exported else "run `otdd relabel` first"
-            raise StoreError(
-                f"{where} has no soft labels; {hint} (relabel.store_labels off keeps none)"
-            )
+            raise StoreError(f"{where} has no soft labels; {hint}")
         self.epochs, counts = 0, list[int]()
         self.teachers: list[list[str]] = []
         for name in files.labels:
@@ -97,6 +118,7 @@ class LabelShards:
         names = file.keys()
         tensors = {part: file.get_slice(part)[row : row + 1] for part in names}
         (batch,), (logits,) = unstack(tensors), self._decoded(name, tensors)
+        self._check(batch.index)
         return Step(batch, logits)
 
     def _decoded(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
@@ -104,18 +126,18 @@ class LabelShards:
         meta = self._store.read_meta(name)
         return LabelFormat.read(meta).decode(tensors, len(meta["classes"]))
 
-    def check(self, index: Tensor, count: int) -> None:
-        """Raise a `StoreError` if a step is of images that are not among `count`."""
-        if not 0 <= int(index.min()) <= int(index.max()) < count:
+    def _check(self, index: Tensor) -> None:
+        if not 0 <= int(index.min()) <= int(index.max()) < self._count:
             raise StoreError(
                 f"{self._store.path}: a step of the soft labels is of images that the set has not"
             )
 
-    def mean(self, count: int) -> Tensor:
-        """Mean logits of each of `count` images over its views, (count, K).
+    def mean(self) -> Tensor:
+        """Mean logits of each image over its views, (N, K).
 
         Views that CutMix or Mixup mixed count only where an image has no others.
         """
+        count = self._count
         parts = [torch.zeros(2, count, 1), torch.zeros(2, count, len(self._classes()))]
         seen, total = (part.double() for part in parts)
         for name in self._names:
@@ -123,7 +145,7 @@ class LabelShards:
             decoded = self._decoded(name, tensors).double()
             for batch, logits in zip(unstack(tensors), decoded, strict=True):
                 index, mixed = batch.index, int(batch.mixed)
-                self.check(index, count)
+                self._check(index)
                 seen[mixed].index_add_(0, index, torch.ones(len(index), 1).double())
                 total[mixed].index_add_(0, index, logits)
         pick = (seen[0] == 0).long()
@@ -170,17 +192,16 @@ class LabelShards:
 class Replay(Dataset[Labelled]):
     """Steps of a set as a data set: item i is the whole batch of step i."""
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: int, shards: LabelShards) -> None:
-        self.images, self.labels, self.classes, self.shards = images, labels, classes, shards
+    def __init__(self, images: Tensor, labels: Tensor, classes: int, soft: Labels) -> None:
+        self.images, self.labels, self.classes, self.soft = images, labels, classes, soft
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.soft)
 
     def __getitem__(self, number: int) -> Labelled:
         """The batch of a step."""
-        batch, logits = (step := self.shards.step(number)).batch, step.teacher
+        batch, logits = (step := self.soft.step(number)).batch, step.teacher
         assert logits is not None
-        self.shards.check(batch.index, len(self.images))
         _, channels, height, width = self.images.shape
         with reproducible((channels, height, width)):
             images = batch.apply(self.images)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DATA = "data.json"
 CONFIG = "config.json"
+TEACHERS = "teachers.json"
 EXPORTED = "otdd-set-1"  # the `format` of an exported folder
 DEFAULT = "otg"
 LAYOUTS = {"images": "images/", "root": ""}  # where the class folders of an export are
@@ -49,6 +50,7 @@ class SetFiles:
         epochs: that the soft labels have when they are complete.
         manifest: content of `otdd.json`.
         exported: whether `otdd export` made the folder.
+        live: whether the run stores no soft labels but the teachers who make them.
     """
 
     store: Store
@@ -58,6 +60,7 @@ class SetFiles:
     epochs: int
     manifest: dict[str, Any]
     exported: bool
+    live: bool = False
 
     @classmethod
     def find(
@@ -137,9 +140,11 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
         config = store.read_json(CONFIG)
         epochs = int(config["train"]["epochs"])
         epochs = min(epochs, int(config["relabel"].get("label_epochs") or epochs))
-    except (KeyError, TypeError, ValueError):
+        live = not config["relabel"].get("store_labels", True)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise StoreError(f"{store.path / CONFIG} was not written by otdd") from None
-    return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False)
+    live = live and not labels and store.has(TEACHERS)
+    return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False, live=live)
 
 
 def _of_export(store: Store, manifest: dict[str, Any], name: str | None) -> SetFiles:

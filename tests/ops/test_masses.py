@@ -18,8 +18,9 @@ def test_total_weight(backend, mass, decades, dtype, tol, grad):
     C, a, b = problem(2, 30, 20, dtype, decades)
     C, a, b = (t.requires_grad_() for t in (C, a * mass, b * mass))
     wide = [t.detach().double().requires_grad_() for t in (C, a, b)]
-    result = sinkhorn(C, a, b, eps=0.05, max_iter=10, grad=grad, backend=backend)
-    expected = sinkhorn_oracle(*wide, eps=0.05, max_iter=10)
+    options = {"eps": 0.05, "max_iter": 4 if backend == "triton" else 10}  # slow to interpret
+    result = sinkhorn(C, a, b, **options, grad=grad, backend=backend)
+    expected = sinkhorn_oracle(*wide, **options)
     for name, unit in (("f", 1), ("g", 5), ("value", 5 * mass), ("cost", mass), ("plan", mass)):
         seen, exact = getattr(result, name).double(), expected[name]
         torch.testing.assert_close(seen, exact, rtol=tol, atol=tol * unit)

@@ -59,7 +59,7 @@ def test_every_ratio_of_cost_to_eps(backend, ratio, kind, decades, dtype):
     elif kind == "skewed":
         C = C**8
     C = C / C.amax((1, 2), keepdim=True) * 1e6
-    for max_iter in (1, 3, 30):
+    for max_iter in (1, 3, 8 if backend == "triton" else 30):  # slow to interpret
         result = sinkhorn(C, a, b, eps=1e6 / ratio, max_iter=max_iter, backend=backend)
         expected = sinkhorn_oracle(
             C.double(), a.double(), b.double(), eps=1e6 / ratio, max_iter=max_iter
@@ -92,11 +92,12 @@ def test_zero_weights_are_masks(backend, dtype, padding):
     for k, (n, m) in enumerate(zip(keep_rows, keep_columns, strict=True)):
         a[k, n:], b[k, m:] = 0, 0
         C[k, n:], C[k, :, m:] = padding, padding
-    result = sinkhorn(C, a, b, eps=0.1, max_iter=20, backend=backend)
+    max_iter = 8 if backend == "triton" else 20
+    result = sinkhorn(C, a, b, eps=0.1, max_iter=max_iter, backend=backend)
     tol = 1e-11 if dtype == torch.float64 else 1e-4
     for k, (n, m) in enumerate(zip(keep_rows, keep_columns, strict=True)):
         part = [t.double() for t in (C[k, :n, :m], a[k, :n], b[k, :m])]
-        expected = sinkhorn_oracle(*part, eps=0.1, max_iter=20)
+        expected = sinkhorn_oracle(*part, eps=0.1, max_iter=max_iter)
         torch.testing.assert_close(
             result.plan[k, :n, :m].double(), expected["plan"], rtol=tol, atol=tol
         )
@@ -163,11 +164,11 @@ def test_batch_dimensions_and_broadcasting(backend):
     C, a, b = problem(6, 5, 7)
     C = C.reshape(2, 3, 5, 7)
     eps = torch.tensor([[0.1], [0.2]])
-    result = sinkhorn(C, a[0], b.reshape(2, 3, 7), eps=eps, backend=backend)
+    result = sinkhorn(C, a[0], b.reshape(2, 3, 7), eps=eps, max_iter=9, backend=backend)
     assert result.value.shape == (2, 3)
     assert result.plan.shape == C.shape
     assert result.f.shape == (2, 3, 5)
-    alone = sinkhorn(C[1, 2], a[0], b[5], eps=float(eps[1, 0]), backend=backend)
+    alone = sinkhorn(C[1, 2], a[0], b[5], eps=float(eps[1, 0]), max_iter=9, backend=backend)
     assert alone.value.shape == ()
     torch.testing.assert_close(result.plan[1, 2], alone.plan)
     torch.testing.assert_close(result.f[1, 2], alone.f)
@@ -176,13 +177,13 @@ def test_batch_dimensions_and_broadcasting(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts_do_not_matter(backend):
     C, a, b = problem(3, 20, 30)
-    expected = sinkhorn(C, a, b, eps=0.1, backend=backend).plan
+    expected = sinkhorn(C, a, b, eps=0.1, max_iter=9, backend=backend).plan
     turned = C.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     strided = torch.empty(3, 20, 60, dtype=C.dtype)[..., ::2].copy_(C)
     a2, b2 = a.T.contiguous().T, torch.stack([b, b], -1)[..., 0]
     for layout in (turned, strided):
         torch.testing.assert_close(
-            sinkhorn(layout, a2, b2, eps=0.1, backend=backend).plan, expected
+            sinkhorn(layout, a2, b2, eps=0.1, max_iter=9, backend=backend).plan, expected
         )
 
 
@@ -190,8 +191,8 @@ def test_layouts_do_not_matter(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(backend, dtype):
     C = problem(2, 9, 8)[0].to(dtype).requires_grad_()
-    result = sinkhorn(C, eps=0.1, backend=backend)
-    expected = sinkhorn(C.detach().float(), eps=0.1, backend=backend)
+    result = sinkhorn(C, eps=0.1, max_iter=9, backend=backend)
+    expected = sinkhorn(C.detach().float(), eps=0.1, max_iter=9, backend=backend)
     assert result.value.dtype == torch.float32
     torch.testing.assert_close(result.plan, expected.plan)
     result.value.sum().backward()
@@ -344,8 +345,9 @@ def test_bad_input(backend, kwargs, error, says):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_of_other_types_do_not_overflow(backend, number, dtype):
     C, a, b = problem(2, 4, 5, dtype)
-    result = sinkhorn(C, a, b, eps=number(1), rho_a=number(2), rho_b=number(2), backend=backend)
-    want = sinkhorn(C, a, b, eps=1.0, rho_a=2.0, rho_b=2.0, backend=backend)
+    options = {"max_iter": 3, "backend": backend}
+    result = sinkhorn(C, a, b, eps=number(1), rho_a=number(2), rho_b=number(2), **options)
+    want = sinkhorn(C, a, b, eps=1.0, rho_a=2.0, rho_b=2.0, **options)
     torch.testing.assert_close(result.value, want.value, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"^eps: got -1"):
         sinkhorn(C, eps=number(-1), backend=backend)

@@ -9,6 +9,7 @@ from references import problem, sinkhorn_oracle
 from otdd.backends import BackendError
 from otdd.ops import cost_matrix, sinkhorn
 from otdd.ops.pointers import triton_kernels
+from otdd.ops.points import tiles as points_tiles
 
 FIELDS = ("f", "g", "plan", "value", "cost", "marginal_error")
 backend = pytest.mark.parametrize("backend", ["triton"])
@@ -82,8 +83,87 @@ def test_refusals_say_why(backend):
     for options in ({"schedule": 0.5}, {"accelerate": "anderson"}):
         with pytest.raises(BackendError, match="neither schedule nor accelerate"):
             sinkhorn(C, eps=0.1, backend=backend, **options)
-    with pytest.raises(BackendError, match="1049600 costs; one program takes 1048576"):
-        sinkhorn(C[:1, :1].expand(1025, 1024), eps=0.1, backend=backend)
+    large = C[:1, :1].expand(1025, 1024)
+    with pytest.raises(BackendError, match="1049600 costs; the unrolled derivative takes 1048576"):
+        sinkhorn(large, eps=0.1, grad="unrolled", backend=backend)
+
+
+@pytest.fixture
+def by_many(monkeypatch):
+    """Every problem is solved by many programs, whose costs are read in panels of some rows."""
+    monkeypatch.setattr(triton_kernels("sinkhorn"), "MOST_ENTRIES", 0)
+    monkeypatch.setattr(points_tiles, "PANEL", 1 << 10)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (33, 70)])
+@pytest.mark.parametrize("rho", [None, 0.7])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_many_programs_for_a_problem(by_many, size, rho, dtype, tol):
+    C, a, b = problem(3, *size, dtype)
+    a[:, 3:5], b[:, 4:6] = 0, 0
+    C = C.mT.contiguous().mT
+    eps = torch.tensor([0.5, 0.05, 0.02], dtype=torch.float64)
+    options = {"eps": eps, "max_iter": 5, "rho_a": rho}
+    result = sinkhorn(C, a, b, **options, backend="triton")
+    options["rho_a"] = rho or torch.inf
+    expected = sinkhorn_oracle(C.double(), a.double(), b.double(), **options, rho_b=torch.inf)
+    for name in ("f", "g", "plan", "value", "cost", "marginal_error"):
+        seen, want = getattr(result, name).double(), expected[name]
+        torch.testing.assert_close(
+            seen, want, rtol=tol, atol=tol * want.abs().max().clamp(1).item()
+        )
+
+
+@pytest.mark.parametrize("ratio", [1e0, 1e3, 1e5])
+def test_many_programs_at_every_ratio_of_cost_to_eps(by_many, ratio):
+    C, a, b = problem(2, 20, 30, torch.float32, 12.0)
+    C = C / C.amax((1, 2), keepdim=True) * 1e6
+    result = sinkhorn(C, a, b, eps=1e6 / ratio, max_iter=4, backend="triton")
+    expected = sinkhorn_oracle(C.double(), a.double(), b.double(), eps=1e6 / ratio, max_iter=4)
+    error = (result.plan.double() - expected["plan"]).abs().sum((1, 2)).max().item()
+    assert error <= 6e-8 * (40 + 10 * ratio)
+    for name in ("f", "g", "value", "cost"):
+        seen = getattr(result, name).double()
+        torch.testing.assert_close(seen, expected[name], rtol=6e-6, atol=6)
+
+
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+def test_many_programs_stop_go_on_and_have_gradients(by_many, grad):
+    C, a, b = problem(2, 12, 17)
+    options = {"eps": torch.tensor([0.5, 0.1], dtype=torch.float64), "tol": 1e-12}
+    leaves = [[t.clone().requires_grad_() for t in (C, a, b)] for _ in range(2)]
+    seen, want = (
+        sinkhorn(*some, **options, max_iter=400, grad=grad, backend=backend)
+        for some, backend in zip(leaves, ("triton", "reference"), strict=True)
+    )
+    assert torch.equal(seen.n_iter, want.n_iter)
+    assert (seen.marginal_error <= 1e-12).all()
+    assert seen.n_iter[0] < seen.n_iter[1] < 400
+    value = lambda r: r.value.sum() if grad == "envelope" else (r.cost + r.value**2).sum()  # noqa: E731
+    for s, w in zip(*map(torch.autograd.grad, map(value, (seen, want)), leaves), strict=True):
+        torch.testing.assert_close(s, w, rtol=1e-6, atol=1e-8)
+    warm = sinkhorn(C, a, b, **options, init=seen, backend="triton")
+    assert (warm.n_iter <= 1).all()
+
+
+def test_many_programs_take_marginals_of_ones_and_half_precision(by_many):
+    C = problem(2, 9, 14)[0].half()
+    result = sinkhorn(C, eps=0.3, max_iter=4, marginals="sinkd", backend="triton")
+    expected = sinkhorn(C.double(), eps=0.3, max_iter=4, marginals="sinkd", backend="reference")
+    for name in ("f", "g", "plan", "value", "cost"):
+        seen = getattr(result, name).double()
+        torch.testing.assert_close(seen, getattr(expected, name), rtol=1e-4, atol=1e-4)
+    none = sinkhorn(C[:0], eps=0.3, backend="triton")
+    assert none.value.shape == (0,)
+
+
+def test_a_problem_beyond_one_program():
+    C, a, b = problem(1, 1100, 1000, torch.float32)
+    result = sinkhorn(C, a, b, eps=0.1, max_iter=1, backend="triton")
+    expected = sinkhorn_oracle(C.double(), a.double(), b.double(), eps=0.1, max_iter=1)
+    for name in ("f", "g", "value", "cost"):
+        seen = getattr(result, name).double()
+        torch.testing.assert_close(seen, expected[name], rtol=1e-4, atol=1e-4)
 
 
 @backend

@@ -230,7 +230,7 @@ def _entropy(files: SetFiles, count: int) -> Entropy | None:
     if not files.labels:
         return None
     try:
-        shards = LabelShards(files)
+        shards = LabelShards(files, count)
     except IncompleteLabels:
         return None
     total = len(shards)
@@ -240,7 +240,6 @@ def _entropy(files: SetFiles, count: int) -> Entropy | None:
     for number in chosen:
         step = shards.step(number)
         assert step.teacher is not None
-        shards.check(step.batch.index, count)
         log = step.teacher.double().log_softmax(-1)
         (mixed if step.batch.mixed else plain).append(-(log.exp() * log).sum(-1))
     kinds = [torch.cat(part) if part else torch.zeros(0) for part in (plain, mixed)]

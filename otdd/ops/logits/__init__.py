@@ -10,7 +10,7 @@ from otdd.ops import checks, pointers
 from otdd.ops.cost import cost_gradients, cost_op
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
 from otdd.ops.logits.cuda import logits_backward_cuda, logits_cuda
-from otdd.ops.sinkhorn.op import plan_op, solve_op, triton_refusal
+from otdd.ops.sinkhorn.op import plan_op, solve_op
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -48,10 +48,8 @@ def logit_transport(
         ValueError: On the CPU (elsewhere with ``OTDD_CHECKS=1``): a softmax that is NaN.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
-    rows = student.shape[-2]
     of_cost = backends.choose("cost_matrix", pointers.refusals(student), backend)
-    refusals = pointers.refusals(student, triton=triton_refusal(rows * rows))
-    of_solve = backends.choose("sinkhorn", refusals, backend)
+    of_solve = backends.choose("sinkhorn", pointers.refusals(student), backend)
     if not _fused(of_cost, of_solve):
         student, teacher = (checks.as_float(t, "logits") for t in (student, teacher))
     return _transport(student, teacher, tau, eps, max_iter, sinkd, of_cost, of_solve)[0]

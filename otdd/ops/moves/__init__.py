@@ -11,7 +11,7 @@ from otdd.ops.barycentric import images
 from otdd.ops.cost import cost_op, gradient_of_x
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
 from otdd.ops.moves.cuda import moves_cuda
-from otdd.ops.sinkhorn.op import plan_op, solve_op, triton_refusal
+from otdd.ops.sinkhorn.op import plan_op, solve_op
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -74,9 +74,7 @@ def transport_moves(
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
     of_cost = backends.choose("cost_matrix", pointers.refusals(x), backend)
-    entries = a.shape[-1] * y.shape[-2]
-    refusals = pointers.refusals(x, triton=triton_refusal(entries))
-    of_solve = backends.choose("sinkhorn", refusals, backend)
+    of_solve = backends.choose("sinkhorn", pointers.refusals(x), backend)
     options = lambda_1, metric, max_iter, gradient, of_cost, of_solve
     return Moves(*_moves(x, y, a, b, given, g, *options))
 

@@ -181,6 +181,11 @@ def tiles_of(p: Clouds, metric: str, precision: str, cost: str) -> Tiles:
     return Tiles(x, y, *norms, labels, N, M, D, cost, metric, used)
 
 
+def given_tiles(C: Tensor) -> Tiles:
+    """Costs that are there, ``(B, N, M)`` contiguous."""
+    return Tiles(C, C, C, C, None, *C.shape[1:], 1, "stored", "", "")
+
+
 def tf32(t: Tensor) -> Tensor:
     """`t` rounded to the bits of TF32. The units would cut the others off, an error with a sign."""
     bits = t.contiguous().view(torch.int32)

@@ -16,7 +16,15 @@ from otdd.ops.pointers import on_device
 from otdd.ops.points import kernels
 from otdd.ops.points.dense import weighted_sum
 from otdd.ops.points.reference import Clouds, PointSolution
-from otdd.ops.points.tiles import Plan, Tiles, panel_of, plan_of, splits, tiles_of
+from otdd.ops.points.tiles import (
+    Plan,
+    Tiles,
+    given_tiles,
+    panel_of,
+    plan_of,
+    splits,
+    tiles_of,
+)
 from otdd.ops.sinkhorn.reference import damping, dual_value, kept, weighted
 
 LOG2_E = 1.4426950408889634
@@ -206,6 +214,15 @@ def _nothing(p: Clouds) -> PointSolution:
     return PointSolution(p.a.clone(), p.b.clone(), number, number, number, none)
 
 
+def _begin(p: Clouds) -> tuple[Tensor, Tensor, _Scales]:
+    """Base-2 logarithms of the weights, and the numbers of each problem."""
+    log2_a, log2_b = p.a.log2().contiguous(), p.b.log2().contiguous()
+    damp_a, damp_b = (damping(rho, p.eps, p.a.dtype).flatten() for rho in (p.rho_a, p.rho_b))
+    active = torch.ones(len(p.a), dtype=torch.int32, device=p.a.device)
+    scale = (LOG2_E / p.eps).to(p.a.dtype)
+    return log2_a, log2_b, _Scales(scale, damp_a, damp_b, torch.ones_like(scale), active)
+
+
 def _solve(
     p: Clouds,
     g: Tensor,
@@ -216,18 +233,13 @@ def _solve(
     plan: Plan,
 ) -> PointSolution:
     """Problems that are solved together."""
-    dtype, B = p.x.dtype, len(p.x)
-    log2_a, log2_b = p.a.log2().contiguous(), p.b.log2().contiguous()
-    damp_a, damp_b = (damping(rho, p.eps, dtype).flatten() for rho in (p.rho_a, p.rho_b))
-    active = torch.ones(B, dtype=torch.int32, device=p.x.device)
-    scale = (LOG2_E / p.eps).to(dtype)
-    scales = _Scales(scale, damp_a, damp_b, torch.ones_like(scale), active)
+    log2_a, log2_b, scales = _begin(p)
     made = tiles_of(p, metric, precision, plan.cost)
     if plan.keep == "panels":
         passes = _Panels(made, log2_a, log2_b, scales, plan.rows)
     else:
         if plan.keep == "all":
-            made = made.stored(_costs(made, p.x.new_empty(B, made.N, made.M)))
+            made = made.stored(_costs(made, p.x.new_empty(len(p.x), made.N, made.M)))
         passes = _Whole(made, log2_a, log2_b, scales)
     f, g, n_iter = _iterate(passes, p, g, scales, max_iter, tol)
     one, none = torch.ones_like(f), torch.zeros_like(g)
@@ -238,6 +250,55 @@ def _solve(
     error = (sums - weighted(p.a, kept(f, p.rho_a))).abs().sum(-1)
     value = dual_value(f, g, p.a, p.b, p.eps, p.rho_a, p.rho_b)
     return PointSolution(f, g, value, costs.sum(-1), error, n_iter)
+
+
+def given_triton(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho_a: Tensor,
+    rho_b: Tensor,
+    g: Tensor,
+    max_iter: int,
+    tol: Tensor,
+) -> PointSolution:
+    """The solve of costs that are given, ``(B, N, M)``; a chip of programs for each problem.
+
+    They are read twice an iteration, and twice after the last.
+    """
+    C = C.contiguous()
+    p = Clouds(C, C, a, b, eps, rho_a, rho_b, None, None, None)
+    with on_device(C):
+        log2_a, log2_b, scales = _begin(p)
+        passes = _Whole(given_tiles(C), log2_a, log2_b, scales)
+        f, g, n_iter = _iterate(passes, p, g, scales, max_iter, tol)
+        undamped = torch.empty_like(f)
+        passes.rows(g, undamped, scales.one, False)
+        e = eps.to(f.dtype).unsqueeze(-1)
+        off = torch.exp((f - undamped) / e) - kept(f, rho_a)  # of the rows of the plan
+        value = dual_value(f, g, a, b, eps, rho_a, rho_b)
+        cost = _given_cost(C, f, g, log2_a, log2_b, scales)
+    return PointSolution(f, g, value, cost, weighted(a, off).abs().sum(-1), n_iter)
+
+
+def _given_cost(
+    C: Tensor, f: Tensor, g: Tensor, log2_a: Tensor, log2_b: Tensor, scales: _Scales
+) -> Tensor:
+    """``<P, C>``, ``(B,)``, some rows at a time."""
+    (B, N, M), total = C.shape, torch.zeros_like(scales.scale)
+    group, height = panel_of(N, M, C.element_size())
+    for k in range(0, B, group):
+        some = slice(k, k + group)
+        for i in range(0, N, height):
+            part = C[some, i : i + height]
+            of_rows = (t[some, i : i + height].contiguous() for t in (f, log2_a))
+            fs, la = of_rows
+            rest = fs, g[some], la, log2_b[some], torch.zeros_like(fs), torch.zeros_like(g[some])
+            ones, out = scales.one[some], torch.empty_like(part)
+            _fill(given_tiles(part), out, *rest, ones, scales.scale[some])
+            total[some] += out.sum((-1, -2))
+    return total
 
 
 def _iterate(

@@ -175,7 +175,7 @@ def sinkhorn(
         )
     entries = C.shape[-2] * C.shape[-1]
     refusals = pointers.refusals(
-        C, cuda_refusal(schedule, accelerate), triton_refusal(entries, schedule, accelerate)
+        C, cuda_refusal(schedule, accelerate), triton_refusal(entries, grad, schedule, accelerate)
     )
     chosen = backends.choose("sinkhorn", refusals, backend)
     C = pointers.as_read(C, chosen)

@@ -23,7 +23,7 @@ from otdd.ops.sinkhorn.reference import (
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
-MOST_ENTRIES = 1 << 20  # of a problem, for Triton: beyond it one program is slower than PyTorch
+MOST_ENTRIES = 1 << 20  # of a problem, for one program of Triton
 
 
 def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,14 @@ def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def triton_refusal(
-    entries: int, schedule: float | None = None, accelerate: str | None = None
+    entries: int, grad: str, schedule: float | None = None, accelerate: str | None = None
 ) -> str | None:
     """What the Triton kernels have against problems of so many costs; triton is not imported."""
     if schedule is not None or accelerate is not None:
         return "the Triton kernels have neither schedule nor accelerate"
-    return None if entries <= MOST_ENTRIES else f"{entries} costs; one program takes {MOST_ENTRIES}"
+    if grad == "unrolled" and entries > MOST_ENTRIES:
+        return f"{entries} costs; the unrolled derivative takes {MOST_ENTRIES}, of one program"
+    return None
 
 
 def filled(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from otdd.ops import pointers
 from otdd.ops.sinkhorn import triton_backward, triton_solve
+from otdd.ops.sinkhorn.op import MOST_ENTRIES, filled
 from otdd.ops.sinkhorn.reference import Solution, potentials_backward_reference
 
 
@@ -76,12 +77,18 @@ def sinkhorn_triton(
     keep_history: bool,
     sinkd: bool,
 ) -> Solution:
-    """See `sinkhorn_reference`; the same iterates, in one launch; one more for `value`."""
+    """See `sinkhorn_reference`; the same iterates, in one launch; one more for `value`.
+
+    What is too much for one program has many, and two launches an iteration.
+    """
     *batch, N, M = C.shape
     B = math.prod(batch)
     out = Solution.empty(C, max_iter, keep_history)
     if B == 0:
         return out
+    if N * M > MOST_ENTRIES:
+        problem = filled(C, a, b, eps, rho_a, rho_b, sinkd)
+        return _by_many(problem, g, max_iter, tol)
     C, a, b, eps, rho_a, rho_b, g = pointers.flat(
         len(batch), aligned(C), a, b, eps, rho_a, rho_b, g
     )
@@ -100,6 +107,18 @@ def sinkhorn_triton(
         kernel[(B,)](*problem, *outputs, *sizes, *options, num_warps=warps)
         triton_solve.values[(B,)](*solution, N, M, *weights, sinkd, BLOCK=512)
     return out
+
+
+def _by_many(problem: tuple[Tensor, ...], g: Tensor | None, max_iter: int, tol: float) -> Solution:
+    """The solve by the passes of `sinkhorn_points`, without a history."""
+    C, a, b, eps, *rho = problem
+    batch = C.shape[:-2]
+    g = torch.zeros_like(b) if g is None else g
+    flat = (t.reshape(-1, *t.shape[len(batch) :]) for t in (C, a, b, eps, *rho, g))
+    goal = torch.full((math.prod(batch),), tol_below(tol), dtype=torch.float64, device=C.device)
+    made = pointers.triton_kernels("points").given_triton(*flat, max_iter, goal)
+    history = C.new_zeros(*batch, 0, sum(C.shape[-2:]), dtype=torch.float64)
+    return Solution(*(t.reshape(*batch, *t.shape[1:]) for t in made), history)
 
 
 def plan_triton(
