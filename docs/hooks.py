@@ -169,6 +169,32 @@ def student_step() -> str:
     return table(["images", "batch", "classes", "step", "transport", "with a share"], body)
 
 
+def guidance_share() -> str:
+    body = []
+    for row in results("guidance_share")["rows"]:
+        times = row["median_ms"]
+        share, memory = row["share_of_unguided_step"], row["share_of_memory"]
+        body.append([
+            row["model"], row["batch"], row["references"], f"`{row['settings']}`",
+            f"{times['step without guidance']:.0f} ms", f"{times['guidance']:.1f} ms",
+            f"{share:.2%}", f"{memory:+.1%}",
+        ])  # fmt: skip
+    head = ["model", "images in the batch", "real latents of the class", "settings"]
+    return table([*head, "step without", "guidance", "share of the step", "peak memory"], body)
+
+
+def order() -> str:
+    body = []
+    for row in results("order")["rows"]:
+        joint, other = row["joint"], row["sequential"]
+        pairs = [f"{joint[key]:.3g} and {other[key]:.3g}" for key in (
+            "batch", "images_per_second", "denoiser_ms"
+        )]  # fmt: skip
+        body.append([row["model"], row["classes"], row["ipc"], *pairs, f"{row['ratio']:.1f}x"])
+    head = ["model", "classes in flight", "IPC", "batch, joint and sequential", "images a second"]
+    return table([*head, "denoiser, ms an image and step", "joint is faster by"], body)
+
+
 def precision() -> str:
     keys = ("N", "M", "D", "offset", "eps", "precision", "plan_error")
     return table(keys, ([row[key] for key in keys] for row in results("precision")["rows"]))
@@ -210,6 +236,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence": convergence,
     "label formats": label_formats,
     "student step": student_step,
+    "guidance share": guidance_share,
+    "order": order,
     "precision": precision,
     "resources": resources,
     "files": files,

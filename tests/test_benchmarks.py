@@ -14,8 +14,10 @@ import cases
 import digits
 import fit_textures
 import floors
+import guidance_share
 import label_formats
 import measure
+import order
 import pytest
 import report
 import student_step
@@ -131,6 +133,23 @@ def test_step_of_a_student_is_measured():
     row = student_step.measure(batch=2, size=32, classes=10, rounds=2)
     assert len(row["median_ms"]) == 6
     assert row["median_ms"]["loss with"] < row["median_ms"]["step without"]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_share_of_guidance_in_a_step_is_measured(monkeypatch, batch):
+    monkeypatch.setitem(guidance_share.MODELS, "tiny", (1, 2))
+    row = guidance_share.measure("tiny", batch, "default", references=8, rounds=3)
+    times = row["median_ms"]
+    assert 0 < times["of it sinkhorn"] < times["guidance"]
+    assert row["share_of_unguided_step"] > 0
+
+
+def test_orders_of_sampling_are_measured():
+    row = order.measure("digits", classes=2, ipc=3, steps=2, rounds=1)
+    assert (row["joint"]["batch"], row["sequential"]["batch"]) == (6, 2)
+    for found in (row["joint"], row["sequential"]):
+        assert 0 < found["share_of_denoiser"] < 1
+        assert found["images_per_second"] > 0
 
 
 def cells(monkeypatch, module, out, *flags):

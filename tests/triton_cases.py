@@ -38,7 +38,7 @@ class Case:
         arguments: By name: a torch dtype for a pointer, a number, None; constexprs too.
         warps: Of a program.
         products: Whether matrix instructions must do the work.
-        stages: Of Triton's pipelines; None for its default.
+        options: Further ones of the launch, for the compiler.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Case:
     arguments: Mapping[str, object]
     warps: int = 4
     products: bool = False
-    stages: int | None = None
+    options: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def cases() -> Iterable[Case]:
@@ -63,7 +63,7 @@ def _sinkhorn_cases() -> Iterable[Case]:
     module = pointers.triton_kernels("sinkhorn")
     sizes = {
         torch.float32: [(5, 7), (1, 1), (32, 32), (64, 64), (64, 128), (128, 64), (400, 500)],
-        torch.float64: [(16, 16), (64, 32), (64, 64)],
+        torch.float64: [(16, 16), (64, 32), (64, 64), (400, 500)],
     }
     for dtype, shapes in sizes.items():
         for N, M in shapes:
@@ -84,11 +84,13 @@ def _sinkhorn_cases() -> Iterable[Case]:
             solve |= {"g_b": M, "g_m": 1, "eps_b": 1, "rho_a_b": 1, "rho_b_b": 1, "max_iter": 100}
             solve |= {"tol": 1e-3, "BLOCK_N": rows, "BLOCK_M": columns, "steps": 101}
             solve |= dict.fromkeys(("df", "dg", "dC", "da", "db"), dtype)
-            kernel = triton_solve.solve_resident if resident else triton_solve.solve_streamed
-            yield Case(f"{kernel.__name__} {name}", kernel, solve, warps)
-            if resident and (N, M) == (64, 64):
-                bare = dict.fromkeys(("a", "b", "g0", "rho_a", "rho_b", "history"))
-                yield Case(f"{kernel.__name__} {name} bare", kernel, solve | bare, warps)
+            kernel, options = triton_solve.solve_resident, {}
+            if not resident:
+                kernel, options = triton_solve.solve_streamed, module.REGISTERS
+            yield Case(f"{kernel.__name__} {name}", kernel, solve, warps, options=options)
+            if (N, M) in ((64, 64), (400, 500)):
+                bare = solve | dict.fromkeys(("a", "b", "g0", "rho_a", "rho_b", "history"))
+                yield Case(f"{kernel.__name__} {name} bare", kernel, bare, warps, options=options)
             if N * M >= 2048:
                 yield Case(
                     f"backward_unrolled {name}", triton_backward.backward_unrolled, solve, warps
@@ -146,6 +148,9 @@ def _points_cases() -> Iterable[Case]:
                     module.points_triton(p, w, metric, 2, tol, precision)
                 options = metric, "difference", metric == "l2", precision
                 module.product_triton(p, w, w, w, w, eps, x, *options)
+                if metric == "l1":  # of costs that are given
+                    goal = torch.full((1,), 1e-3, dtype=torch.float64)
+                    module.given_triton(x.new_zeros(1, 128, 128), w, w, eps, eps, eps, w, 2, goal)
     yield from launched.values()
 
 
@@ -168,7 +173,8 @@ class _Recorder:
             dtype = str(given["out" if "out" in given else "f"])[6:]
             name = " ".join(map(str, (self.kernel.__name__, dtype, *constants)))
             products = given.get("COST") == "product" and dtype == "float32"
-            self.launched[name] = Case(name, self.kernel, given, num_warps, products, num_stages)
+            stages = {"num_stages": num_stages}
+            self.launched[name] = Case(name, self.kernel, given, num_warps, products, stages)
 
         return launch
 
@@ -195,41 +201,38 @@ def _source(case: Case):
 
 
 def compiled(case: Case, arch: int) -> dict[str, object]:
-    """Registers, bytes of spills and shared memory, matrix instructions."""
+    """Registers, bytes of stack and shared memory, matrix instructions.
+
+    Of what Triton itself has made, with its own options for ptxas. The stack holds what spills, as
+    no kernel here has another use for it; Triton, too, counts spills by it (``n_spills``).
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": case.warps}
-    options |= {} if case.stages is None else {"num_stages": case.stages}
+    options = {"num_warps": case.warps, **case.options}
     kernel = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = kernel.asm["ptx"]
-    told = _ptxas(ptx, arch)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
+    registers, stack = _usage(kernel.asm["cubin"])
+    instructions = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
     return {
-        "registers": int(re.search(r"Used (\d+) registers", told)[1]),
-        "spills": int(spills[1]) + int(spills[2]),
+        "registers": registers,
+        "stack": stack,
         "shared": kernel.metadata.shared,
-        "products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+        "products": len(re.findall(instructions, kernel.asm["ptx"])),
     }
 
 
-def _ptxas(ptx: str, arch: int) -> str:
-    """What ptxas says of registers by its own way to allocate them.
-
-    Triton 3.7 asks for another, --regAllocOptLevel=2, by which solve_streamed of 400 x 500 in
-    float32 spills 24 bytes on sm_100.
-    """
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, by the tool that Triton brings along."""
     import triton
 
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    tool = folder / "ptxas-blackwell" if arch >= 100 else folder / "ptxas"
-    tool = tool if tool.exists() else folder / "ptxas"
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        command = [str(tool), "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [str(tool), "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", told)
+    return int(registers), int(stack)
 
 
 def main(arch: str, *words: str) -> None:

@@ -10,12 +10,13 @@ template <class T, int kTR, int kTC>
 OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1)
     unrolled_warp(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT TeamSpace space, char* workspace) {
   using Grip = WarpGrip<T, Unroll<T>, kTR, kTC>;
-  const i64 team = i64(chip::block()) * kWarps + chip::thread() / 32, teams = i64(chip::blocks()) * kWarps;
-  char* own = workspace + team * space.bytes;
+  const auto team = [] { return int(chip::fresh(chip::block())) * kWarps + chip::thread() / 32; };
   Grip grip;
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team(); problem < args.B; problem += kWarps * unsigned(chip::fresh(chip::blocks()))) {
+    char* own = workspace + team() * space.bytes;
     Unrolled<T, Grip>(args, grip, problem)
         .run(reinterpret_cast<T*>(own + space.rows), reinterpret_cast<T*>(own + space.columns));
+  }
 }
 
 template <class T, Team kTeam>
@@ -23,10 +24,10 @@ OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
     unrolled_slab(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT SlabPlan plan,
                   OTDD_ARGUMENT TeamSpace space, char* workspace) {
   using Grip = SlabGrip<T, Unroll<T>, kTeam>;
-  const int team = chip::block() / plan.peers, teams = chip::blocks() / plan.peers;
+  const int team = chip::block() / plan.peers;
   char* own = workspace + team * space.bytes;
   Grip grip(plan, own);
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team; problem < args.B; problem += teams_of(plan.peers))
     Unrolled<T, Grip>(args, grip, problem)
         .run(reinterpret_cast<T*>(own + space.rows), reinterpret_cast<T*>(own + space.columns));
   grip.leave();
@@ -37,10 +38,10 @@ OTDD_KERNEL OTDD_THREADS(kStreamThreads, 1)
     unrolled_stream(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT StreamPlan plan,
                     OTDD_ARGUMENT TeamSpace space, char* workspace) {
   using Grip = StreamGrip<T, Unroll<T>>;
-  const i64 team = chip::block() / plan.peers(), teams = chip::blocks() / plan.peers();
+  const int team = chip::block() / plan.peers();
   char* own = workspace + team * space.bytes;
   Grip grip(plan, own);
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team; problem < args.B; problem += teams_of(plan.peers()))
     Unrolled<T, Grip>(args, grip, problem)
         .run(reinterpret_cast<T*>(own + space.rows), reinterpret_cast<T*>(own + space.columns));
 }
@@ -58,9 +59,9 @@ template <class T, Team kTeam>
 OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
     implicit_slab(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT SlabPlan plan, char* workspace) {
   using Grip = SlabGrip<T, Conjugate<T>, kTeam>;
-  const int team = chip::block() / plan.peers, teams = chip::blocks() / plan.peers;
+  const int team = chip::block() / plan.peers;
   Grip grip(plan, workspace + team * plan.workspace);
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team; problem < args.B; problem += teams_of(plan.peers))
     Implicit<T, Grip>(args, grip, problem).run();
   grip.leave();
 }
@@ -69,9 +70,9 @@ template <class T>
 OTDD_KERNEL OTDD_THREADS(kStreamThreads, 1)
     implicit_stream(OTDD_ARGUMENT BackwardArgs<T> args, OTDD_ARGUMENT StreamPlan plan, char* workspace) {
   using Grip = StreamGrip<T, Conjugate<T>>;
-  const i64 team = chip::block() / plan.peers(), teams = chip::blocks() / plan.peers();
+  const int team = chip::block() / plan.peers();
   Grip grip(plan, workspace + team * plan.workspace);
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team; problem < args.B; problem += teams_of(plan.peers()))
     Implicit<T, Grip>(args, grip, problem).run();
 }
 

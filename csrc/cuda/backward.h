@@ -11,11 +11,11 @@ namespace otdd::cuda {
 template <class T>
 struct Unroll {
   struct Row {
-    double shift = 0, base = INFINITY;  // base: the potential that K is made at
+    double shift = 0;
     T a = 0, df = 0, da = 0, r_new = 1, u_new = 0, cost = 0;
   };
   struct Column {
-    double gamma = -INFINITY, base = INFINITY;
+    double gamma = -INFINITY;
     T b = 0, dg = 0, db = 0, v = 0, c = 0;
   };
 };
@@ -34,11 +34,11 @@ class Unrolled {
   OTDD_DEVICE void run(T* rows, T* columns) {
     start(rows, columns);
     const i64 length = A.N + A.M;
-    const double* h = A.history + problem_ * A.steps * length;
     bool apart = false;  // the step is wider than K's digits: K is made for each half of it
-    for (i64 half = 2 * chip::read(A.n_iter + problem_);; --half) {
+    int half = 2 * int(chip::read(A.n_iter + problem_));
+    now_ = A.history + (problem_ * A.steps + half / 2) * length;
+    for (;; --half) {
       const bool for_columns = half % 2 == 0;
-      now_ = h + (half + 1) / 2 * length;
       int made = 0;  // twice at most: potentials that are NaN are far from everything
       for (bool far = half == 0 || apart;;) {
         if (half > 0 && for_columns) far = far_columns(made > 0) && made < 2;
@@ -55,7 +55,7 @@ class Unrolled {
       }
       if (half == 0) break;
       if (for_columns) apart = made > 1, columns_half();
-      else rows_half();
+      else rows_half(), now_ -= length;
     }
     G.for_rows([&](Row& row, i64 i, bool counted) {
       if (counted) chip::write(A.da + problem_ * A.N + i, row.da);
@@ -78,6 +78,9 @@ class Unrolled {
   Uniform& U;
   i64 problem_, terms_ = 0;
   const double* now_;     // the potentials after the step
+  // Those that K is made at, and whether for the columns. They, too, are read again.
+  const double* base_ = nullptr;
+  bool base_of_columns_ = false;
   bool written_ = false;  // dC
 
   OTDD_DEVICE void start(T* rows, T* columns) {
@@ -104,43 +107,48 @@ class Unrolled {
 
   // What makes the columns sum to 1 (F, G) and what makes the rows (F_rows, G_before). They are read
   // again where they are needed: kept, they would take the registers of a quarter of K.
-  OTDD_DEVICE double F(i64 i) const { return chip::read(now_ + i) * U.inv_eps; }
-  OTDD_DEVICE double F_rows(i64 i) const { return chip::read(now_ + i) * U.to_a; }
-  OTDD_DEVICE double G_columns(i64 j) const { return chip::read(now_ + A.N + j) * U.to_b; }
-  OTDD_DEVICE double G_before(i64 j) const { return chip::read(now_ - A.M + j) * U.inv_eps; }
+  OTDD_DEVICE double F(i64 i) const { return of_row(now_, true, i); }
+  OTDD_DEVICE double F_rows(i64 i) const { return of_row(now_, false, i); }
+  OTDD_DEVICE double G_columns(i64 j) const { return of_column(now_, true, j); }
+  OTDD_DEVICE double G_before(i64 j) const { return of_column(now_, false, j); }
+  OTDD_DEVICE double of_row(const double* step, bool for_columns, i64 i) const {
+    return chip::read(step + i) * (for_columns ? U.inv_eps : U.to_a);
+  }
+  OTDD_DEVICE double of_column(const double* step, bool for_columns, i64 j) const {
+    return chip::read(step + (for_columns ? A.N : -A.M) + j) * (for_columns ? U.to_b : U.inv_eps);
+  }
+  OTDD_DEVICE double row_base(i64 i) const { return of_row(base_, base_of_columns_, i); }
+  OTDD_DEVICE double column_base(i64 j) const { return of_column(base_, base_of_columns_, j); }
 
   // v for the columns. Whether K, made at other potentials, lacks digits: for any of them or, if it was
   // just made for the rows, for the columns.
   OTDD_DEVICE bool far_columns(bool made) {
     bool far = false;
     G.for_rows([&](Row& row, i64 i, bool) {
-      far |= is_far(row, F(i)) || (!made && is_far(row, F_rows(i)));
+      far |= is_far(row, i, F(i)) || (!made && is_far(row, i, F_rows(i)));
     });
     G.for_columns([&](Column& column, i64 j, bool counted) {
-      far |= is_far(column, G_columns(j)) || (!made && is_far(column, G_before(j)));
-      const T scale = beta(column, G_columns(j));
+      far |= is_far(column, j, G_columns(j)) || (!made && is_far(column, j, G_before(j)));
+      const T scale = beta(column, j, G_columns(j));
       column.v = column.b > 0 ? scale / column.b * (U.lambda_b * column.dg) : T(0);
-      if (counted) chip::put(U.columns + terms_ * G.column_stride() + j, column.v);
+      if (counted) chip::put(U.columns + terms_ * G.column_stride() + G.column_place(j), column.v);
     });
     return far;
   }
 
-  OTDD_DEVICE static bool is_far(const Row& row, double F) {
-    return row.a > 0 && !(::fabs(F - row.base) <= backward_reach<T>());
+  OTDD_DEVICE bool is_far(const Row& row, i64 i, double F) const {
+    return row.a > 0 && !(base_ && ::fabs(F - row_base(i)) <= backward_reach<T>());
   }
-  OTDD_DEVICE static bool is_far(const Column& column, double G) {
-    return column.b > 0 && !(::fabs(G - column.base) <= backward_reach<T>());
+  OTDD_DEVICE bool is_far(const Column& column, i64 j, double G) const {
+    return column.b > 0 && !(base_ && ::fabs(G - column_base(j)) <= backward_reach<T>());
   }
 
   // K_ij = b_j exp(F_i + G_j - C_ij / eps) for the columns or for the rows; where a weight is 0 it is 0.
   OTDD_DEVICE void move_base(bool for_columns) {
-    G.for_rows([&](Row& row, i64 i, bool) {
-      row.base = for_columns ? F(i) : F_rows(i);
-      row.shift = row.a > 0 ? -row.base : INFINITY;
-    });
+    base_ = now_, base_of_columns_ = for_columns;
+    G.for_rows([&](Row& row, i64 i, bool) { row.shift = row.a > 0 ? -row_base(i) : INFINITY; });
     G.for_columns([&](Column& column, i64 j, bool) {
-      column.base = for_columns ? G_columns(j) : G_before(j);
-      column.gamma = column.b > 0 ? column.base + ::log(double(column.b)) : -INFINITY;
+      column.gamma = column.b > 0 ? column_base(j) + ::log(double(column.b)) : -INFINITY;
     });
   }
 
@@ -148,20 +156,21 @@ class Unrolled {
   OTDD_DEVICE static T factor(double x, double base) {
     return T(chip::exp2_fast(T((x - base) * kLog2e)));
   }
-  OTDD_DEVICE static T alpha(const Row& row, double F) {
-    return row.a > 0 ? factor(F, row.base) : T(0);
+  OTDD_DEVICE T alpha(const Row& row, i64 i, double F) const {
+    return row.a > 0 ? factor(F, row_base(i)) : T(0);
   }
-  OTDD_DEVICE static T beta(const Column& column, double G) {
-    return column.b > 0 ? factor(G, column.base) : T(0);
+  // Before K is ever made it serves nobody.
+  OTDD_DEVICE T beta(const Column& column, i64 j, double G) const {
+    return column.b > 0 && base_ ? factor(G, column_base(j)) : T(0);
   }
 
   // dg <- l_b dg: df_i -= sum_j S_ij dg_j, da_i -= eps / a_i sum_j S_ij dg_j
   OTDD_DEVICE void columns_half() {
     G.products();
     G.for_rows([&](Row& row, i64 i, bool counted) {
-      const T scale = alpha(row, F(i)), flow = row.a > 0 ? scale * row.r_new : T(0);
+      const T scale = alpha(row, i, F(i)), flow = row.a > 0 ? scale * row.r_new : T(0);
       row.df -= row.a * flow, row.da -= U.eps * flow;
-      if (counted) chip::put(U.rows + terms_ * G.row_stride() + i, row.a * scale);
+      if (counted) chip::put(U.rows + terms_ * G.row_stride() + G.row_place(i), row.a * scale);
     });
     ++terms_;
   }
@@ -169,15 +178,15 @@ class Unrolled {
   // df <- l_a df: dg_j = -sum_i R_ij df_i, db_j -= eps / b_j sum_i R_ij df_i
   OTDD_DEVICE void rows_half() {
     G.for_rows([&](Row& row, i64 i, bool counted) {
-      row.u_new = alpha(row, F_rows(i)) * (U.lambda_a * row.df), row.df = 0;
-      if (counted) chip::put(U.rows + terms_ * G.row_stride() + i, row.u_new);
+      row.u_new = alpha(row, i, F_rows(i)) * (U.lambda_a * row.df), row.df = 0;
+      if (counted) chip::put(U.rows + terms_ * G.row_stride() + G.row_place(i), row.u_new);
     });
     G.transposed(0, false);
     G.for_columns([&](Column& column, i64 j, bool counted) {
-      const T scale = beta(column, G_before(j)), flow = column.b > 0 ? scale * column.c : T(0);
+      const T scale = beta(column, j, G_before(j)), flow = column.b > 0 ? scale * column.c : T(0);
       column.dg = -flow;
       if (column.b > 0) column.db -= U.eps * flow / column.b;
-      if (counted) chip::put(U.columns + terms_ * G.column_stride() + j, scale);
+      if (counted) chip::put(U.columns + terms_ * G.column_stride() + G.column_place(j), scale);
     });
     ++terms_;
   }

@@ -18,6 +18,10 @@ constexpr int kMaxThreads = 512, kMostWarps = 32;
 inline i64 fours(i64 n) { return (n + 3) / 4 * 4; }
 OTDD_DEVICE i64 inside(i64 n, i64 most) { return n < 0 ? 0 : n < most ? n : most; }
 
+// Teams of `peers` blocks in the grid. Computed anew for each problem, or what addresses of the next problem are made of
+// would take registers from the solve.
+OTDD_DEVICE int teams_of(i64 peers) { return int(chip::fresh(chip::blocks())) / int(peers); }
+
 // Memory handed out in pieces that begin at multiples of 16 bytes.
 struct Pieces {
   i64 bytes = 0;

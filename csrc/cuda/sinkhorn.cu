@@ -16,10 +16,10 @@ OTDD_KERNEL OTDD_THREADS(kWarps * 32, 1) sinkhorn_warp(OTDD_ARGUMENT SinkhornArg
 template <class T, Team kTeam>
 OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
     sinkhorn_slab(OTDD_ARGUMENT SinkhornArgs<T> args, OTDD_ARGUMENT SlabPlan plan, char* workspace) {
-  const int team = chip::block() / plan.peers, teams = chip::blocks() / plan.peers;
+  const int team = chip::block() / plan.peers;
   using Grip = SlabGrip<T, Iterate<T>, kTeam>;
   Grip grip(plan, workspace + team * plan.workspace);
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team; problem < args.B; problem += teams_of(plan.peers))
     Solver<T, Grip>(args, grip, problem).solve();
   grip.leave();
 }
@@ -27,10 +27,10 @@ OTDD_KERNEL OTDD_THREADS(kMaxThreads, 1)
 template <class T>
 OTDD_KERNEL OTDD_THREADS(kStreamThreads, 1)
     sinkhorn_stream(OTDD_ARGUMENT SinkhornArgs<T> args, OTDD_ARGUMENT StreamPlan plan, char* workspace) {
-  const i64 team = chip::block() / plan.peers(), teams = chip::blocks() / plan.peers();
+  const int team = chip::block() / plan.peers();
   using Grip = StreamGrip<T, Iterate<T>>;
   Grip grip(plan, workspace + team * plan.workspace);
-  for (i64 problem = team; problem < args.B; problem += teams)
+  for (unsigned problem = team; problem < args.B; problem += teams_of(plan.peers()))
     Solver<T, Grip>(args, grip, problem).solve();
 }
 

@@ -59,23 +59,17 @@ class SlabGrip {
   // `workspace` is the group's own; only its counter must be 0, at the launch.
   OTDD_DEVICE SlabGrip(const SlabPlan& plan, char* workspace)
       : S(plan), thread_(chip::thread()), threads_(chip::threads()), workspace_(workspace) {
-    char* m = chip::shared();
     rank_ = kTeam == Team::kCluster ? chip::block_of_cluster()
             : kTeam == Team::kGroup ? chip::block() % plan.peers : 0;
-    K_ = at<T>(m + plan.K), v_ = at<T>(m + plan.v), gamma_ = at<double>(m + plan.gamma), scratch_ = at<T>(m + plan.scratch);
-    partial_ = at<T>(m + plan.partial), sums_ = at<double>(m + plan.sums);
-    slots_ = at<double>(m + plan.slots);
-    rows_ = at<Row>(m + plan.row_states), columns_ = at<Column>(m + plan.column_states);
   }
 
   template <class Args>
   OTDD_DEVICE void begin(const Args& args, i64 problem, double inv_eps) {
-    C_ = &args.C, problem_ = problem, inv_eps_ = inv_eps, N_ = args.N, M_ = args.M;
-    row0_ = S.rows * rank_, column0_ = S.own * rank_;
-    count_ = inside(N_ - row0_, S.rows), own_ = inside(M_ - column0_, S.own);
+    C_ = &args.C, problem_ = problem, inv_eps_ = inv_eps, M_ = int(args.M);
+    count_ = int(inside(args.N - row0(), S.rows)), own_ = int(inside(M_ - column0(), S.own));
     meet();  // the problem before is done with, and all blocks have started
-    for (i64 j = M_ + thread_; j < S.ld; j += threads_) v_[j] = 0, gamma_[j] = -INFINITY;
-    for (i64 i = count_ + thread_; i < S.rows; i += threads_) rows_[i] = Row();
+    for (int j = M_ + thread_; j < S.ld; j += threads_) v()[j] = 0, gamma()[j] = -INFINITY;
+    for (int i = count_ + thread_; i < S.rows; i += threads_) rows()[i] = Row();
   }
 
   // At the end of a kernel: no block ends while others may still look at its shared memory.
@@ -96,17 +90,17 @@ class SlabGrip {
 
   template <class Fn>
   OTDD_DEVICE void for_rows(Fn fn) {
-    for (i64 i = thread_; i < count_; i += threads_) fn(rows_[i], row0_ + i, true);
+    for (int i = thread_; i < count_; i += threads_) fn(rows()[i], row0() + i, true);
   }
   template <class Fn>
   OTDD_DEVICE void for_columns(Fn fn) {
-    for (i64 j = thread_; j < own_; j += threads_) fn(columns_[j], column0_ + j, true);
+    for (int j = thread_; j < own_; j += threads_) fn(columns()[j], column0() + j, true);
   }
 
   OTDD_DEVICE bool show(Shown what, bool flag) {
-    for (i64 j = thread_; j < own_; j += threads_) {
-      if (what == kV) show_to_all(v_, S.w_v, column0_ + j, columns_[j].v);
-      else show_to_all(gamma_, S.w_gamma, column0_ + j, columns_[j].gamma);
+    for (int j = thread_; j < own_; j += threads_) {
+      if (what == kV) show_to_all(v(), S.w_v, column0() + j, columns()[j].v);
+      else show_to_all(gamma(), S.w_gamma, column0() + j, columns()[j].gamma);
     }
     flag = chip::any_of_block(flag);
     if constexpr (kTeam != Team::kAlone) {
@@ -114,9 +108,9 @@ class SlabGrip {
       if (thread_ == 0) set_slot(k, flag);
       meet();
       if (kTeam == Team::kGroup)
-        for (i64 j = thread_; j < M_; j += threads_) {
-          if (what == kV) v_[j] = chip::fetch_fresh(at<T>(workspace_ + S.w_v) + j);
-          else gamma_[j] = chip::fetch_fresh(at<double>(workspace_ + S.w_gamma) + j);
+        for (int j = thread_; j < M_; j += threads_) {
+          if (what == kV) v()[j] = chip::fetch_fresh(in_workspace<T>(S.w_v) + j);
+          else gamma()[j] = chip::fetch_fresh(in_workspace<double>(S.w_gamma) + j);
         }
       bool any = false;
       for (int r = thread_; r < S.peers; r += threads_) any |= slot(k, r) != 0;
@@ -128,21 +122,21 @@ class SlabGrip {
   // A warp has one row at a time.
   OTDD_DEVICE void fill(bool fresh, bool keep) {
     const int lane = thread_ % 32, warps = threads_ / 32;
-    for (i64 i = thread_ / 32; i < S.rows; i += warps) {
+    for (int i = thread_ / 32; i < S.rows; i += warps) {
       if (i >= count_) {
-        for (i64 j = lane; keep && j < S.ld; j += 32) put(i, j, T(0));
+        for (int j = lane; keep && j < S.ld; j += 32) put(i, j, T(0));
         continue;
       }
-      double shift = rows_[i].shift;
+      double shift = rows()[i].shift;
       if (fresh) {
         shift = -INFINITY;
-        for (i64 j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma_[j] - exponent(i, j));
+        for (int j = lane; j < M_; j += 32) shift = ::fmax(shift, gamma()[j] - exponent(i, j));
         shift = over_warp(shift, Most());
       }
       T total = 0, spent = 0;
-      for (i64 j = lane; j < S.ld; j += 32) {
+      for (int j = lane; j < S.ld; j += 32) {
         const T c = j < M_ ? cost(i, j) : T(0);
-        const T e = power(gamma_[j] - double(c) * inv_eps_ - shift);  // 0 in the padding
+        const T e = power(gamma()[j] - double(c) * inv_eps_ - shift);  // 0 in the padding
         total += e, spent += e * c;
         if (keep) put(i, j, e);
       }
@@ -150,7 +144,7 @@ class SlabGrip {
         total += chip::shuffle_xor(total, mask);
         spent += chip::shuffle_xor(spent, mask);
       }
-      if (lane == 0) rows_[i].r_new = total, rows_[i].shift = shift, rows_[i].cost = spent;
+      if (lane == 0) rows()[i].r_new = total, rows()[i].shift = shift, rows()[i].cost = spent;
     }
     chip::sync();
   }
@@ -158,18 +152,18 @@ class SlabGrip {
   // A warp has four rows at a time.
   OTDD_DEVICE void products() {
     const int lane = thread_ % 32, warps = threads_ / 32;
-    for (i64 i = 4 * (thread_ / 32); i < S.rows; i += 4 * warps) {
+    for (int i = 4 * (thread_ / 32); i < S.rows; i += 4 * warps) {
       T s[4] = {0, 0, 0, 0};
-      for (i64 j = 4 * lane; j < S.ld; j += 128) {
-        const Four<T> v = four(v_ + j);
+      for (int j = 4 * lane; j < S.ld; j += 128) {
+        const Four<T> weights = four(v() + j);
         OTDD_UNROLL
         for (int k = 0; k < 4; ++k) {
           const Four<T> e = element4(i + k, j);
-          s[k] += (e.x * v.x + e.y * v.y) + (e.z * v.z + e.w * v.w);
+          s[k] += (e.x * weights.x + e.y * weights.y) + (e.z * weights.z + e.w * weights.w);
         }
       }
       const T total = fold4(s, lane);
-      if (lane % 8 == 0) rows_[i + lane / 8].r_new = total;
+      if (lane % 8 == 0) rows()[i + lane / 8].r_new = total;
     }
     chip::sync();
   }
@@ -177,29 +171,29 @@ class SlabGrip {
   // A thread has four columns and, where there are threads enough, some of the rows.
   OTDD_DEVICE double transposed(double error, bool wanted) {
     chip::sync();
-    const i64 quads = S.ld / 4;
+    const int quads = int(S.ld / 4), rows = int(S.rows);
     if (S.groups == 1) {
-      for (i64 q = thread_; q < quads; q += threads_) sum_columns(q, 0, S.rows, scratch_);
+      for (int q = thread_; q < quads; q += threads_) sum_columns(q, 0, rows, scratch());
     } else if (thread_ < quads * S.groups) {
-      const int group = int(thread_ / quads);
-      sum_columns(thread_ % quads, S.rows * group / S.groups, S.rows * (group + 1) / S.groups,
-                  scratch_ + group * S.ld);
+      const int group = thread_ / quads;
+      sum_columns(thread_ % quads, rows * group / S.groups, rows * (group + 1) / S.groups,
+                  scratch() + group * S.ld);
     }
     if (wanted) error = sum_of_block(error);
     else chip::sync();
     if constexpr (kTeam == Team::kAlone) {
-      for (i64 j = thread_; j < own_; j += threads_) columns_[j].c = over_groups(j);
+      for (int j = thread_; j < own_; j += threads_) columns()[j].c = over_groups(j);
     } else {
-      for (i64 j = thread_; j < M_; j += threads_) {
-        if (kTeam == Team::kCluster) partial_[j] = over_groups(j);
-        else chip::put(at<T>(workspace_ + S.w_partial) + rank_ * S.ld + j, over_groups(j));
+      for (int j = thread_; j < M_; j += threads_) {
+        if (kTeam == Team::kCluster) partial()[j] = over_groups(j);
+        else chip::put(in_workspace<T>(S.w_partial) + rank_ * S.ld + j, over_groups(j));
       }
       if (thread_ == 0) set_slot(kErrorSlot, error);
       meet();
-      for (i64 j = thread_; j < own_; j += threads_) {
+      for (int j = thread_; j < own_; j += threads_) {
         T c = 0;
-        for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0_ + j);
-        columns_[j].c = c;
+        for (int r = 0; r < S.peers; ++r) c += partial_of(r, column0() + j);
+        columns()[j].c = c;
       }
       if (wanted) {
         error = 0;
@@ -213,21 +207,21 @@ class SlabGrip {
   // gamma's place is used; a block then looks at its own columns alone, and none but it shows these.
   OTDD_DEVICE void column_lse() {
     chip::sync();
-    for (i64 j = thread_; j < M_; j += threads_) {
+    for (int j = thread_; j < M_; j += threads_) {
       double top = -INFINITY, total = 0;
-      for (i64 i = 0; i < count_; ++i) top = ::fmax(top, rows_[i].shift - exponent(i, j));
-      for (i64 i = 0; i < count_ && top > -INFINITY; ++i)
-        total += double(power(rows_[i].shift - exponent(i, j) - top));
+      for (int i = 0; i < count_; ++i) top = ::fmax(top, rows()[i].shift - exponent(i, j));
+      for (int i = 0; i < count_ && top > -INFINITY; ++i)
+        total += double(power(rows()[i].shift - exponent(i, j) - top));
       const double lse = top + ::log(total);  // -inf where no row has weight
-      if (kTeam == Team::kGroup) chip::put(at<double>(workspace_ + S.w_lse) + rank_ * S.ld + j, lse);
-      else gamma_[j] = lse;
+      if (kTeam == Team::kGroup) chip::put(in_workspace<double>(S.w_lse) + rank_ * S.ld + j, lse);
+      else gamma()[j] = lse;
     }
     meet();
-    for (i64 j = thread_; j < own_; j += threads_) {
+    for (int j = thread_; j < own_; j += threads_) {
       double top = -INFINITY, total = 0;
-      for (int r = 0; r < S.peers; ++r) top = ::fmax(top, lse_of(r, column0_ + j));
-      for (int r = 0; r < S.peers; ++r) total += ::exp(lse_of(r, column0_ + j) - top);
-      columns_[j].lse = top + ::log(total);
+      for (int r = 0; r < S.peers; ++r) top = ::fmax(top, lse_of(r, column0() + j));
+      for (int r = 0; r < S.peers; ++r) total += ::exp(lse_of(r, column0() + j) - top);
+      columns()[j].lse = top + ::log(total);
     }
   }
 
@@ -238,9 +232,9 @@ class SlabGrip {
   // dC = K_ij (u_i + v_j)
   OTDD_DEVICE void write_sums(T* dC) {
     const int lane = thread_ % 32, warps = threads_ / 32;
-    for (i64 i = thread_ / 32; i < count_; i += warps)
-      for (i64 j = lane; j < M_; j += 32)
-        chip::write(dC + (row0_ + i) * M_ + j, element(i, j) * (rows_[i].u_new + v_[j]));
+    for (int i = thread_ / 32; i < count_; i += warps)
+      for (int j = lane; j < M_; j += 32)
+        chip::write(dC + (row0() + i) * M_ + j, element(i, j) * (rows()[i].u_new + v()[j]));
   }
 
   // dC (+)= K_ij sum_k rows[k, i] columns[k, j]; a thread has four rows of four columns at a time.
@@ -251,7 +245,7 @@ class SlabGrip {
       const i64 i0 = tile / quads * 4, j0 = tile % quads * 4;
       T s[4][4] = {};
       for (i64 k = 0; k < terms; ++k) {
-        const auto x = fetch4(rows + k * row_stride() + row0_ + i0);
+        const auto x = fetch4(rows + k * row_stride() + row0() + i0);
         const auto y = fetch4(columns + k * column_stride() + j0);
         const T xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
         OTDD_UNROLL
@@ -265,7 +259,7 @@ class SlabGrip {
         OTDD_UNROLL
         for (int c = 0; c < 4; ++c) {
           if (i0 + r >= count_ || j0 + c >= M_) continue;
-          T* out = dC + (row0_ + i0 + r) * M_ + j0 + c;
+          T* out = dC + (row0() + i0 + r) * M_ + j0 + c;
           const T e = terms ? element(i0 + r, j0 + c) * s[r][c] : T(0);
           if (add) chip::put(out, chip::fetch(out) + e);
           else chip::write(out, e);
@@ -275,6 +269,8 @@ class SlabGrip {
   }
   OTDD_DEVICE i64 row_stride() const { return S.peers * S.rows; }
   OTDD_DEVICE i64 column_stride() const { return S.ld; }
+  OTDD_DEVICE static i64 row_place(i64 i) { return i; }
+  OTDD_DEVICE static i64 column_place(i64 j) { return j; }
 
  private:
   const SlabPlan& S;
@@ -283,23 +279,40 @@ class SlabGrip {
   unsigned meetings_ = 0;
   int show_turn_ = 0, sum_turn_ = 0;
   const Costs* C_;
-  i64 problem_, N_, M_, row0_, column0_, count_, own_;
+  i64 problem_;
+  int M_, count_, own_;  // columns; rows and columns of the block that there are
   double inv_eps_;
-  T *K_, *v_, *scratch_, *partial_;
-  double *gamma_, *sums_, *slots_;
-  Row* rows_;
-  Column* columns_;
 
   template <class X>
   OTDD_DEVICE static X* at(char* p) {
     return reinterpret_cast<X*>(p);
   }
+  // Addresses are made anew from the plan, which is in constant memory: kept, they would take registers.
+  template <class X>
+  OTDD_DEVICE static X* shared(i64 offset) {
+    return at<X>(chip::shared() + offset);
+  }
+  template <class X>
+  OTDD_DEVICE X* in_workspace(i64 offset) const {
+    return at<X>(workspace_ + chip::fresh(offset));
+  }
+  OTDD_DEVICE T* K() const { return shared<T>(S.K); }
+  OTDD_DEVICE T* v() const { return shared<T>(S.v); }
+  OTDD_DEVICE double* gamma() const { return shared<double>(S.gamma); }
+  OTDD_DEVICE T* scratch() const { return shared<T>(S.scratch); }
+  OTDD_DEVICE T* partial() const { return shared<T>(S.partial); }
+  OTDD_DEVICE Row* rows() const { return shared<Row>(S.row_states); }
+  OTDD_DEVICE Column* columns() const { return shared<Column>(S.column_states); }
+  OTDD_DEVICE double* sums() const { return shared<double>(S.sums); }
+  OTDD_DEVICE double* slots() const { return shared<double>(S.slots); }
+  OTDD_DEVICE i64 row0() const { return S.rows * rank_; }
+  OTDD_DEVICE i64 column0() const { return S.own * rank_; }
 
   // All blocks of the problem.
   OTDD_DEVICE void meet() {
     if (kTeam == Team::kAlone) chip::sync();
     if (kTeam == Team::kCluster) chip::sync_cluster();
-    if (kTeam == Team::kGroup) chip::sync_blocks(at<unsigned>(workspace_ + S.w_counter), S.peers, meetings_);
+    if (kTeam == Team::kGroup) chip::sync_blocks(in_workspace<unsigned>(S.w_counter), S.peers, meetings_);
   }
 
   template <class X>
@@ -307,37 +320,37 @@ class SlabGrip {
     if (kTeam == Team::kAlone) mine[j] = x;
     if (kTeam == Team::kCluster)
       for (int r = 0; r < S.peers; ++r) chip::of_block(mine, r)[j] = x;
-    if (kTeam == Team::kGroup) chip::put(at<X>(workspace_ + offset) + j, x);
+    if (kTeam == Team::kGroup) chip::put(in_workspace<X>(offset) + j, x);
   }
   OTDD_DEVICE T partial_of(int rank, i64 j) {
-    if (kTeam == Team::kCluster) return chip::of_block(partial_, rank)[j];
-    return chip::fetch_fresh(at<T>(workspace_ + S.w_partial) + rank * S.ld + j);
+    if (kTeam == Team::kCluster) return chip::of_block(partial(), rank)[j];
+    return chip::fetch_fresh(in_workspace<T>(S.w_partial) + rank * S.ld + j);
   }
   OTDD_DEVICE double lse_of(int rank, i64 j) {
-    if (kTeam == Team::kAlone) return gamma_[j];
-    if (kTeam == Team::kCluster) return chip::of_block(gamma_, rank)[j];
-    return chip::fetch_fresh(at<double>(workspace_ + S.w_lse) + rank * S.ld + j);
+    if (kTeam == Team::kAlone) return gamma()[j];
+    if (kTeam == Team::kCluster) return chip::of_block(gamma(), rank)[j];
+    return chip::fetch_fresh(in_workspace<double>(S.w_lse) + rank * S.ld + j);
   }
   OTDD_DEVICE void set_slot(int k, double x) {
-    if (kTeam == Team::kCluster) slots_[k] = x;
-    else chip::put(at<double>(workspace_ + S.w_slots) + rank_ * kSlots + k, x);
+    if (kTeam == Team::kCluster) slots()[k] = x;
+    else chip::put(in_workspace<double>(S.w_slots) + rank_ * kSlots + k, x);
   }
   OTDD_DEVICE double slot(int k, int rank) {
-    if (kTeam == Team::kCluster) return chip::of_block(slots_, rank)[k];
-    return chip::fetch_fresh(at<double>(workspace_ + S.w_slots) + rank * kSlots + k);
+    if (kTeam == Team::kCluster) return chip::of_block(slots(), rank)[k];
+    return chip::fetch_fresh(in_workspace<double>(S.w_slots) + rank * kSlots + k);
   }
 
-  OTDD_DEVICE double sum_of_block(double x) { return over_block(x, Add(), 0.0, sums_); }
+  OTDD_DEVICE double sum_of_block(double x) { return over_block(x, Add(), 0.0, sums()); }
   template <class Op>
   OTDD_DEVICE double over_all(double x, Op op, double nothing) {
-    x = over_block(x, op, nothing, sums_);
+    x = over_block(x, op, nothing, sums());
     if constexpr (kTeam != Team::kAlone) {
       const int k = kSumSlot + (sum_turn_ ^= 1);
       if (thread_ == 0) set_slot(k, x);
       meet();
       x = nothing;
       for (int r = thread_; r < S.peers; r += threads_) x = op(x, slot(k, r));
-      x = over_block(x, op, nothing, sums_);
+      x = over_block(x, op, nothing, sums());
     }
     return x;
   }
@@ -347,24 +360,24 @@ class SlabGrip {
     return {chip::fetch_fresh(p), chip::fetch_fresh(p + 1), chip::fetch_fresh(p + 2), chip::fetch_fresh(p + 3)};
   }
   OTDD_DEVICE static Four<T> four(const T* p) { return *reinterpret_cast<const Four<T>*>(p); }
-  OTDD_DEVICE Four<T> element4(i64 i, i64 j) const { return four(K_ + i * S.ld + j); }
-  OTDD_DEVICE T element(i64 i, i64 j) const { return K_[i * S.ld + j]; }
-  OTDD_DEVICE void put(i64 i, i64 j, T e) { K_[i * S.ld + j] = e; }
+  OTDD_DEVICE Four<T> element4(i64 i, i64 j) const { return four(K() + i * S.ld + j); }
+  OTDD_DEVICE T element(i64 i, i64 j) const { return K()[i * S.ld + j]; }
+  OTDD_DEVICE void put(i64 i, i64 j, T e) { K()[i * S.ld + j] = e; }
 
-  OTDD_DEVICE void sum_columns(i64 quad, i64 begin, i64 end, T* out) {
+  OTDD_DEVICE void sum_columns(int quad, int begin, int end, T* out) {
     Four<T> s = {0, 0, 0, 0};
-    for (i64 i = begin; i < end; ++i) {
-      s.add(rows_[i].u_new, element4(i, 4 * quad));
+    for (int i = begin; i < end; ++i) {
+      s.add(rows()[i].u_new, element4(i, 4 * quad));
     }
     *reinterpret_cast<Four<T>*>(out + 4 * quad) = s;
   }
   OTDD_DEVICE T over_groups(i64 j) const {
-    T s = scratch_[j];
-    for (int g = 1; g < S.groups; ++g) s += scratch_[g * S.ld + j];
+    T s = scratch()[j];
+    for (int g = 1; g < S.groups; ++g) s += scratch()[g * S.ld + j];
     return s;
   }
 
-  OTDD_DEVICE T cost(i64 i, i64 j) const { return C_->at<T>(problem_, row0_ + i, j); }
+  OTDD_DEVICE T cost(i64 i, i64 j) const { return C_->at<T>(problem_, row0() + i, j); }
   OTDD_DEVICE double exponent(i64 i, i64 j) const { return double(cost(i, j)) * inv_eps_; }
   OTDD_DEVICE static T power(double x) { return chip::exp2_fast(T(x * kLog2e)); }
 };

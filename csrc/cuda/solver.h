@@ -64,6 +64,7 @@ class Solver {
     double top_u;                       // with a penalty u is relative to the heaviest row of a fresh K
     Penalty rows, columns;
     Bounds<T> bounds;
+    T v_low, v_high;                    // where K may stay
     bool met, masked_columns;
   };
 
@@ -72,8 +73,7 @@ class Solver {
 
   OTDD_DEVICE void solve() {
     start();
-    const T v_low = T(::exp(-U.bounds.tau)), v_high = T(::exp(U.bounds.tau));
-    i64 done = 0;
+    unsigned done = 0;
     bool resident = false, last = A.max_iter == 0;
     if (last) expect_end(false);
     for (;;) {
@@ -95,7 +95,7 @@ class Solver {
           continue;
         }
         take_rows();
-        columns = move_columns(!resident, v_low, v_high);
+        columns = move_columns(!resident);
         resident = true;
       }
       if (columns == kLost) {
@@ -169,6 +169,7 @@ class Solver {
       U.rows = rows, U.columns = columns, U.met = met, U.masked_columns = masked > 0;
       U.bounds = met ? Bounds<T>::met(double(A.M), mass * unscale, least_b)
                      : Bounds<T>::penalised(double(A.N), double(A.M));
+      U.v_low = T(::exp(-U.bounds.tau)), U.v_high = T(::exp(U.bounds.tau));
     }
     G.sync();
   }
@@ -228,13 +229,13 @@ class Solver {
   }
 
   // v = b / c, known to all; whether K may be kept for the next iteration.
-  OTDD_DEVICE int move_columns(bool fresh, T v_low, T v_high) {
+  OTDD_DEVICE int move_columns(bool fresh) {
     double outside = 0;
     G.for_columns([&](Column& column, i64, bool) {
       if (!U.met) column.lse = log_of(column.c) + (U.top_u + U.log_scale) - column.gamma;
       if (!(column.b > 0)) return;
       column.v = U.met ? column.b / column.c : T(::exp(now(column) - column.gamma));
-      if (!(column.v >= v_low && column.v <= v_high)) outside = ::fmax(outside, double(kOutside));
+      if (!(column.v >= U.v_low && column.v <= U.v_high)) outside = ::fmax(outside, double(kOutside));
       if ((fresh || !U.met) && !(column.c >= T(U.bounds.low_mass))) outside = kLost;
     });
     if (!G.show(kV, outside > 0 || !U.bounds.can_stay)) return kGood;

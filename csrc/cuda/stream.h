@@ -291,6 +291,8 @@ class StreamGrip {
   }
   OTDD_DEVICE i64 row_stride() const { return S.all_rows(); }
   OTDD_DEVICE i64 column_stride() const { return S.all_columns(); }
+  OTDD_DEVICE static i64 row_place(i64 i) { return i; }
+  OTDD_DEVICE static i64 column_place(i64 j) { return j; }
 
  private:
   const StreamPlan& S;

@@ -46,8 +46,8 @@ class WarpGrip {
     const bool counted = kTR >= 8 || (lane_ & (8 / kTR - 1)) == 0;
     OTDD_UNROLL
     for (int k = 0; k < kOwnRows; ++k) {
-      const int i = 4 * (first_row_ + k) + p();
-      if (i < N_) fn(rows_[k], i64(i), counted);
+      const unsigned i = 4 * (first_row_ + k) + p();  // whose upper half, as an i64, takes no register
+      if (int(i) < N_) fn(rows_[k], i64(i), counted);
     }
   }
   template <class Fn>
@@ -55,18 +55,13 @@ class WarpGrip {
     const bool counted = kTC >= 4 || (lane_ >> 3 & (4 / kTC - 1)) == 0;
     OTDD_UNROLL
     for (int k = 0; k < kOwnColumns; ++k) {
-      const int j = 8 * (first_column_ + k) + q();
-      if (j < M_) fn(columns_[k], i64(j), counted);
+      const unsigned j = 8 * (first_column_ + k) + q();
+      if (int(j) < M_) fn(columns_[k], i64(j), counted);
     }
   }
 
-  OTDD_DEVICE bool show(Shown what, bool flag) {
-    if (what == kV) {
-      OTDD_UNROLL
-      for (int c = 0; c < kTC; ++c) v_[c] = of_column(c, columns_[c % kOwnColumns].v);
-    }
-    return chip::any_of_warp(flag);
-  }
+  // Nothing: a lane fetches what it needs where it needs it. Kept, v would take registers from K.
+  OTDD_DEVICE bool show(Shown, bool flag) { return chip::any_of_warp(flag); }
 
   OTDD_DEVICE void fill(bool fresh, bool keep) {
     const i64 row = chip::fresh(C_->row);
@@ -77,24 +72,23 @@ class WarpGrip {
     for (int t = 0; t < kTR; ++t) {
       const int i = 4 * t + p();
       T costs[kTC];
-      double x[kTC], shift = of_row(t, rows_[t % kOwnRows].shift);
+      double shift = of_row(t, rows_[t % kOwnRows].shift);
       with_number<T>(C_->type, [&](auto number) {
         OTDD_UNROLL
         for (int c = 0; c < kTC; ++c) costs[c] = cost(number, i, 8 * c + q(), row);
       });
-      OTDD_UNROLL
-      for (int c = 0; c < kTC; ++c) x[c] = exponent(gamma[c], costs[c], i, 8 * c + q());
+      const auto exponent_of = [&](int c) { return exponent(gamma[c], costs[c], i, 8 * c + q()); };
       if (fresh) {
         shift = -INFINITY;
         OTDD_UNROLL
-        for (int c = 0; c < kTC; ++c) shift = ::fmax(shift, x[c]);
+        for (int c = 0; c < kTC; ++c) shift = ::fmax(shift, exponent_of(c));
         for (int mask = 1; mask < 8; mask *= 2) shift = ::fmax(shift, chip::shuffle_xor(shift, mask));
       }
       if (i >= N_) shift = 0;  // padding: its x are -inf
       T total = 0, spent = 0;
       OTDD_UNROLL
       for (int c = 0; c < kTC; ++c) {
-        const T e = power(x[c] - shift);
+        const T e = power(exponent_of(c) - shift);
         total += e, spent += e * costs[c];
         K_[t][c] = keep ? e : K_[t][c];
       }
@@ -110,12 +104,12 @@ class WarpGrip {
   }
 
   OTDD_DEVICE void products() {
-    T s[kTR];
+    T s[kTR] = {};
     OTDD_UNROLL
-    for (int t = 0; t < kTR; ++t) {
-      s[t] = K_[t][0] * v_[0];
+    for (int c = 0; c < kTC; ++c) {
+      const T v = of_column(c, columns_[c % kOwnColumns].v);
       OTDD_UNROLL
-      for (int c = 1; c < kTC; ++c) s[t] += K_[t][c] * v_[c];
+      for (int t = 0; t < kTR; ++t) s[t] = c > 0 ? s[t] + K_[t][c] * v : K_[t][c] * v;
     }
     fold<kTR, 4>(s);
     OTDD_UNROLL
@@ -124,14 +118,12 @@ class WarpGrip {
   }
 
   OTDD_DEVICE double transposed(double error, bool wanted) {
-    T u[kTR], s[kTC];
+    T s[kTC] = {};
     OTDD_UNROLL
-    for (int t = 0; t < kTR; ++t) u[t] = of_row(t, rows_[t % kOwnRows].u_new);
-    OTDD_UNROLL
-    for (int c = 0; c < kTC; ++c) {
-      s[c] = K_[0][c] * u[0];
+    for (int t = 0; t < kTR; ++t) {
+      const T u = of_row(t, rows_[t % kOwnRows].u_new);
       OTDD_UNROLL
-      for (int t = 1; t < kTR; ++t) s[c] += K_[t][c] * u[t];
+      for (int c = 0; c < kTC; ++c) s[c] = t > 0 ? s[c] + K_[t][c] * u : K_[t][c] * u;
     }
     fold<kTC, 16>(s);
     OTDD_UNROLL
@@ -175,44 +167,38 @@ class WarpGrip {
 
   // dC = K_ij (u_i + v_j)
   OTDD_DEVICE void write_sums(T* dC) {
-    T u[kTR];
+    T v[kTC];
     OTDD_UNROLL
-    for (int t = 0; t < kTR; ++t) u[t] = of_row(t, rows_[t % kOwnRows].u_new);
+    for (int c = 0; c < kTC; ++c) v[c] = of_column(c, columns_[c % kOwnColumns].v);
     OTDD_UNROLL
     for (int t = 0; t < kTR; ++t) {
+      const T u = of_row(t, rows_[t % kOwnRows].u_new);
       OTDD_UNROLL
       for (int c = 0; c < kTC; ++c) {
         const int i = 4 * t + p(), j = 8 * c + q();
-        if (i < N_ && j < M_) chip::write(dC + i64(i) * M_ + j, K_[t][c] * (u[t] + v_[c]));
+        if (i < N_ && j < M_) chip::write(dC + i64(i) * M_ + j, K_[t][c] * (u + v[c]));
       }
     }
   }
 
   // dC (+)= K_ij sum_k rows[k, i] columns[k, j], some rows at a time: the sums need registers too.
   OTDD_DEVICE void add_outer(const T* rows, const T* columns, i64 terms, T* dC, bool add) {
-    constexpr int kSome = kTR * kTC > 32 ? 32 / kTC : kTR;
+    constexpr int kSome = kTR * kTC > 32 ? 16 / kTC : kTR;
     const i64 row = chip::fresh(M_);
     rows += chip::fresh(0), columns += chip::fresh(0);
     chip::sync_warp();
     OTDD_UNROLL
     for (int first = 0; first < kTR; first += kSome) {
       T s[kSome][kTC] = {};
+      OTDD_NO_UNROLL
       for (i64 k = 0; k < terms; ++k) {
-        T x[kSome], y[kTC];
-        OTDD_UNROLL
-        for (int t = 0; t < kSome; ++t) {
-          const int i = 4 * (first + t) + p();
-          x[t] = i < N_ ? chip::fetch(rows + k * row_stride() + i) : T(0);
-        }
-        OTDD_UNROLL
-        for (int c = 0; c < kTC; ++c) {
-          const int j = 8 * c + q();
-          y[c] = j < M_ ? chip::fetch(columns + k * column_stride() + j) : T(0);
-        }
+        // Beyond the matrix there is memory of any value, of which sums are made that nobody wants.
+        const auto x = chip::fetch(at<Lot<kSome>>(rows + k * row_stride() + p() * kTR + first));
+        const auto y = chip::fetch(at<Lot<kTC>>(columns + k * column_stride() + q() * kTC));
         OTDD_UNROLL
         for (int t = 0; t < kSome; ++t) {
           OTDD_UNROLL
-          for (int c = 0; c < kTC; ++c) s[t][c] += x[t] * y[c];
+          for (int c = 0; c < kTC; ++c) s[t][c] += x.v[t] * y.v[c];
         }
       }
       OTDD_UNROLL
@@ -232,13 +218,31 @@ class WarpGrip {
   }
   OTDD_DEVICE i64 row_stride() const { return kRows; }
   OTDD_DEVICE i64 column_stride() const { return kColumns; }
+  // What a lane reads of a term lies together.
+  OTDD_DEVICE static unsigned row_place(i64 i) {
+    const unsigned row = unsigned(chip::fresh(i));
+    return row % 4 * kTR + row / 4;
+  }
+  OTDD_DEVICE static unsigned column_place(i64 j) {
+    const unsigned column = unsigned(chip::fresh(j));
+    return column % 8 * kTC + column / 8;
+  }
 
  private:
+  template <int n>
+  struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Lot {
+    T v[n];
+  };
+  template <class X>
+  OTDD_DEVICE static const X* at(const T* p) {
+    return reinterpret_cast<const X*>(p);
+  }
+
   const Costs* C_;
   const void* of_problem_;
   double inv_eps_;
   int N_, M_, lane_, first_row_, first_column_;
-  T K_[kTR][kTC], v_[kTC];
+  T K_[kTR][kTC];
   Row rows_[kOwnRows];
   Column columns_[kOwnColumns];
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from otdd.distill.augment import generator
+from otdd.distill.augment import generator, unstack
 from otdd.distill.codec import Codec
 from otdd.distill.data import ImageData
 from otdd.distill.labels import LabelFormat
@@ -66,6 +66,28 @@ def label_entropy(store: Store, shard: str, classes: int) -> float:
     logits = LabelFormat.read(meta).decode(tensors, classes).double()
     log_p = logits.log_softmax(-1)
     return float(-(log_p.exp() * log_p).sum(-1).mean())
+
+
+def label_accuracy(store: Store, shard: str, labels: Tensor, classes: int) -> float | None:
+    """Percentage of the views in a shard that its teachers take for the class of the image.
+
+    Args:
+        store: of the set.
+        shard: file of soft labels.
+        labels: int64 (N,), classes of the images of the set.
+        classes: how many there are.
+
+    Returns:
+        Of views of one image only; None where CutMix or Mixup mixed all of them.
+    """
+    tensors, meta = store.read_tensors(shard), store.read_meta(shard)
+    logits = LabelFormat.read(meta).decode(tensors, classes)
+    right = [
+        given.argmax(-1) == labels[batch.index.long()]
+        for batch, given in zip(unstack(tensors), logits, strict=True)
+        if not batch.mixed
+    ]
+    return 100 * float(torch.cat(right).double().mean()) if right else None
 
 
 @torch.no_grad()

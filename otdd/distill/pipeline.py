@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from otdd import __version__
 from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.inputs.problems import warn
 from otdd.distill.prepare import SAMPLED, prepare
 from otdd.distill.setfiles import CONFIG, DATA, TEACHERS, describe
 from otdd.distill.settings import to_dict
@@ -44,6 +45,7 @@ PACKAGES = (
     "pillow",
     "pyarrow",
 )
+DOUBTFUL = 25.0  # percentage points that teachers see less in a set than in the test images
 STAGES = ("sample", "relabel", "train", "evaluate")
 SHARED = ("sample", "train")  # by several processes
 
@@ -145,6 +147,7 @@ class Run:
                     relabel.relabel(
                         self.store, self.data, teachers, self.config, name, self.progress
                     )
+                self._doubt(name, teachers)
 
     def train(self) -> None:
         """Stage 3: students of every set, trained and tested; several processes share them."""
@@ -251,6 +254,18 @@ class Run:
             entropy = geometry.label_entropy(self.store, shard, count)
         students = evaluate.student_geometry(self.store, self.config, name)
         return geometry.report(costs, entropy, count, students)
+
+    def _doubt(self, name: str, teachers: Sequence[Teacher]) -> None:
+        """Remarks on a set whose soft labels contradict its images."""
+        from otdd.distill import geometry, relabel
+
+        labels, shard = self.store.read_images(name)["labels"], relabel.shard_name(name, 0)
+        right = geometry.label_accuracy(self.store, shard, labels, self.data.num_classes)
+        usual = statistics.fmean(teacher.accuracy for teacher in teachers)
+        if right is not None and right < usual - DOUBTFUL:
+            hint = "; weaker guidance, --sample.guidance.strength, may help" * (name == "otg")
+            known = f"in {right:.0f} % of its views, but in {usual:.0f} % of the test images"
+            warn(f"set {name}", f"the teachers see the class of an image {known}{hint}")
 
     def _teacher_facts(self) -> list[dict[str, Any]]:
         known = self._known("teachers", [])

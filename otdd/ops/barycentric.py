@@ -103,6 +103,20 @@ def _image(
         checks.weights(a, "a")
         checks.weights(b, "b")
         checks.positive(eps, "eps", C.dtype)
+    return images(C, f, g, a, b, eps, y, backend)
+
+
+def images(
+    C: Tensor,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    y: Tensor,
+    backend: str,
+) -> Tensor:
+    """``T(x_i)``, ``(..., N, D)``, of values that were checked before; not differentiable."""
     image = y.new_empty(*C.shape[:-1], y.shape[-1])
     for rows, weights in _chunks(C, f, g, a, b, eps, backend):
         image[..., rows, :] = weights @ y
@@ -182,5 +196,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _image_backward_op = custom_op("otdd::barycentric_backward", _image_backward, _fake_image_backward)
 _once = differentiable(_image_backward_op, *no_derivative("barycentric has no second derivative"))
-image_op = custom_op("otdd::barycentric", _image, _fake_image)
-_barycentric = differentiable(image_op, _setup_context, _backward)
+_image_op = custom_op("otdd::barycentric", _image, _fake_image)
+_barycentric = differentiable(_image_op, _setup_context, _backward)

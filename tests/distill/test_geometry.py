@@ -2,16 +2,18 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
-from distill.finished_run import DATA, finished_run
+from distill.finished_run import DATA, finished_run, settings
 
 from otdd.distill import geometry
 from otdd.distill.augment import Augmentation
 from otdd.distill.codec import PixelCodec
 from otdd.distill.data import ImageData, LabeledImages
-from otdd.distill.pipeline import run_stages
+from otdd.distill.inputs.problems import DataWarning
+from otdd.distill.pipeline import Run, run_stages
 from otdd.distill.store import Store
 from otdd.distill.training import Step
 
@@ -97,3 +99,36 @@ def test_what_is_known_is_not_computed_again(run, monkeypatch):
 def test_a_report_made_again_of_what_it_said_is_the_same(entropy):
     made = geometry.report({"a": 1.0}, entropy, 2, [])
     assert geometry.report({"a": 1.0}, made["label_entropy"], 2, []) == made
+
+
+def test_teachers_who_see_other_classes_are_told(tmp_path):
+    """On images of other classes; labels of most of them contradict the set."""
+    config = settings(tmp_path / "run", sets=["random"], relabel={"teacher_epochs": 30})
+    run = Run.open(config)
+    with run.store:
+        run.sample()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run.relabel()  # nothing to tell
+        labels = run.store.read_images("random")["labels"]
+        shard = "sets/random/labels/00000.safetensors"
+        assert geometry.label_accuracy(run.store, shard, labels, 10) > 70
+        shifted = (labels + 1) % 10
+        assert geometry.label_accuracy(run.store, shard, shifted, 10) < 20
+        run.store.remove("sets/random/labels")
+        tensors = dict(run.store.read_images("random"))
+        images = tensors.pop("images").roll(2, 0)
+        run.store.remove("sets/random")
+        run.store.write_images("random", images, tensors["labels"])
+        told = r"set random: the teachers see the class of an image in \d+ % of its views, but in"
+        with pytest.warns(DataWarning, match=told):
+            run.relabel()
+
+
+def test_views_that_are_all_mixed_tell_nothing(tmp_path):
+    given = {"teacher_epochs": 1, "cutmix": 1.0}
+    finished_run(tmp_path / "run", sets=["random"], relabel=given)
+    store = Store(tmp_path / "run")
+    labels = store.read_images("random")["labels"]
+    shard = "sets/random/labels/00000.safetensors"
+    assert geometry.label_accuracy(store, shard, labels, 10) is None

@@ -8,6 +8,7 @@ from references import cost_oracle, problem
 
 from otdd.backends import BackendError
 from otdd.ops import METRICS, cost_matrix, sinkhorn
+from otdd.ops.cost.reference import cost_backward_reference, cost_matrix_reference
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 SHAPES = [(), (1,), (3,), (2, 3)], [(1, 1, 1), (5, 7, 3), (64, 33, 17), (4, 4, 129), (1, 300, 40)]
@@ -295,6 +296,21 @@ def test_no_buffer_of_all_differences():
     x, y = clouds((), 256, 300, 400, torch.float32)
     peak = _largest_allocation(lambda: cost_matrix(x.requires_grad_(), y).sum().backward())
     assert peak <= 4 * max(256 * 300, 300 * 400)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+def test_targets_that_all_problems_share_are_not_copied(metric):
+    """In the parts that other backends, too, have from PyTorch."""
+    x, y = clouds((50,), 4, 30, 400, torch.float32)
+    C, y = torch.zeros(50, 4, 30), y[0].expand(50, 30, 400)
+
+    def run():
+        cost_matrix_reference(x, y, metric)
+        if metric == "sqeuclidean":
+            cost_backward_reference(C, x, y, metric, True, False)
+
+    peak = _largest_allocation(run)
+    assert peak <= 4 * 50 * 4 * 400  # of x, a seventh of the copies
 
 
 def _largest_allocation(run) -> int:

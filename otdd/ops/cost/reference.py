@@ -20,21 +20,24 @@ def cost_matrix_reference(x: Tensor, y: Tensor, metric: str) -> Tensor:
         return _euclidean(x / scale, y / scale) * scale
     if metric == "sqeuclidean":
         return _euclidean(x, y).square()
-    return 1 - normalised(x) @ normalised(y).mT
+    return 1 - normalised(x) @ normalised(as_one(y)).mT
 
 
 def _euclidean(x: Tensor, y: Tensor) -> Tensor:
-    if x.numel() and _is_one(y):  # cdist would copy it for each problem
-        y = y[(0,) * (y.dim() - 2)]
-        return _euclidean(x.flatten(0, -2), y).unflatten(0, x.shape[:-1])
+    if as_one(y).dim() < x.dim():  # cdist would copy it for each problem
+        return _euclidean(x.flatten(0, -2), as_one(y)).unflatten(0, x.shape[:-1])
     # Differences, not |x|^2 + |y|^2 - 2xy: exact for close points and shifted clouds.
     return torch.cdist(x, y, p=2.0, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _is_one(t: Tensor) -> bool:
-    """Whether all problems of a batch have the same points, at the same place."""
+def as_one(t: Tensor) -> Tensor:
+    """`t`, without a batch if all its problems have the same points, at the same place.
+
+    What is computed of it is then not computed, nor kept, for each problem.
+    """
     batch = zip(t.shape[:-2], t.stride(), strict=False)
-    return t.dim() > 2 and all(size == 1 or stride == 0 for size, stride in batch)
+    one = t.numel() > 0 and all(size == 1 or stride == 0 for size, stride in batch)
+    return t[(0,) * (t.dim() - 2)] if one else t
 
 
 def _scale(x: Tensor, y: Tensor) -> Tensor:
@@ -77,6 +80,7 @@ def cost_backward_reference(
 
 def _sqeuclidean_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """``dx_i = 2 sum_j G_ij (x_i - y_j)``, both clouds centred first so that nothing cancels."""
+    y = as_one(y)
     centre = y.mean(-2, keepdim=True)
     return 2 * (grad.sum(-1, keepdim=True) * (x - centre) - grad @ (y - centre))
 

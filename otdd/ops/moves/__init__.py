@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otdd import backends
 from otdd.ops import checks, pointers
-from otdd.ops.barycentric import image_op
+from otdd.ops.barycentric import images
 from otdd.ops.cost import cost_op, gradient_of_x
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
 from otdd.ops.moves.cuda import moves_cuda
@@ -81,8 +81,8 @@ def transport_moves(
 
 def scaled_eps(C: Tensor, a: Tensor, b: Tensor, lambda_1: float) -> Tensor:
     """``lambda_1`` times the standard deviation of costs between points with weight, ``(...)``."""
-    valid = (a > 0)[..., :, None] & (b > 0)[..., None, :]
-    count = valid.sum((-2, -1))
+    rows, columns = (a > 0).to(C.dtype), (b > 0).to(C.dtype)
+    valid, count = rows[..., :, None] * columns[..., None, :], rows.sum(-1) * columns.sum(-1)
     mean = (C * valid).sum((-2, -1)) / count
     spread = ((C - mean[..., None, None]).square() * valid).sum((-2, -1)) / count
     floor = 1e-6 * mean.abs() + 1e-12  # a single pair has no spread
@@ -128,7 +128,7 @@ def _forward(
     f, g, *_ = solve_op(costs, a, b, e, None, None, start, *options)
     part = C, f[..., :count], g, a[..., :count], b, e
     if not gradient:
-        return image_op(*part, y, of_solve), f, g, eps
+        return images(*part, y, of_solve), f, g, eps  # the costs have shown that y is finite
     plan = plan_op(*part, None, False, False, of_solve)
     return gradient_of_x(plan, x, y, C, metric, of_cost), f, g, eps
 

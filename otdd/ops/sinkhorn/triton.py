@@ -11,6 +11,10 @@ from otdd.ops.sinkhorn import triton_backward, triton_solve
 from otdd.ops.sinkhorn.op import MOST_ENTRIES, filled
 from otdd.ops.sinkhorn.reference import Solution, potentials_backward_reference
 
+# Registers of a thread of `solve_streamed`. Given no number, ptxas of Triton 3.7 aims at one of its
+# own, 32 or 96, and keeps to it by spilling a few values. AMD's compiler takes no number.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+
 
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
     """Of a tensor with a batch dimension or none, over ``dims`` in all."""
@@ -50,7 +54,7 @@ def aligned(C: Tensor) -> Tensor:
 def layout(N: int, M: int, dtype: torch.dtype) -> tuple[bool, tuple[int, int], int]:
     """Whether a problem's costs stay in registers; the tile; warps.
 
-    Compiled for sm_80 to sm_100, neither kernel spills for the tiles that there are.
+    Compiled for sm_80 to sm_100, no kernel spills for the tiles that there are.
     """
     rows, columns = triton.next_power_of_2(N), triton.next_power_of_2(M)
     single = dtype == torch.float32
@@ -59,7 +63,8 @@ def layout(N: int, M: int, dtype: torch.dtype) -> tuple[bool, tuple[int, int], i
         per_warp = 512 if single else 256
         fewest = 1 if single else 4
         return True, (rows, columns), min(8, max(fewest, rows * columns // per_warp))
-    entries, warps = (4096, 4) if single else (2048, 8)
+    # float64: more than 4 entries a thread and their exponentials do not fit into REGISTERS.
+    entries, warps = (4096, 4) if single else (1024, 8)
     rows = min(rows, 32)
     return False, (rows, min(columns, entries // rows, longest)), warps
 
@@ -98,13 +103,13 @@ def sinkhorn_triton(
     sizes = N, M, *strides(C, 3)[:2], *weights, *strides(g, 2)
     options = max_iter, tol_below(tol), sinkd, *blocks
     problem = C, a, b, eps, rho_a, rho_b, g, out.f, out.g
-    if resident:
-        kernel = triton_solve.solve_resident
-    else:
+    kernel, compiled = triton_solve.solve_resident, {"num_warps": warps}
+    if not resident:
         kernel, outputs = triton_solve.solve_streamed, (*outputs, C.new_empty(B, 2 * N + M))
+        compiled |= REGISTERS
     solution = out.f, out.g, a, b, eps, rho_a, rho_b, out.value
     with pointers.on_device(C):
-        kernel[(B,)](*problem, *outputs, *sizes, *options, num_warps=warps)
+        kernel[(B,)](*problem, *outputs, *sizes, *options, **compiled)
         triton_solve.values[(B,)](*solution, N, M, *weights, sinkd, BLOCK=512)
     return out
 
