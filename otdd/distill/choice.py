@@ -74,9 +74,9 @@ def kept(store: Store) -> list[dict[str, Any]]:
     found = store.read_json(TEACHERS) if store.has(TEACHERS) else {}
     teachers = found.get("teachers") if isinstance(found, dict) else None
     try:
-        files = [t["file"] for t in teachers or ()]
-        there = all(_WEIGHTS.fullmatch(file) and store.has(file) for file in files)
-    except (KeyError, TypeError):
+        facts = [[t["name"], t["digest"], t["accuracy"] + 0.0, t["file"]] for t in teachers or ()]
+        there = all(_WEIGHTS.fullmatch(file) and store.has(file) for *_, file in facts)
+    except (KeyError, TypeError, OSError):  # of what otdd has not written
         return []
     return teachers or [] if there else []
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from otdd import __version__
 from otdd.distill.artefact import DistilledSet
+from otdd.distill.choice import kept
 from otdd.distill.formats import pictures
 from otdd.distill.setfiles import DEFAULT, SetFiles
 from otdd.distill.store import Store
@@ -247,6 +248,7 @@ def _body(
 def _usage(sets: Mapping[str, DistilledSet]) -> Iterator[str]:
     first, alone = next(iter(sets.values())), ALONE in sets
     other = None if len(sets) == 1 else list(sets)[1]
+    live = first.files.live and not alone and bool(kept(first.files.store))
     yield from ("```python", "import datasets, otdd", "")
     yield 'table = datasets.load_dataset("path/or/repository", split="train")'
     if other:
@@ -254,7 +256,7 @@ def _usage(sets: Mapping[str, DistilledSet]) -> Iterator[str]:
     yield 'distilled = otdd.load("path")  # a torch Dataset'
     if other:
         yield f'another = otdd.load("path", set="{other}")'
-    if first.has_soft_labels or first.files.live:
+    if first.has_soft_labels or live:
         yield "for images, logits, targets, labels in distilled.replay():"
         yield "    ...  # the augmented batches that the teachers labelled"
     yield from ("```", "")
@@ -267,7 +269,7 @@ def _usage(sets: Mapping[str, DistilledSet]) -> Iterator[str]:
         yield "`soft_label` is the mean of the logits of the teachers; softmax gives probabilities."
         yield f"`{files}` has the logits and the augmentation of every view, the logits"
         yield "in the format that the file names (float16 if it names none)."
-    if first.files.live:
+    if live:
         yield "No soft labels are stored: the networks in `teachers/` label every view in `replay`."
 
 

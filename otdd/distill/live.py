@@ -44,6 +44,8 @@ class LiveLabels:
         self, files: SetFiles, images: Tensor, device: str, *, verify: bool = True
     ) -> None:
         store = files.store
+        if verify:
+            store.sums.verify([TEACHERS])
         facts = kept(store)
         if not facts:
             raise StoreError(
@@ -52,7 +54,7 @@ class LiveLabels:
                 "settings of the run makes these"
             )
         if verify:
-            store.sums.verify([TEACHERS, *(fact["file"] for fact in facts)])
+            store.sums.verify([fact["file"] for fact in facts])
         try:
             self._data = _described(files.data)
             config = from_dict(RunConfig, {**store.read_json(CONFIG), "out": str(store.path)})
@@ -90,11 +92,12 @@ def _teacher(store: Store, fact: dict[str, Any], data: ImageData, device: str) -
         for part in ("mean", "std"):  # a pretrained network has its own, perhaps in other channels
             setattr(network, part, state[part])
         network.load_state_dict(state)
-        digest, accuracy = digest_of(network), float(fact["accuracy"])
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        network.eval().requires_grad_(False)
+        network(torch.zeros(1, *data.image_shape))
+        digest = digest_of(network)
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise StoreError(f"{store.path / file} does not hold teacher {name}: {why}") from None
     if digest != fact["digest"]:
         raise StoreError(f"{store.path / file} is not teacher {name} of {TEACHERS}: other weights")
-    network.to(device).eval().requires_grad_(False)
-    return Teacher(name, network, digest, accuracy, file)
+    return Teacher(name, network.to(device), digest, fact["accuracy"], file)

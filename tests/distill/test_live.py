@@ -11,6 +11,7 @@ from distill.finished_run import DATA, finished_run, same, settings
 import otdd
 from otdd.distill import relabel, students
 from otdd.distill.config import ConfigError
+from otdd.distill.export import export
 from otdd.distill.pipeline import run_stages
 from otdd.distill.preview import preview
 from otdd.distill.setfiles import TEACHERS
@@ -138,6 +139,29 @@ def _outside(copy, name):
     (copy / TEACHERS).write_text(json.dumps(facts))
 
 
+def _other_facts(copy, **facts):
+    made = json.loads((copy / TEACHERS).read_text())
+    made["teachers"][0] = {k: v for k, v in {**made["teachers"][0], **facts}.items() if v}
+    (copy / TEACHERS).write_text(json.dumps(made))
+
+
+def _long(copy, name):
+    _other_facts(copy, file=f"teachers/{'a' * 400}.safetensors")
+
+
+def _no_digest(copy, name):
+    _other_facts(copy, digest=None)
+
+
+def _nobody(copy, name):
+    _other_facts(copy, name=None)
+
+
+def _other_channels(copy, name):
+    state, meta = Store(copy).read_tensors(name), Store(copy).read_meta(name)
+    Store(copy).write_tensors(name, {**state, "mean": torch.zeros(3, 1, 1)}, meta)
+
+
 def _no_list(copy, name):
     (copy / TEACHERS).write_text("[1, 2]")
 
@@ -150,6 +174,10 @@ DAMAGE = {
     _cut: "damaged",
     _outside: "no teachers who could make them",
     _no_list: "no teachers who could make them",
+    _long: "no teachers who could make them",
+    _no_digest: "no teachers who could make them",
+    _nobody: "no teachers who could make them",
+    _other_channels: "does not hold teacher convnet: Given groups=1",
 }
 
 
@@ -160,9 +188,8 @@ def test_what_is_damaged_is_named(folder, tmp_path, damage):
     damage(copy, f"teachers/{weights.name}")
     with pytest.raises(StoreError, match=DAMAGE[damage]):
         otdd.load(copy, set="random", verify=False).replay()
-    if damage not in (_outside, _no_list):
-        with pytest.raises(StoreError, match=r"damaged|other weights|does not hold"):
-            otdd.load(copy, set="random").replay()
+    with pytest.raises(StoreError, match=r"damaged|other weights|does not hold"):
+        otdd.load(copy, set="random").replay()
 
 
 def test_where_teachers_may_be(folder, tmp_path):
@@ -185,6 +212,24 @@ def test_the_card_says_how(folder):
     text = (folder / "README.md").read_text()
     assert "in distilled.replay():" in text
     assert "the networks in `teachers/` label every view" in text
+
+
+def test_cards_where_teachers_are_not(folder, tmp_path):
+    """Neither an export has them, nor the folder of an earlier version that did not name them."""
+    export(folder, "hf", tmp_path / "export", set="random")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    facts = Store(copy).read_json(TEACHERS)
+    for teacher in facts["teachers"]:
+        del teacher["file"]
+    with Store.open(copy, {}) as store:
+        store.write_json(TEACHERS, facts)
+    config = settings(copy, relabel={**TEACHER, "store_labels": False})
+    run_stages(config, ("evaluate",))
+    for path in (tmp_path / "export", copy):
+        assert "replay" not in (path / "README.md").read_text()
+    run_stages(config, ("relabel", "evaluate"))
+    assert "the networks in `teachers/`" in (copy / "README.md").read_text()
+    assert len(otdd.load(copy, set="random").replay()) == 9
 
 
 def test_hard_labels_alone_need_no_teachers(tmp_path):

@@ -157,6 +157,14 @@ def test_many_programs_take_marginals_of_ones_and_half_precision(by_many):
     assert none.value.shape == (0,)
 
 
+def test_many_programs_for_a_problem_without_a_batch(by_many):
+    C, a, b = problem(2, 9, 14)
+    alone = sinkhorn(C[1], a[1], b[1], eps=0.3, max_iter=4, backend="triton")
+    among = sinkhorn(C, a, b, eps=0.3, max_iter=4, backend="triton")
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(alone, name), getattr(among, name)[1])
+
+
 def test_a_problem_beyond_one_program():
     C, a, b = problem(1, 1100, 1000, torch.float32)
     result = sinkhorn(C, a, b, eps=0.1, max_iter=1, backend="triton")

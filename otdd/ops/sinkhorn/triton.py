@@ -123,7 +123,7 @@ def _by_many(problem: tuple[Tensor, ...], g: Tensor | None, max_iter: int, tol: 
     goal = torch.full((math.prod(batch),), tol_below(tol), dtype=torch.float64, device=C.device)
     made = pointers.triton_kernels("points").given_triton(*flat, max_iter, goal)
     history = C.new_zeros(*batch, 0, sum(C.shape[-2:]), dtype=torch.float64)
-    return Solution(*(t.reshape(*batch, *t.shape[1:]) for t in made), history)
+    return Solution(*(t.reshape(batch + t.shape[1:]) for t in made), history)
 
 
 def plan_triton(
