@@ -165,6 +165,12 @@ def test_many_programs_for_a_problem_without_a_batch(by_many):
         torch.testing.assert_close(getattr(alone, name), getattr(among, name)[1])
 
 
+def test_many_programs_take_every_iteration_without_a_tolerance(by_many):
+    constant = sinkhorn(torch.ones(4, 5), eps=0.3, max_iter=4, backend="triton")
+    assert constant.n_iter == 4
+    torch.testing.assert_close(constant.value, torch.tensor(1.0))
+
+
 def test_a_problem_beyond_one_program():
     C, a, b = problem(1, 1100, 1000, torch.float32)
     result = sinkhorn(C, a, b, eps=0.1, max_iter=1, backend="triton")

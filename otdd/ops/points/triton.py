@@ -261,7 +261,7 @@ def given_triton(
     rho_b: Tensor,
     g: Tensor,
     max_iter: int,
-    tol: Tensor,
+    tol: float | Tensor,
 ) -> PointSolution:
     """The solve of costs that are given, ``(B, N, M)``; a chip of programs for each problem.
 

@@ -120,7 +120,7 @@ def _by_many(problem: tuple[Tensor, ...], g: Tensor | None, max_iter: int, tol: 
     batch = C.shape[:-2]
     g = torch.zeros_like(b) if g is None else g
     flat = (t.reshape(-1, *t.shape[len(batch) :]) for t in (C, a, b, eps, *rho, g))
-    goal = torch.full((math.prod(batch),), tol_below(tol), dtype=torch.float64, device=C.device)
+    goal = torch.full_like(eps, tol_below(tol)).flatten() if tol > 0 else 0.0
     made = pointers.triton_kernels("points").given_triton(*flat, max_iter, goal)
     history = C.new_zeros(*batch, 0, sum(C.shape[-2:]), dtype=torch.float64)
     return Solution(*(t.reshape(batch + t.shape[1:]) for t in made), history)
