@@ -294,5 +294,5 @@ print(peak() - before)
 @pytest.mark.parametrize("what", ["implicit", "second"])
 @pytest.mark.parametrize(("name", "n", "limit"), [("cpu", 5000, 40), ("reference", 3000, 60)])
 def test_memory_is_that_of_the_points(what, name, n, limit):
-    """5000 x 5000 costs in float64 would be 191 MB; 3000 x 3000 in float32, beside blocks of 50 MB, 34."""
+    """5000 x 5000 costs in float64 would be 191 MB; 3000 x 3000, beside blocks of 50 MB, 69."""
     assert printed(MEMORY, n, name, what) < limit
