@@ -34,7 +34,6 @@ class LiveLabels:
     Attributes:
         epochs: how many there are with labels of their own.
         steps_per_epoch: batches of one epoch.
-        teachers: names and hashes of the teachers.
 
     Raises:
         StoreError: the teachers are not there, or what is there is damaged.
@@ -62,7 +61,6 @@ class LiveLabels:
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{store.path} was not written by this otdd: {error}") from None
         self._made = [_teacher(store, fact, self._data, device) for fact in facts]
-        self.teachers = [[teacher.name, teacher.digest] for teacher in self._made]
         self.epochs, self.steps_per_epoch = self._plan.labelled, self._plan.steps_per_epoch
         self._images = images
 

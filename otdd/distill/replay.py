@@ -52,12 +52,10 @@ class Labels(Protocol):
     Attributes:
         epochs: how many the labels have.
         steps_per_epoch: batches of one epoch.
-        teachers: names and hashes of the teachers.
     """
 
     epochs: int
     steps_per_epoch: int
-    teachers: list[list[str]]
 
     def __len__(self) -> int: ...
 

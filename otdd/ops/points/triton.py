@@ -292,11 +292,11 @@ def _given_cost(
         some = slice(k, k + group)
         for i in range(0, N, height):
             part = C[some, i : i + height]
-            of_rows = (t[some, i : i + height].contiguous() for t in (f, log2_a))
-            fs, la = of_rows
-            rest = fs, g[some], la, log2_b[some], torch.zeros_like(fs), torch.zeros_like(g[some])
-            ones, out = scales.one[some], torch.empty_like(part)
-            _fill(given_tiles(part), out, *rest, ones, scales.scale[some])
+            fs, la = (t[some, i : i + height].contiguous() for t in (f, log2_a))
+            gs, lb = g[some], log2_b[some]
+            rest = fs, gs, la, lb, torch.zeros_like(fs), torch.zeros_like(gs), scales.one[some]
+            out = torch.empty_like(part)
+            _fill(given_tiles(part), out, *rest, scales.scale[some])
             total[some] += out.sum((-1, -2))
     return total
 
