@@ -9,14 +9,17 @@ tables and figures are made of the file by `ablation_report.py`.
 
 Arms, all with kappa_1 .025, kappa_2 1 (squared error of logits), tau 2, eps .1, 20 iterations:
 
-* `full`: the set `otg` of `otdd run`; labels of |T(IPC)| teachers, 1 below IPC 10 and 2 from there;
-  transport of logits with beta_2 .08.
+* `full`: the set `starts-4` of `ablation_guidance.py`, which `otdd run` sampled before it had
+  `detail` and classifier-free guidance by default; labels of |T(IPC)| teachers, 1 below IPC 10 and
+  2 from there; transport of logits with beta_2 .08.
 * `no-otg`: the same on the set `unguided`, sampled from the same noise.
 * `no-lia`: the same with the first teacher alone at every IPC. Below IPC 10 that is `full` itself,
   by definition, and is not run.
 * `all-teachers`: the same with all four teachers at every IPC, as the predecessors do (ours).
 * `no-otm`: the same with beta_2 0.
 * `hard-otg`, `hard-no-otg`: cross-entropy on hard labels, mixed by CutMix, on either set.
+* `run`, `run-no-otg`: `full` and `no-otg` with the settings that `otdd run` samples with now;
+  `hard-run`, `hard-run-no-otg`: the same on hard labels.
 * `random`, `kmeans`: `full` on random real images and on k-means centroids (of pixels);
   `random-no-otm`, `kmeans-no-otm`: the same without transport of logits. They need no generator.
 * `sweep`: `full` with one of tau, eps, beta_2, beta_2_share or the batch changed (see `SWEEP`), and
@@ -38,7 +41,7 @@ from typing import Any
 import ablation
 import torch
 from ablation import Cells, digest
-from ablation_guidance import make_set
+from ablation_guidance import VARIANTS, make_set
 from torch import Tensor
 
 from otdd.distill.baselines import BASELINES, baselines
@@ -47,7 +50,7 @@ from otdd.distill.data import load_data
 from otdd.distill.generator import Generator, load_generator
 from otdd.distill.match import make_loss
 from otdd.distill.relabel import Teacher, hard_steps, live_steps, make_teachers
-from otdd.distill.settings import to_dict
+from otdd.distill.settings import from_dict, to_dict
 from otdd.distill.store import Store
 from otdd.distill.training import Step
 from otdd.losses import OTDistillationLoss, OTLogitLoss
@@ -57,6 +60,7 @@ KEY = ("data", "ipc", "arm", "arch", "seed", "epochs")
 # Neighbours share labels.
 TABLE = ("full", "no-otm", "hard-otg", "no-lia", "all-teachers", "no-otg", "hard-no-otg")
 LINES = ("random", "random-no-otm", "kmeans", "kmeans-no-otm")
+NOW = ("run", "hard-run", "run-no-otg", "hard-run-no-otg")
 SWEEP = (
     *(f"tau-{v:g}" for v in (1, 4)),
     *(f"eps-{v:g}" for v in (0.02, 0.5)),
@@ -71,7 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits")
     parser.add_argument("--generator", help="of `otdd fit`; by default the one shipped")
-    parser.add_argument("--arms", nargs="+", default=TABLE, help=f"{TABLE + LINES}, sweep, or ...")
+    parser.add_argument(
+        "--arms", nargs="+", default=TABLE, help=f"{TABLE + LINES + NOW}, sweep, or ..."
+    )
     parser.add_argument("--archs", nargs="+", default=["convnet-6"])
     parser.add_argument("--ipc", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
@@ -81,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    known = {*TABLE, *LINES, *SWEEP}
+    known = {*TABLE, *LINES, *NOW, *SWEEP}
     arms = [arm for name in args.arms for arm in (SWEEP if name == "sweep" else (name,))]
     if unknown := [arm for arm in arms if arm not in known]:
         parser.error(f"--arms: {unknown} not known; accepted: sweep or {sorted(known)}")
@@ -146,7 +152,8 @@ class Campaign:
         batch = _batch(arm) or TrainConfig.batch
         train = dataclasses.replace(TrainConfig(), epochs=self.epochs, batch=batch)
         config = RunConfig(self.data.name, ipc, "unused", seed=seed, train=train)
-        set_name = {"no-otg": "unguided", "hard-no-otg": "unguided"}.get(arm, "starts-4")
+        old, now = ("starts-4", "unguided"), ("run", "run-unguided")
+        set_name = (now if arm in NOW else old)[arm.endswith("no-otg")]
         if arm in LINES:
             set_name = arm.split("-")[0]
         images, labels = self.set_of(set_name, config)
@@ -170,12 +177,13 @@ class Campaign:
 
     def set_of(self, name: str, config: RunConfig) -> tuple[Tensor, Tensor]:
         store = Store(self.work / f"ipc{config.ipc}-seed{config.seed}-{name}")
-        made = "otg" if name == "starts-4" else name
+        made = name if name in BASELINES else "unguided" if "unguided" in name else "otg"
         if not store.has_images(made):
             if name in BASELINES:
                 baselines(store, self.data, config, name)
             else:
-                own = dataclasses.replace(config, sample=SampleConfig())
+                settings = from_dict(SampleConfig, VARIANTS[name])
+                own = dataclasses.replace(config, sample=settings)
                 make_set(store, self.data, self.generator, own, name)
         tensors = store.read_images(made)
         return tensors["images"], tensors["labels"]

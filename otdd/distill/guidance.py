@@ -16,6 +16,7 @@ and moves each latent by one of two forms. With T(z_n) = sum_j P_nj x_j / sum_j 
 With `repulsion` = kappa > 0 the real latents R of the other classes in the call push away: the
 projection is T + kappa * (T - R(T)), where R(z) = sum_j softmax_j(-c(z, x_j) / std(C)) x_j over
 them, and the gradient form subtracts kappa times the gradient of the cost weighted by that softmax.
+With `detail` > 0 the projection does not take its blur along; how is told in `otdd.distill.detail`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from otdd.distill.config import GuidanceConfig
+from otdd.distill.detail import Detail
 from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, rng
 from otdd.ops import cost_matrix, sinkhorn
 from otdd.ops.moves import scaled_eps, transport_moves
@@ -62,6 +64,7 @@ class _Flight:
         real: Real latents (K, M, D).
         b: Their weights (K, M).
         barred: Which of all K * M are no others for a class: its own, and padding; (K, K * M).
+        detail: What weighs the frequencies of moves, where something does.
     """
 
     key: tuple[object, ...]
@@ -70,6 +73,7 @@ class _Flight:
     real: Tensor
     b: Tensor
     barred: Tensor
+    detail: Detail | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +189,8 @@ class OTGuidance(Guidance):
                 b.shape[1], 1
             )
             barred = own | (b.flatten() == 0)
-            self._flight = _Flight(key, present, _padding(groups, len(present)), real, b, barred)
+            padding, detail = _padding(groups, len(present)), self._detail(real, b)
+            self._flight = _Flight(key, present, padding, real, b, barred, detail)
         return self._flight
 
     def _real(self, present: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -217,7 +222,9 @@ class OTGuidance(Guidance):
             if kappa:
                 others, near = self._others(flight, image, y, moves.eps)
                 image = image + kappa * (image - near @ others)
-            return x - image
+            noised = config.target == "q_sample"  # and so are the frequencies, at every step anew
+            detail = self._detail(y, flight.b) if noised else flight.detail
+            return x - image if detail is None else detail.keep(x - image, image, a)
         if kappa:
             others, near = self._others(flight, x, y, moves.eps)
             a = (a if finished is None else finished.weights)[:, : x.shape[1], None]
@@ -227,6 +234,13 @@ class OTGuidance(Guidance):
                 (push,) = torch.autograd.grad(kappa * (a * away).sum(), x)
             return moves.of_x - push
         return moves.of_x
+
+    def _detail(self, y: Tensor, b: Tensor) -> Detail | None:
+        """Of references (K, M, D); None where moves are not weighed."""
+        config = self.config
+        if config.form == "gradient" or config.detail == 0 or len(self._shape) != 3:
+            return None
+        return Detail(y, b, self._shape, config.detail)
 
     def _others(self, flight: _Flight, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Real latents of all classes (K * M, D), and how near those of others are (K, N, K * M).

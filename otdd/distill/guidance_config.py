@@ -49,6 +49,10 @@ class GuidanceConfig:
     gradient; 0: off."""
     repulsion: float = 0.3
     """Push away from near real latents of other classes, as a fraction of the pull of the own."""
+    detail: float = 0.5
+    """Of the projection, and latents with height and width: a spatial frequency moves whole where
+    the projection keeps this part of the real energy, else less, so that the blur of a mean is not
+    taken over; 0: all move whole."""
     window: tuple[float, float] = (0.0, 1.0)
     """Guided part of the schedule, from and to, as fractions of it (0: pure noise, 1: the
     image)."""
@@ -62,6 +66,7 @@ class GuidanceConfig:
         require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
         _require_term(self.strength, self.window)
         require(0 <= self.repulsion < 1, "repulsion", self.repulsion, "a number in [0, 1)")
+        require(0 <= self.detail <= 1, "detail", self.detail, "a number in [0, 1]")
         require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
 
 

@@ -113,7 +113,7 @@ def test_a_correction_of_nothing_changes_nothing(name, kind):
 def test_guidance_lowers_the_transport_cost(name, target):
     made = pipe(name, learned=True)
     form = "gradient" if target == "through" else "projection"
-    guidance = ot(target=target, strength=0.2, repulsion=0.0, form=form)
+    guidance = ot(target=target, strength=0.2, repulsion=0.0, detail=0.0, form=form)
     labels = torch.tensor(LABELS)
     free, guided = run(made, 1.5), run(made, 1.5, guidance=[guidance])
     cost = [guidance.transport_cost(x, labels).mean() for x in (free, guided)]

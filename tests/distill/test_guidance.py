@@ -1,13 +1,14 @@
 """`OTGuidance`: the direction is the one of METHOD, for every target, form, cost and class size."""
 
 import pytest
+import scipy.fft
 import torch
 
 from otdd.distill.config import ConfigError, GuidanceConfig
 from otdd.distill.guidance import OTGuidance, pick_reference, rng
 from otdd.ops import METRICS, cost_matrix, sinkhorn
 
-PLAIN = {"repulsion": 0.0, "strength": 0.5}
+PLAIN = {"repulsion": 0.0, "strength": 0.5, "detail": 0.0}
 
 
 def reference(counts=(30, 20), shift: float = 2.0):
@@ -142,6 +143,82 @@ def test_costs_of_finished_latents_are_kept_and_are_right(metric, form, target, 
         plain.direction(z, t, labels, alpha_bar=0.5, memory=memory)
     kept = target == "x0"
     assert sum(calls) == (3 if kept else 9)  # rows of the largest class
+
+
+def frequencies(rows: torch.Tensor) -> torch.Tensor:
+    """Of rows (N, C, H, W), in float64."""
+    return torch.from_numpy(scipy.fft.dctn(rows.double().numpy(), axes=(2, 3), norm="ortho"))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 5, 7), (2, 1, 6), (4, 1, 1)])
+@pytest.mark.parametrize("target", ["x0", "q_sample"])
+@pytest.mark.parametrize("repulsion", [0.0, 0.3])
+def test_detail_is_moved_by_what_projections_keep_of_it(shape, target, repulsion):
+    counts, labels = (30, 7), torch.tensor([0, 1, 0, 0])
+    draw = torch.Generator().manual_seed(0)
+    real = [k + torch.randn(n, *shape, generator=draw) for k, n in enumerate(counts)]
+    z = torch.randn(4, *shape, generator=draw)
+    moves = []
+    for detail in (0.0, 0.4):
+        settings = {"detail": detail, "target": target, "repulsion": repulsion}
+        guidance = OTGuidance(GuidanceConfig(**settings))
+        guidance.set_reference(torch.cat(real), torch.tensor([0] * 30 + [1] * 7))
+        moves.append(guidance.direction(z, 3, labels, alpha_bar=0.6))
+    for k, own in enumerate(real):
+        if target == "q_sample":
+            padded = torch.randn(30, own[0].numel(), generator=rng(0, "q_sample", k, 3))
+            own = 0.6**0.5 * own + 0.4**0.5 * padded[: len(own)].view_as(own)
+        projection = (z - moves[0])[labels == k]
+        kept = frequencies(projection).square().mean((0, 1))
+        kept = kept / frequencies(own).square().mean((0, 1))
+        gain = (kept / 0.4).clamp(max=1)
+        seen = frequencies(moves[1][labels == k])
+        want = gain * frequencies(moves[0][labels == k])
+        torch.testing.assert_close(seen, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_lines_up_moves_whole_and_unlike_detail_stays():
+    draw = torch.Generator().manual_seed(0)
+    alike = torch.randn(1, 1, 8, 8, generator=draw)
+    labels, z = torch.zeros(2, dtype=torch.int64), torch.randn(2, 1, 8, 8, generator=draw)
+
+    def move(real, detail):
+        guidance = OTGuidance(GuidanceConfig(detail=detail, repulsion=0.0))
+        guidance.set_reference(real, torch.zeros(len(real), dtype=torch.int64))
+        return guidance.direction(z, 0, labels)
+
+    same = alike.expand(60, 1, 8, 8)
+    torch.testing.assert_close(move(same, 0.5), move(same, 0.0), rtol=1e-4, atol=1e-5)
+    unlike = 3.0 + torch.randn(60, 1, 8, 8, generator=draw)  # one level, and noise around it
+    seen = z - move(unlike, 0.5)
+    levels = unlike.mean().expand(2)
+    torch.testing.assert_close(seen.mean((1, 2, 3)), levels, rtol=0, atol=0.1)
+    kept = (seen - z) - (seen - z).mean((2, 3), keepdim=True)
+    assert kept.square().mean() < 0.05 * z.square().mean()
+    assert (z - move(unlike, 0.0)).std() < 0.4 < 0.8 * seen[:, 0].std()
+
+
+def test_detail_is_of_projections_of_latents_with_height_and_width():
+    labels = torch.tensor([0, 1, 0])
+    for settings in ({"form": "gradient"}, {}):
+        made = []
+        for detail in (0.0, 0.5):
+            guidance = OTGuidance(GuidanceConfig(detail=detail, **settings))
+            real, known = reference()
+            flat = not settings
+            guidance.set_reference(real.flatten(1) if flat else real, known)
+            z = latents(labels).flatten(1) if flat else latents(labels)
+            made.append(guidance.direction(z, 0, labels, alpha_bar=0.5))
+        assert torch.equal(*made)
+
+
+def test_a_frequency_that_no_real_latent_has_is_moved_whole():
+    real = torch.ones(5, 1, 4, 4)
+    guidance = OTGuidance(GuidanceConfig(repulsion=0.0))
+    guidance.set_reference(real, torch.zeros(5, dtype=torch.int64))
+    z = latents(range(2))
+    move = guidance.direction(z, 0, torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(move, z - 1, rtol=1e-4, atol=1e-5)
 
 
 def test_repulsion_moves_away_from_the_other_class():

@@ -1,0 +1,61 @@
+"""Guidance by means of images, without their blur (ours).
+
+A barycentric projection is a mean of many real latents. Where these line up, as digits do, it is
+one of their kind; where they do not, as in photographs, it has lost their detail, and a latent that
+moves there loses its own. At each spatial frequency k of the two-dimensional cosine transform
+
+    q_k = mean |T_k|^2 / mean |x_k|^2
+
+is the part of the energy of the real latents x that their projections T keep. The move of a latent
+is multiplied there by min(1, q_k / theta): whole where the projections keep theta or more, and
+hardly at all where they have nothing left to say.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Detail:
+    """Weighs the frequencies of the moves of latents (C, H, W), which are rows of D = C * H * W.
+
+    Args:
+        real: real latents by class (K, M, D).
+        weights: theirs, (K, M); 0 for padding.
+        shape: (C, H, W).
+        theta: in (0, 1].
+    """
+
+    def __init__(self, real: Tensor, weights: Tensor, shape: tuple[int, ...], theta: float) -> None:
+        self.shape, self.theta = shape, theta
+        self.down, self.across = (_cosines(size).to(real.device) for size in shape[-2:])
+        self.real = self._energy(real, weights)
+
+    def keep(self, move: Tensor, image: Tensor, weights: Tensor) -> Tensor:
+        """The moves (K, N, D) of latents with weights (K, N) to their projections, weighed."""
+        kept = self._energy(image, weights)
+        gain = torch.where(self.real > 0, kept / (self.theta * self.real), 1.0).clamp_max(1.0)
+        weighed = self._transform(move) * gain[:, None, None]
+        return (self.down.T @ weighed @ self.across).flatten(-3)
+
+    def _energy(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Mean energy at each frequency, (K, H, W)."""
+        each = []
+        for own, weight in zip(rows, weights, strict=True):  # by class: less memory
+            squares = self._transform(own).square().sum(1)
+            each.append(torch.tensordot(weight, squares, 1))
+        return torch.stack(each)
+
+    def _transform(self, rows: Tensor) -> Tensor:
+        return self.down @ rows.unflatten(-1, self.shape) @ self.across.T
+
+
+def _cosines(size: int) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) of `size` numbers, as a matrix."""
+    places, frequencies = torch.arange(size) + 0.5, torch.arange(size)
+    matrix = torch.cos(math.pi / size * torch.outer(frequencies, places).double())
+    matrix[0] *= 0.5**0.5
+    return ((2 / size) ** 0.5 * matrix).float()
