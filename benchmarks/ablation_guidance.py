@@ -16,9 +16,9 @@ blur of projections back, `cfg-2-detail-0.5` at scale 2. `target-through` carrie
 x0_hat through the denoiser, `target-q_sample` compares z_t with noised real latents. Windows are
 parts of the schedule from noise to image; `window-paper` is steps 30 to 45 of 50 of the source.
 `gradient-K` is the L1 gradient of the source in place of our projection, on x0_hat at every step,
-with K for beta_1 in units of rho_t; `paper` is its transport term with all its inferred settings. `cfg-2` has classifier-free guidance of scale 2
-in place of 1, as `unguided-cfg-2` has without transport. What `SET+...` does is in `refine.py`.
-Seeds from 100 on chose no setting.
+with K for beta_1 in units of rho_t; `paper` is its transport term with all its inferred settings.
+`cfg-2` has classifier-free guidance of scale 2 in place of 1, as `unguided-cfg-2` has without
+transport. What `SET+...` does is in `refine.py`. Seeds from 100 on chose no setting.
 """
 
 import argparse
