@@ -11,20 +11,21 @@ made of the file.
 Variants (settings laid over those of `otdd sample`): `default` is the guidance that was its default
 when most of this was measured, from one start of the noise and without classifier-free guidance or
 `detail`, which all others but the baselines change in one place; `starts-4` is what `otdd run` did
-then, `run` what it does now, and `run-unguided` its set `unguided`. `detail-1` and so on hold the
-blur of projections back, `cfg-2-detail-0.5` at scale 2. `target-through` carries the correction of
-x0_hat through the denoiser, `target-q_sample` compares z_t with noised real latents. Windows are
-parts of the schedule from noise to image; `window-paper` is steps 30 to 45 of 50 of the source.
-`gradient-K` is the L1 gradient of the source in place of our projection, on x0_hat at every step,
-with K for beta_1 in units of rho_t; `paper` is its transport term with all its inferred settings.
-`cfg-2` has classifier-free guidance of scale 2 in place of 1, as `unguided-cfg-2` has without
-transport. What `SET+...` does is in `refine.py`. Seeds from 100 on chose no setting.
+then, `run` what it does now for hard labels, and `run-unguided` its set `unguided`. `detail-1` and
+so on hold the blur of projections back, `cfg-2-detail-0.5` at scale 2. `target-through` carries the
+correction of x0_hat through the denoiser, `target-q_sample` compares z_t with noised real latents.
+Windows are parts of the schedule from noise to image; `window-paper` is steps 30 to 45 of 50 of the
+source. `gradient-K` is the L1 gradient of the source in place of our projection, on x0_hat at every
+step, with K for beta_1 in units of rho_t; `paper` is its transport term with all its inferred
+settings. `cfg-2` has classifier-free guidance of scale 2 in place of 1, as `unguided-cfg-2` has
+without transport. What `SET+...` does is in `refine.py`. Seeds from 100 on chose no setting.
 """
 
 import argparse
 import dataclasses
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from otdd.distill.config import PRESETS, RunConfig, SampleConfig, TrainConfig
 from otdd.distill.data import ImageData, load_data
 from otdd.distill.generator import Generator, load_generator
 from otdd.distill.match import make_loss
-from otdd.distill.relabel import hard_steps
+from otdd.distill.relabel import Teacher, hard_steps
 from otdd.distill.sample import sample
 from otdd.distill.settings import from_dict
 from otdd.distill.store import Store
@@ -140,14 +141,19 @@ def measure(
 
 
 def make_set(
-    store: Store, data: ImageData, generator: Generator, config: RunConfig, name: str
+    store: Store,
+    data: ImageData,
+    generator: Generator,
+    config: RunConfig,
+    name: str,
+    teachers: Sequence[Teacher] = (),
 ) -> str:
     """Makes the set of a variant or baseline; returns its name in the store."""
     if name in BASELINES:
         baselines(store, data, config, name, codec=generator.codec)
         return name
     set_name = "unguided" if "unguided" in name else "otg"
-    sample(store, data, generator, config, set_name=set_name)
+    sample(store, data, generator, config, set_name=set_name, teachers=teachers)
     return set_name
 
 

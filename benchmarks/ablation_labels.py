@@ -152,6 +152,7 @@ class Campaign:
         batch = _batch(arm) or TrainConfig.batch
         train = dataclasses.replace(TrainConfig(), epochs=self.epochs, batch=batch)
         config = RunConfig(self.data.name, ipc, "unused", seed=seed, train=train)
+        count = {"no-lia": 1, "all-teachers": 4}.get(arm, _aligned(ipc))
         old, now = ("starts-4", "unguided"), ("run", "run-unguided")
         set_name = (now if arm in NOW else old)[arm.endswith("no-otg")]
         if arm in LINES:
@@ -162,7 +163,6 @@ class Campaign:
             loss, steps = make_loss("ce", train), hard_steps(len(images), self.data, config, seed)
             count = 0
         else:
-            count = {"no-lia": 1, "all-teachers": 4}.get(arm, 1 if ipc < 10 else 2)
             watched = Watched(objective(arm))
             loss, steps = watched, self._labelled(images, config, set_name, count)
         found = ablation.train(images, labels, steps, loss, self.data, config, arch)
@@ -184,7 +184,8 @@ class Campaign:
             else:
                 settings = from_dict(SampleConfig, VARIANTS[name])
                 own = dataclasses.replace(config, sample=settings)
-                make_set(store, self.data, self.generator, own, name)
+                judges = self.teachers(_aligned(config.ipc)) if name == "run" else ()
+                make_set(store, self.data, self.generator, own, name, judges)
         tensors = store.read_images(made)
         return tensors["images"], tensors["labels"]
 
@@ -196,6 +197,11 @@ class Campaign:
             made = list(live_steps(images, self.data, self.teachers(count), config))
             self._last = (key, made)
         return self._last[1]
+
+
+def _aligned(ipc: int) -> int:
+    """|T(IPC)|."""
+    return 1 if ipc < 10 else 2
 
 
 def _batch(arm: str) -> int | None:

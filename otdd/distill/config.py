@@ -98,6 +98,10 @@ class SampleConfig:
     starts: int = 4
     """Guided samplings of a class (of order joint) from different noise; the one of least transport
     cost is kept, as k-means keeps the best of its starts."""
+    judge: Literal["auto", "teachers", "latents"] = "auto"
+    """Whether that cost is of the logits that the teachers of the run see in images, or of latents;
+    auto: of logits where soft labels are wanted, so that there are teachers, and no `latents` are
+    given."""
     order: Literal["joint", "sequential"] = "joint"
     """All images of a class at once, or one after the other."""
     batch_classes: int = 64
@@ -345,6 +349,9 @@ class RunConfig:
         require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
         res = self.resolution
         require(res is None or 4 <= res <= 4096, "resolution", res, "an integer in [4, 4096]")
+        beside = self.latents is None or self.sample.judge != "teachers"
+        accepted = "auto or latents beside latents, whose images are not read"
+        require(beside, "sample.judge", self.sample.judge, accepted)
         require_some(self.sets, "sets", f"some of {', '.join(SETS)}")
         ok = self.preset is None or self.preset in PRESETS
         require(ok, "preset", self.preset, f"one of {', '.join(PRESETS)}")

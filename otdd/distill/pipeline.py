@@ -107,7 +107,7 @@ class Run:
 
     def sample(self) -> None:
         """Stage 1: the images of every set."""
-        from otdd.distill import baselines, sample
+        from otdd.distill import baselines, sample, update
 
         for name in self.config.sets:
             if self.workers.share(self.store.has_images(name)):
@@ -115,6 +115,8 @@ class Run:
                     self.store.remove(f"sets/{name}/groups")  # a kill may have come before this
                     self.store.restore_pictures(name)
                 continue
+            judged = name == "otg" and update.judged_by_teachers(self.config)
+            teachers = self._shared_teachers() if judged else ()  # they have their own clock
             with self._timed(f"sample {name}"):
                 if name in SAMPLED:
                     assert self.generator is not None  # `prepare` has loaded it
@@ -125,6 +127,7 @@ class Run:
                         self.config,
                         set_name=name,
                         latents=self.latents,
+                        teachers=teachers,
                         workers=self.workers,
                         progress=lambda text, *count: self.progress(f"sample {text}", *count),
                     )

@@ -17,6 +17,7 @@ from otdd.distill.relabel import MEASURED, Plan, architecture, shard_name, teach
 from otdd.distill.store import Store
 from otdd.distill.students import make_network
 from otdd.distill.surrogate_config import SurrogateConfig
+from otdd.distill.update import judged_by_teachers
 from otdd.distill.words import counted, sized
 
 
@@ -62,7 +63,10 @@ def _costs(
 ) -> Iterator[tuple[str, Cost]]:
     """What is still to be done in a stage, timed on a few steps of it."""
     count = config.ipc * made.data.num_classes
+    early = judged_by_teachers(config) and not store.has_images("otg")  # trained before sampling
     if stage == "sample":
+        if early:
+            yield from _teaching(config, made, store)
         own = _own_surrogate(config)  # its networks would have to be trained first
         for name in config.sets:
             if name in SAMPLED and not store.has_images(name) and not (own and name == "otg"):
@@ -70,14 +74,12 @@ def _costs(
                 if (cost := costs.denoising(config, made, name, steps)) is not None:
                     yield name, cost
     if stage == "relabel" and _soft(config) and not all(_labelled(config, made, store)):
-        here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
-        plan = _plan(config, made)
+        here, plan = _trained_here(config), _plan(config, made)
         batches = plan.labelled * plan.steps_per_epoch
         batches *= len(config.sets) * config.relabel.store_labels  # else students wait for them
+        if not early:
+            yield from _teaching(config, made, store)
         for arch in dict.fromkeys(here):
-            taught = costs.teaching(config, made, arch)
-            if not list(store.path.glob(f"teachers/{arch}-*")):
-                yield f"teachers {arch}", Cost(taught.count * here.count(arch), taught.step)
             if batches:
                 label = costs.labelling(config, made, arch)
                 yield f"labels of {arch}", Cost(batches * here.count(arch), label)
@@ -94,6 +96,19 @@ def _costs(
                 ).total
                 if left:
                     yield f"{arch}, {loss}", costs.training(config, made, arch, loss, left)
+
+
+def _teaching(config: RunConfig, made: Prepared, store: Store) -> Iterator[tuple[str, Cost]]:
+    here = _trained_here(config)
+    for arch in dict.fromkeys(here):
+        if not list(store.path.glob(f"teachers/{arch}-*")):
+            taught = costs.teaching(config, made, arch)
+            yield f"teachers {arch}", Cost(taught.count * here.count(arch), taught.step)
+
+
+def _trained_here(config: RunConfig) -> list[str]:
+    """Teachers of a run that are trained in it."""
+    return [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
 
 
 def _memory(real: int, was_timed: bool) -> str:
@@ -131,7 +146,7 @@ def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> in
     if "relabel" in stages and _soft(config) and config.relabel.store_labels:
         total += len(config.sets) * label_bytes(config, made)
     if "relabel" in stages and _soft(config):
-        here = [n for n in teacher_names(config) if "=" not in n and not n.startswith("timm:")]
+        here = _trained_here(config)
         if not config.relabel.store_labels:  # the others are kept as well
             here = [architecture(name) for name in teacher_names(config)]
         total += sum(_network_bytes(arch, config, made) for arch in here)

@@ -123,6 +123,15 @@ def soft_labels(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
     return (total / len(teachers)).half().cpu()
 
 
+def see(teachers: Sequence[Teacher], images: Tensor, batch: int = 512) -> Tensor:
+    """Mean of the teachers' logits, (N, K) float32, for images (N, C, H, W) uint8 as they are."""
+    device = device_of(teachers[0].network)
+    _, channels, height, width = images.shape
+    with reproducible((channels, height, width)):
+        parts = [soft_labels(teachers, x.to(device).float() / 255) for x in images.split(batch)]
+    return torch.cat(parts).float()
+
+
 def relabel(
     store: Store,
     data: ImageData,

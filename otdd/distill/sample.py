@@ -18,6 +18,7 @@ from otdd.distill.data import ImageData
 from otdd.distill.denoising import Guides, denoise, stepper
 from otdd.distill.generator import Generator
 from otdd.distill.latents import Latents
+from otdd.distill.relabel import Teacher
 from otdd.distill.store import Store
 from otdd.distill.terms import Guidance, Memory, rng
 from otdd.distill.update import Update, Updates, surrogate_for
@@ -44,6 +45,7 @@ def sample(
     *,
     set_name: str = "otg",
     latents: Latents | None = None,
+    teachers: Sequence[Teacher] = (),
     workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -56,6 +58,7 @@ def sample(
         config: `ipc`, `seed` and `sample` are used.
         set_name: `otg`, or `unguided` for the same sampling without guidance.
         latents: of the real images, if they are encoded already.
+        teachers: that compare several starts; without any, their latents are compared.
         workers: processes that make the missing groups together; the first writes the set.
         progress: called as progress(set_name, denoising steps done, of how many).
     """
@@ -75,7 +78,7 @@ def sample(
     updates = None
     if guided:
         surrogate = surrogate_for(store, data, config, generator.device, workers, progress)
-        updates = Updates(data, generator, config, latents, surrogate)
+        updates = Updates(data, generator, config, latents, surrogate, teachers)
     seen = [n for n in range(len(groups)) if n in mine or n not in missing]
     ticker = _Ticker(progress, set_name, len(seen), config, guided)
     for position, number in enumerate(seen):
@@ -215,7 +218,7 @@ def _best_start(
         latents = run_batch(generator, now, config.sample, update.terms, on_step=on_step)
         if update.judge is None:
             return latents.cpu()
-        cost = update.judge.transport_cost(latents, now.data_labels)
+        cost = update.judge(latents, now.data_labels)
         if best is None or least is None:
             best, least = latents, cost
             continue

@@ -16,11 +16,13 @@ from torch import Tensor
 from otdd.distill.config import RunConfig, SampleConfig
 from otdd.distill.data import ImageData
 from otdd.distill.diversity import DiversityGuidance
+from otdd.distill.evaluate import LABELS
 from otdd.distill.generator import Generator
 from otdd.distill.guidance import OTGuidance, pick_reference
 from otdd.distill.influence import InfluenceGuidance
 from otdd.distill.latents import Latents
 from otdd.distill.modes import ModeGuidance
+from otdd.distill.relabel import Teacher, see
 from otdd.distill.store import Store
 from otdd.distill.surrogate import fit_surrogate, load_surrogates
 from otdd.distill.surrogate_config import SurrogateConfig
@@ -30,12 +32,16 @@ from otdd.distill.workers import Workers
 SURROGATE = "surrogate"
 
 
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""Latents (B, c, h, w) and their labels (B,) to the transport cost of each class, (K,) in order."""
+
+
 @dataclass(frozen=True)
 class Update:
     """The terms for a group of classes; `judge` chooses among several starts, where there are."""
 
     terms: Sequence[Guidance]
-    judge: OTGuidance | None = None
+    judge: Judge | None = None
 
 
 class Updates:
@@ -47,6 +53,7 @@ class Updates:
         config: `sample`, `ipc` and `seed` are used.
         latents: of the training images, if they are encoded already; as checked.
         surrogate: folder of the networks of influence guidance, if that is on.
+        teachers: several starts are compared by their logits; without any, by latents.
 
     Raises:
         ConfigError: influence guidance is on and has no surrogate that fits the data.
@@ -59,8 +66,10 @@ class Updates:
         config: RunConfig,
         latents: Latents | None = None,
         surrogate: str | None = None,
+        teachers: Sequence[Teacher] = (),
     ) -> None:
         self.data, self.generator, self.config, self.latents = data, generator, config, latents
+        self.teachers = teachers
         self.surrogates = load_surrogates(surrogate, data) if surrogate is not None else []
 
     def of(self, group: range) -> Update:
@@ -68,8 +77,8 @@ class Updates:
         settings, seed = self.config.sample, self.config.seed
         terms: list[Guidance] = []
         guided, judged = settings.guidance.strength > 0, wants_judge(settings)
-        transport = OTGuidance(settings.guidance, seed=seed)
-        if guided or judged:
+        transport, judge = OTGuidance(settings.guidance, seed=seed), None
+        if guided or (judged and not self.teachers):
             transport.set_reference(*self._latents(group, settings.guidance.reference_size))
         if settings.influence.strength > 0:
             terms.append(self._influence(group))
@@ -79,7 +88,22 @@ class Updates:
             terms.append(transport)
         if settings.modes.strength > 0:
             terms.append(self._modes(group))
-        return Update(terms, transport if judged else None)
+        if judged:
+            judge = self._by_logits(group) if self.teachers else transport.transport_cost
+        return Update(terms, judge)
+
+    def _by_logits(self, group: range) -> Judge:
+        """Transport of what the teachers see in the images: that tells blurred ones from real."""
+        settings, train = self.config.sample.guidance, self.data.train
+        transport = OTGuidance(settings, seed=self.config.seed)
+        keep = self._indices(group, settings.reference_size)
+        transport.set_reference(see(self.teachers, train.images[keep]), train.labels[keep])
+
+        def judge(latents: Tensor, labels: Tensor) -> Tensor:
+            logits = see(self.teachers, self.generator.codec.decode(latents))
+            return transport.transport_cost(logits, labels.cpu()).to(latents.device)
+
+        return judge
 
     def _influence(self, group: range) -> InfluenceGuidance:
         settings = self.config.sample.influence
@@ -117,6 +141,13 @@ class Updates:
         labels = self.data.train.labels
         own = ((labels >= group.start) & (labels < group.stop)).nonzero()[:, 0]
         return own if size is None else own[pick_reference(labels[own], size, self.config.seed)]
+
+
+def judged_by_teachers(config: RunConfig) -> bool:
+    """Whether the teachers of a run compare several starts of its set otg."""
+    settings, soft = config.sample, any(LABELS[loss] == "soft" for loss in config.train.losses)
+    auto = settings.judge == "auto" and soft and config.latents is None
+    return wants_judge(settings) and "otg" in config.sets and (auto or settings.judge == "teachers")
 
 
 def wants_judge(settings: SampleConfig) -> bool:

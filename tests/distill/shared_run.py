@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,12 @@ SETTINGS = {
     "data": "digits",
     "ipc": 2,
     "sets": ["otg", "random", "unguided"],
-    "sample": {"steps": 2, "batch_classes": 2, "guidance": {"reference_size": 8}},
+    "sample": {
+        "steps": 2,
+        "batch_classes": 2,
+        "judge": "latents",
+        "guidance": {"reference_size": 8},
+    },
 }
 GROUPS = "sets/otg/groups"
 WHOLE_RUN = {
@@ -36,8 +42,11 @@ WHOLE_RUN = {
 }
 
 
+JUDGED = {"sets": ["otg"], "sample": {"judge": "teachers"}, "relabel": {"teacher_epochs": 1}}
+
+
 def worker(
-    out: Path, rank: int, size: int, port: int, kill_at: int | None, whole: dict | None
+    out: Path, rank: int, size: int, port: int, kill_at: int | None, given: dict, stages: Sequence
 ) -> int:
     """Fork one process of a run, killed at its n-th flush to the disk; its process id."""
     child = os.fork()
@@ -59,9 +68,8 @@ def worker(
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         generator = str(out.parent / "generator.safetensors")
-        given = {**SETTINGS, "out": str(out), "generator": generator}
-        config = resolve(given if whole is None else merge(given, whole))
-        run_stages(config, ("sample",) if whole is None else STAGES)
+        own = {"out": str(out), "generator": generator}
+        run_stages(resolve(merge(merge(SETTINGS, own), given)), stages)
         code = 0
     except BaseException as error:
         out.with_name(f"{out.name}-{rank}.error").write_text(f"{type(error).__name__}: {error}")
@@ -70,17 +78,24 @@ def worker(
 
 
 def run(
-    out: Path, size: int, kill: tuple[int, int] | None = None, whole: dict | None = None
+    out: Path,
+    size: int,
+    kill: tuple[int, int] | None = None,
+    given: dict | None = None,
+    stages: Sequence[str] = ("sample",),
 ) -> list[int]:
     """Run by `size` processes; `kill` is a rank and its flush. Exit codes, -9 where killed.
 
-    With `whole`, changes of the settings, all stages are run.
+    `given` are changes of the settings.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kills = dict([kill] if kill else [])
-    children = [worker(out, rank, size, port, kills.get(rank), whole) for rank in range(size)]
+    given = given or {}
+    children = [
+        worker(out, rank, size, port, kills.get(rank), given, stages) for rank in range(size)
+    ]
     codes, deadline = dict.fromkeys(children), time.monotonic() + 60
     while None in codes.values() and time.monotonic() < deadline:
         for child in [c for c, code in codes.items() if code is None]:
@@ -109,14 +124,16 @@ def main(root: Path) -> None:
         kept = sorted(p.name for p in (out / GROUPS).glob("0*"))
         (root / f"{name}.json").write_text(json.dumps(kept))
         ways[name].append(run(out, then))
+    for size in (1, 3):
+        ways[f"judged-{size}"] = [run(root / f"judged-{size}", size, given=JUDGED)]
     live = merge(WHOLE_RUN, {"relabel": {"store_labels": False}})
     for name, settings in (("stored", WHOLE_RUN), ("live", live)):
         for size in (1, 3):
             out = root / f"{name}-{size}"
-            ways[out.name] = [run(out, size, whole=settings)]
+            ways[out.name] = [run(out, size, None, settings, STAGES)]
     # The second process dies with its second student: two flushes a file, three files before that.
     out = root / "stored-lost"
-    ways[out.name] = [run(out, 2, (1, 14), WHOLE_RUN), run(out, 2, whole=WHOLE_RUN)]
+    ways[out.name] = [run(out, 2, kill, WHOLE_RUN, STAGES) for kill in ((1, 14), None)]
     (root / "ways.json").write_text(json.dumps(ways))
 
 

@@ -111,7 +111,7 @@ def test_precision_and_compilation_of_the_denoiser(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
 
     def made(name, **changes):
-        sample = {"steps": 2, "starts": 1, **changes}
+        sample = {"steps": 2, "starts": 1, "guidance_scale": 1.0, **changes}
         run = Run.open(run_settings(tmp_path / name, ipc=1, sets=["otg"], sample=sample))
         with run.store:
             run.sample()

@@ -68,7 +68,7 @@ def test_command_and_pipeline_make_the_same_images(root, tmp_path):
     for name, terms in (("otg", guidance), ("unguided", None)):
         latents = pipe(
             [0, 0, 1, 1, 2, 2],
-            guidance_scale=1.0,
+            guidance_scale=2.0,
             generator=[rng(0, "image", c, n) for c in NAMES for n in range(2)],
             num_inference_steps=3,
             output_type="latent",

@@ -59,6 +59,21 @@ def test_denoising_steps_are_those_of_the_progress(tmp_path):
         assert seen[f"sample {name}"] == denoising_steps(config, made, name)
 
 
+def test_teachers_that_compare_starts_come_before_sampling(tmp_path, monkeypatch):
+    from otdd.distill import costs
+
+    monkeypatch.setattr(costs, "BUDGET", 0.0)
+    told = {}
+    for judge in ("auto", "latents"):
+        sample = {"steps": 6, "judge": judge}
+        config = settings(tmp_path / "run", sets=["otg"], sample=sample, train={"losses": ["kl"]})
+        lines = [x for x in preview(config, STAGES[:2]) if x.startswith("time ")]
+        told[judge] = [line.removeprefix("time     ").split(":")[0] for line in lines[:-1]]
+    labels = "relabel labels of convnet"
+    assert told["auto"] == ["sample teachers convnet", "sample otg", labels]
+    assert told["latents"] == ["sample otg", "relabel teachers convnet", labels]
+
+
 def test_a_surrogate_that_the_run_trains_is_told(tmp_path):
     sample = {"influence": {"strength": 0.1}}
     config = settings(tmp_path / "run", sets=["otg"], sample=sample)

@@ -8,15 +8,17 @@ import torch
 from otdd.distill import sample as stage
 from otdd.distill.baselines import BASELINES, baselines
 from otdd.distill.codec import PixelCodec
-from otdd.distill.config import PRESETS, GuidanceConfig, RunConfig, SampleConfig
+from otdd.distill.config import PRESETS, ConfigError, GuidanceConfig, RunConfig, SampleConfig
 from otdd.distill.data import DataError, ImageData, LabeledImages
 from otdd.distill.evaluate import transport_cost
 from otdd.distill.fit import FitConfig, fit
 from otdd.distill.generator import Generator, GeneratorError
 from otdd.distill.guidance import OTGuidance
-from otdd.distill.settings import merge, resolve
+from otdd.distill.relabel import Teacher, see
+from otdd.distill.settings import from_dict, merge, resolve
 from otdd.distill.store import Store
 from otdd.distill.surrogate import SurrogateConfig, fit_surrogate
+from otdd.distill.update import judged_by_teachers
 
 CLASSES, COUNT = 5, 12
 
@@ -190,6 +192,49 @@ def test_the_best_of_several_starts_is_kept_for_each_class(tmp_path, data, gener
     assert (costs[1] <= costs[0] + 1e-5).all()
     assert (costs[2] <= costs[1] + 1e-5).all()
     assert (costs[2] < costs[0]).any()
+
+
+def test_several_starts_are_compared_by_what_teachers_see(tmp_path, data, generator):
+    torch.manual_seed(0)
+    networks = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5)) for _ in range(2)]
+    teachers = [Teacher("own", network.eval(), "digest", 0.0) for network in networks]
+    guidance = OTGuidance(GuidanceConfig())
+    guidance.set_reference(see(teachers, data.train.images), data.train.labels)
+
+    def cost(made):
+        return guidance.transport_cost(see(teachers, made["images"]), made["labels"])
+
+    each = []
+    for seed in (3, 4):
+        config = settings(ipc=3, seed=seed, starts=3)
+        folders = [tmp_path / f"{seed}-{name}" for name in ("latents", "logits")]
+        by_latents = run(folders[0], data, generator, config)
+        stage.sample(Store(folders[1]), data, generator, config, teachers=teachers)
+        made = Store(folders[1]).read_images("otg")
+        each.append((cost(made), cost(by_latents)))
+    mine, theirs = (torch.cat(parts) for parts in zip(*each, strict=True))
+    assert (mine <= theirs + 1e-3 * theirs).all()
+    assert (mine < 0.99 * theirs).any()
+
+
+def test_who_compares_starts():
+    def by_teachers(losses=("kl",), sets=("otg",), latents=None, **sample):
+        told = {"sample": sample, "train": {"losses": losses}, "sets": sets, "latents": latents}
+        return judged_by_teachers(
+            from_dict(RunConfig, {"data": "toy", "ipc": 1, "out": "x", **told})
+        )
+
+    assert by_teachers()
+    assert by_teachers(losses=("ce",), judge="teachers")
+    assert not by_teachers(losses=("ce",))
+    assert not by_teachers(judge="latents")
+    assert not by_teachers(starts=1)
+    assert not by_teachers(starts=1, judge="teachers")
+    assert not by_teachers(order="sequential")
+    assert not by_teachers(sets=("unguided",))
+    assert not by_teachers(latents="encoded")
+    with pytest.raises(ConfigError, match=r"sample\.judge: 'teachers' is not accepted"):
+        by_teachers(latents="encoded", judge="teachers")
 
 
 def test_class_missing_from_the_generator(tmp_path, data, generator):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from otdd.distill import workers
 from otdd.distill.config import ConfigError
@@ -59,6 +60,17 @@ def test_the_same_bytes_whatever_the_number_of_processes(runs, name):
     assert not list((root / name).rglob(TEMP + "*"))
 
 
+def test_teachers_of_several_processes_choose_the_same_starts(runs):
+    root, ways = runs
+    assert (ways["judged-1"], ways["judged-3"]) == ([[0]], [[0, 0, 0]])
+    assert contents(root / "judged-1") == contents(root / "judged-3")
+    chosen, others = (
+        load_file(root / name / "sets/otg/images.safetensors")["latents"]
+        for name in ("judged-1", "one")
+    )
+    assert not torch.equal(chosen, others)
+
+
 @pytest.mark.parametrize("name", ["stored-3", "live-3", "stored-lost", "live-1"])
 def test_the_same_students_whatever_the_number_of_processes(runs, name):
     root, ways = runs
@@ -93,7 +105,7 @@ def test_the_commands_of_the_readme_start_it(runs, tmp_path, launcher):
     command += ["-m", "otdd", "sample"]
     command += ["--data", "digits", "--ipc", "2", "--generator", str(generator), "--out", str(out)]
     command += ["--sample.steps", "2", "--sample.batch-classes", "2", "--sets", "otg"]
-    command += ["--sample.guidance.reference-size", "8"]
+    command += ["--sample.guidance.reference-size", "8", "--sample.judge", "latents"]
     made = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALONE)
     assert made.returncode == 0, made.stderr[-2000:]
     told = [json.loads(line) for line in made.stderr.splitlines() if line.startswith("{")]
