@@ -13,6 +13,7 @@ hardly at all where they have nothing left to say.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -31,7 +32,7 @@ class Detail:
 
     def __init__(self, real: Tensor, weights: Tensor, shape: tuple[int, ...], theta: float) -> None:
         self.shape, self.theta = shape, theta
-        self.down, self.across = (_cosines(size).to(real.device) for size in shape[-2:])
+        self.down, self.across = (_cosines(size, real.device) for size in shape[-2:])
         self.real = self._energy(real, weights)
 
     def keep(self, move: Tensor, image: Tensor, weights: Tensor) -> Tensor:
@@ -53,9 +54,10 @@ class Detail:
         return self.down @ rows.unflatten(-1, self.shape) @ self.across.T
 
 
-def _cosines(size: int) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _cosines(size: int, device: torch.device) -> Tensor:
     """The orthonormal cosine transform (DCT-II) of `size` numbers, as a matrix."""
     places, frequencies = torch.arange(size) + 0.5, torch.arange(size)
     matrix = torch.cos(math.pi / size * torch.outer(frequencies, places).double())
     matrix[0] *= 0.5**0.5
-    return ((2 / size) ** 0.5 * matrix).float()
+    return ((2 / size) ** 0.5 * matrix).float().to(device)
