@@ -6,9 +6,10 @@ moves there loses its own. At each spatial frequency k of the two-dimensional co
 
     q_k = mean |T_k|^2 / mean |x_k|^2
 
-is the part of the energy of the real latents x that their projections T keep. The move of a latent
-is multiplied there by min(1, q_k / theta): whole where the projections keep theta or more, and
-hardly at all where they have nothing left to say.
+is the part of the energy of the real latents x that their projections T keep; both means are over
+the latents, and over k and its neighbours, as those of few latents at one frequency are mostly
+chance. The move of a latent is multiplied there by min(1, q_k / theta): whole where the projections
+keep theta or more, and hardly at all where they have nothing left to say.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Detail:
@@ -43,12 +45,13 @@ class Detail:
         return (self.down.T @ weighed @ self.across).flatten(-3)
 
     def _energy(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Mean energy at each frequency, (K, H, W)."""
+        """Mean energy at each frequency and its up to 8 neighbours, (K, H, W)."""
         each = []
         for own, weight in zip(rows, weights, strict=True):  # by class: less memory
             squares = self._transform(own).square().sum(1)
             each.append(torch.tensordot(weight, squares, 1))
-        return torch.stack(each)
+        energy = torch.stack(each)[:, None]
+        return functional.avg_pool2d(energy, 3, 1, 1, count_include_pad=False)[:, 0]
 
     def _transform(self, rows: Tensor) -> Tensor:
         return self.down @ rows.unflatten(-1, self.shape) @ self.across.T

@@ -169,9 +169,13 @@ def test_detail_is_moved_by_what_projections_keep_of_it(shape, target, repulsion
             padded = torch.randn(30, own[0].numel(), generator=rng(0, "q_sample", k, 3))
             own = 0.6**0.5 * own + 0.4**0.5 * padded[: len(own)].view_as(own)
         projection = (z - moves[0])[labels == k]
-        kept = frequencies(projection).square().mean((0, 1))
-        kept = kept / frequencies(own).square().mean((0, 1))
-        gain = (kept / 0.4).clamp(max=1)
+        kept, there = (frequencies(rows).square().mean((0, 1)) for rows in (projection, own))
+        around = [
+            [(slice(max(0, u - 1), u + 2), slice(max(0, v - 1), v + 2)) for v in range(shape[2])]
+            for u in range(shape[1])
+        ]
+        share = [[kept[at].sum() / there[at].sum() for at in row] for row in around]
+        gain = (torch.tensor(share) / 0.4).clamp(max=1)
         seen = frequencies(moves[1][labels == k])
         want = gain * frequencies(moves[0][labels == k])
         torch.testing.assert_close(seen, want, rtol=1e-4, atol=1e-5)
