@@ -1,7 +1,7 @@
 """Tables and figures of the ablations, and of the formats of labels, from their result files.
 
 python benchmarks/ablation_report.py                      # tables, printed
-python benchmarks/ablation_report.py --readme README.md   # the first of them between its markers
+python benchmarks/ablation_report.py --readme README.md   # the first two between their markers
 python benchmarks/ablation_report.py --plots              # PNG files into benchmarks/results
 
 Differences are paired by seed; behind them stand the half width of their 95 % t interval and, where
@@ -21,6 +21,8 @@ from report import into_readme
 
 RESULTS = Path(__file__).parent / "results"
 MARKERS = "<!-- ablation -->", "<!-- /ablation -->"
+NOW_MARKERS = "<!-- sampling now -->", "<!-- /sampling now -->"
+NOW = ("run-no-otg", "full", "no-otg", "hard-run", "hard-run-no-otg")
 ARMS = {
     "full": "full",
     "no-otg": "without transport in sampling",
@@ -92,6 +94,16 @@ def arms_table(labels: Rows) -> str:
     rows = _of_arms(labels)
     arms = [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in rows)]
     return labels_table(rows, arms, lambda arm: "hard-otg" if arm == "hard-no-otg" else "full")
+
+
+def now_table(labels: Rows) -> str:
+    """What `otdd run` samples with now, beside what it did when the source's ablation was run."""
+    key = ("data", "arch", "epochs", "ipc")
+    there = [tuple(c.values()) for c in groups([r for r in labels if r["arm"] == "run"], *key)]
+    rows = [r for r in labels if tuple(r[k] for k in key) in there and r["seed"] < 100]
+    return labels_table(
+        rows, NOW, lambda arm: "hard-run" if arm == "hard-run-no-otg" else "run", "run"
+    )
 
 
 def formats_table(rows: Rows) -> str:
@@ -223,9 +235,9 @@ def main() -> None:
     names = ("ablation_labels", "ablation_guidance")
     labels, guidance = (json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names)
     chosen = [row for row in labels if row["seed"] < 100]
-    swept = [row for row in chosen if _swept(row)]
-    first = arms_table(labels)
-    print(first, end="\n\n")
+    swept = [row for row in chosen if _swept(row) and "run" not in row["arm"]]
+    first, now = arms_table(labels), now_table(labels)
+    print(first, now, sep="\n\n", end="\n\n")
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
     print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
@@ -239,6 +251,7 @@ def main() -> None:
     print(speed(guidance))
     if args.readme:
         into_readme(args.readme, first, MARKERS)
+        into_readme(args.readme, now, NOW_MARKERS)
     if args.plots:
         plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
         plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")

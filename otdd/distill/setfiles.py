@@ -143,6 +143,8 @@ def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
         live = not config["relabel"].get("store_labels", True)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise StoreError(f"{store.path / CONFIG} was not written by otdd") from None
+    if not _described(data):
+        raise StoreError(f"{store.path / DATA} was not written by otdd")
     live = live and not labels and store.has(TEACHERS)
     return SetFiles(store, name, data, tuple(labels), epochs, manifest, exported=False, live=live)
 
@@ -161,22 +163,33 @@ def _well_formed(manifest: Mapping[str, Any]) -> bool:
     """Whether an `otdd.json`, perhaps of a stranger, is one that `otdd export` writes."""
     try:
         data, counts = manifest["data"], manifest["counts"]
-        numbers = [*counts, manifest["epochs"], *data["image_shape"]]
-        texts = [manifest["set"], data["name"], *data["classes"], *manifest["labels"]]
-        channels = data["image_shape"][0]
+        texts = [manifest["set"], *manifest["labels"]]
         return (
-            manifest["layout"] in LAYOUTS
-            and all(type(n) is int and n >= 0 for n in numbers)
+            _described(data)
+            and data["image_shape"][0] in (1, 3)
+            and manifest["layout"] in LAYOUTS
+            and all(type(n) is int and n >= 0 for n in [*counts, manifest["epochs"]])
             and all(type(text) is str for text in texts)
             and all(_LABELS.fullmatch(file) for file in manifest["labels"])
             and len(counts) == len(data["classes"])
             and sum(counts) > 0
-            and len(data["image_shape"]) == 3
-            and channels in (1, 3)
-            and all(type(v) is float for v in [*data["mean"], *data["std"]])
-            and len(data["mean"]) == len(data["std"]) == channels
         )
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError):
+        return False
+
+
+def _described(data: Any) -> bool:
+    """Whether this, perhaps of a stranger, is what `describe` makes."""
+    try:
+        shape, moments = data["image_shape"], [data["mean"], data["std"]]
+        return (
+            all(type(text) is str for text in [data["name"], *data["classes"]])
+            and all(type(n) is int and n >= 0 for n in shape)
+            and len(shape) == 3
+            and all(type(v) is float for values in moments for v in values)
+            and all(len(values) == shape[0] for values in moments)
+        )
+    except (KeyError, TypeError):
         return False
 
 

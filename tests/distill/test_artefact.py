@@ -218,6 +218,18 @@ def test_labels_of_images_that_are_not_there(folder, tmp_path):
         loaded.soft_labels  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": 3}, {"mean": None}, {"std": [0.5] * 9}, {"image_shape": [1, 8]}, {"name": []}, []],
+)
+def test_a_data_file_of_a_stranger_is_refused(folder, tmp_path, change):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    about = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(about | change if change else change))
+    with pytest.raises(StoreError, match=r"data\.json was not written by otdd"):
+        otdd.load(copy, set="random", verify=False)
+
+
 def test_data_file_says_what_the_set_takes_over(folder):
     about = json.loads((folder / "data.json").read_text())
     assert about["classes"] == DATA.classes
