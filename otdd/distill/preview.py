@@ -145,7 +145,8 @@ def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> in
             )
     if "relabel" in stages and _soft(config) and config.relabel.store_labels:
         total += len(config.sets) * label_bytes(config, made)
-    if "relabel" in stages and _soft(config):
+    judged = "sample" in stages and judged_by_teachers(config)
+    if ("relabel" in stages and _soft(config)) or judged:
         here = _trained_here(config)
         if not config.relabel.store_labels:  # the others are kept as well
             here = [architecture(name) for name in teacher_names(config)]
@@ -171,6 +172,9 @@ def _sampling(config: RunConfig, made: Prepared, store: Store) -> Iterator[str]:
     if _own_surrogate(config) and not store.has_images("otg"):
         own = SurrogateConfig
         yield f"surrogate: a {own.arch} trained for {own.epochs} epochs, once"
+    if judged_by_teachers(config) and not store.has_images("otg"):
+        starts, names = counted(config.sample.starts, "start"), ", ".join(teacher_names(config))
+        yield f"teachers: {names}, who compare {starts} of otg"
     for name in config.sets:
         if store.has_images(name):
             yield f"{name}: finished"

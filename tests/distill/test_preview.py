@@ -63,12 +63,17 @@ def test_teachers_that_compare_starts_come_before_sampling(tmp_path, monkeypatch
     from otdd.distill import costs
 
     monkeypatch.setattr(costs, "BUDGET", 0.0)
-    told = {}
+    told, written = {}, {}
     for judge in ("auto", "latents"):
         sample = {"steps": 6, "judge": judge}
         config = settings(tmp_path / "run", sets=["otg"], sample=sample, train={"losses": ["kl"]})
-        lines = [x for x in preview(config, STAGES[:2]) if x.startswith("time ")]
+        said = preview(config, STAGES[:2])
+        named = "sample   teachers: convnet, who compare 4 starts of otg"
+        assert (named in said) == (judge == "auto")
+        written[judge] = disk_bytes(config, prepare(config), ("sample",))
+        lines = [x for x in said if x.startswith("time ")]
         told[judge] = [line.removeprefix("time     ").split(":")[0] for line in lines[:-1]]
+    assert written["auto"] > 10 * written["latents"]  # a teacher is larger than two images
     labels = "relabel labels of convnet"
     assert told["auto"] == ["sample teachers convnet", "sample otg", labels]
     assert told["latents"] == ["sample otg", "relabel teachers convnet", labels]
