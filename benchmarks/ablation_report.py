@@ -22,7 +22,7 @@ from report import into_readme
 RESULTS = Path(__file__).parent / "results"
 MARKERS = "<!-- ablation -->", "<!-- /ablation -->"
 NOW_MARKERS = "<!-- sampling now -->", "<!-- /sampling now -->"
-NOW = ("run-no-otg", "full", "no-otg", "hard-run", "hard-run-no-otg")
+NOW = ("run-no-otg", "full", "no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
 ARMS = {
     "full": "full",
     "no-otg": "without transport in sampling",

@@ -103,6 +103,18 @@ def test_the_readme_has_the_table_of_the_digits():
     assert f"{first}\n{text}\n{last}" in readme.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("part", ["arms", "now"])
+def test_the_readme_has_the_tables_of_the_labels(part):
+    report = ablation_report
+    first, last = {"arms": report.MARKERS, "now": report.NOW_MARKERS}[part]
+    readme = Path(__file__).parents[1] / "README.md"
+    if not readme.is_file():
+        pytest.skip("not run from the sources")
+    cells = json.loads((report.RESULTS / "ablation_labels.json").read_text())["cells"]
+    text = {"arms": report.arms_table, "now": report.now_table}[part](cells)
+    assert f"{first}\n{text}\n{last}" in readme.read_text(encoding="utf-8")
+
+
 def test_every_contender_takes_part_in_turn():
     seen = []
     runs = {name: lambda name=name: seen.append(name) for name in "ab"}
