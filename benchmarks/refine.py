@@ -47,7 +47,8 @@ def refine(
         latents = _by_features(latents, labels, real, data, generator, work)
     else:
         for width in how:
-            term = OTGuidance(GuidanceConfig(lambda_1=width, strength=1.0, reference_size=2000))
+            settings = {"lambda_1": width, "strength": 1.0, "reference_size": 2000, "detail": 0.0}
+            term = OTGuidance(GuidanceConfig(**settings))
             term.set_reference(real, data.train.labels)
             latents = latents - term.direction(latents, 0, labels)
     return generator.codec.decode(latents)
