@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 LABELS = {"ce": "hard", "ce-plain": "hard", "kl": "soft", "mse": "soft", "otm": "soft"}
 
 
+def wants_soft(config: RunConfig) -> bool:
+    """Whether students of a run learn from soft labels."""
+    return any(LABELS[loss] == "soft" for loss in config.train.losses)
+
+
 class Student(NamedTuple):
     """One student of a set."""
 

@@ -136,9 +136,9 @@ class Run:
 
     def relabel(self) -> None:
         """Stage 2: soft labels of every set, or the teachers alone where none are stored."""
-        from otdd.distill import choice, relabel
+        from otdd.distill import choice, evaluate, relabel
 
-        if not self._wants_soft():
+        if not evaluate.wants_soft(self.config):
             return
         if not self.config.relabel.store_labels:
             _ = choice.kept(self.store) or self.teachers
@@ -236,11 +236,6 @@ class Run:
         if not names:
             raise ConfigError(f"{self.config.out} holds no images yet; run `otdd sample` first")
         return names
-
-    def _wants_soft(self) -> bool:
-        from otdd.distill.evaluate import LABELS
-
-        return any(LABELS[loss] == "soft" for loss in self.config.train.losses)
 
     def _geometry(
         self, name: str, pair: tuple[Tensor, Tensor], known: dict[str, Any]

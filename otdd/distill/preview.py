@@ -10,7 +10,7 @@ from torch import Tensor
 from otdd.distill import choice, costs
 from otdd.distill.config import RunConfig
 from otdd.distill.costs import Cost, duration
-from otdd.distill.evaluate import LABELS, Student, finished
+from otdd.distill.evaluate import Student, finished, wants_soft
 from otdd.distill.labels import storage
 from otdd.distill.prepare import SAMPLED, Prepared, prepare
 from otdd.distill.relabel import MEASURED, Plan, architecture, shard_name, teacher_names
@@ -73,7 +73,7 @@ def _costs(
                 steps = denoising_steps(config, made, name)
                 if (cost := costs.denoising(config, made, name, steps)) is not None:
                     yield name, cost
-    if stage == "relabel" and _soft(config) and not all(_labelled(config, made, store)):
+    if stage == "relabel" and wants_soft(config) and not all(_labelled(config, made, store)):
         here, plan = _trained_here(config), _plan(config, made)
         batches = plan.labelled * plan.steps_per_epoch
         batches *= len(config.sets) * config.relabel.store_labels  # else students wait for them
@@ -143,10 +143,10 @@ def disk_bytes(config: RunConfig, made: Prepared, stages: tuple[str, ...]) -> in
             total += SurrogateConfig.checkpoints * _network_bytes(
                 SurrogateConfig.arch, config, made
             )
-    if "relabel" in stages and _soft(config) and config.relabel.store_labels:
+    if "relabel" in stages and wants_soft(config) and config.relabel.store_labels:
         total += len(config.sets) * label_bytes(config, made)
     judged = "sample" in stages and judged_by_teachers(config)
-    if ("relabel" in stages and _soft(config)) or judged:
+    if ("relabel" in stages and wants_soft(config)) or judged:
         here = _trained_here(config)
         if not config.relabel.store_labels:  # the others are kept as well
             here = [architecture(name) for name in teacher_names(config)]
@@ -185,7 +185,7 @@ def _sampling(config: RunConfig, made: Prepared, store: Store) -> Iterator[str]:
 
 
 def _labelling(config: RunConfig, made: Prepared, store: Store) -> str:
-    if not _soft(config):
+    if not wants_soft(config):
         return "nothing: no loss asks for soft labels"
     names, measured = teacher_names(config), MEASURED in config.relabel.teachers
     count = "1 to " * (measured and len(names) > 1) + counted(len(names), "teacher")
@@ -221,10 +221,6 @@ def _training(config: RunConfig, made: Prepared) -> str:
         f"{', '.join(train.archs)}; {', '.join(train.losses)}; {counted(config.seeds, 'seed')}) "
         f"of {counted(_plan(config, made).total, 'step')}"
     )
-
-
-def _soft(config: RunConfig) -> bool:
-    return any(LABELS[loss] == "soft" for loss in config.train.losses)
 
 
 def _plan(config: RunConfig, made: Prepared) -> Plan:

@@ -16,7 +16,7 @@ from torch import Tensor
 from otdd.distill.config import RunConfig, SampleConfig
 from otdd.distill.data import ImageData
 from otdd.distill.diversity import DiversityGuidance
-from otdd.distill.evaluate import LABELS
+from otdd.distill.evaluate import wants_soft
 from otdd.distill.generator import Generator
 from otdd.distill.guidance import OTGuidance, pick_reference
 from otdd.distill.influence import InfluenceGuidance
@@ -145,8 +145,8 @@ class Updates:
 
 def judged_by_teachers(config: RunConfig) -> bool:
     """Whether the teachers of a run compare several starts of its set otg."""
-    settings, soft = config.sample, any(LABELS[loss] == "soft" for loss in config.train.losses)
-    auto = settings.judge == "auto" and soft and config.latents is None
+    settings = config.sample
+    auto = settings.judge == "auto" and wants_soft(config) and config.latents is None
     return wants_judge(settings) and "otg" in config.sets and (auto or settings.judge == "teachers")
 
 

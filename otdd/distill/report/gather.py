@@ -259,7 +259,7 @@ def _missing(
     lacking = [name for name in config.sets if name not in sets]
     if lacking:
         yield f"images of {', '.join(lacking)}", f"otdd sample --out {out}"
-    soft = any(evaluate.LABELS[loss] == "soft" for loss in config.train.losses)
+    soft = evaluate.wants_soft(config)
     lacking = [name for name in config.sets if name in sets and name not in entropies]
     if lacking and soft and config.relabel.store_labels:
         yield f"soft labels of {', '.join(lacking)}", f"otdd relabel --out {out}"
