@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otdd import backends
 from otdd.ops.points.dense import mean_of
 from otdd.ops.points.reference import Clouds
 from otdd.ops.points.tuning import chosen
@@ -113,14 +114,20 @@ class Tiles:
         return replace(self, x=C, y=C, labels=None, cost="stored")
 
     @property
+    def kind(self) -> str:
+        """What `tuning` measures sizes for."""
+        if self.cost in ("stored", "across"):
+            return "stored"
+        return f"{self.cost} {self.precision}".strip()
+
+    @property
     def shape(self) -> dict[str, int]:
         """Sizes of a tile, powers of two, and the warps that share it; see NOTES for spills."""
         double = self.x.dtype == torch.float64
-        stored = self.cost in ("stored", "across")
-        side, wide = 32 if double else 64, stored or (double and self.labels is not None)
+        side = 32 if double else 64
+        wide = self.kind == "stored" or (double and self.labels is not None)
         sizes = {"BLOCK_N": side, "BLOCK_M": side, "num_warps": 8 if wide else 4, "num_stages": 2}
-        kind = "stored" if stored else f"{self.cost} {self.precision}".strip()
-        sizes |= chosen(self.x.device, self.x.dtype, kind)
+        sizes |= chosen(self.x.device, self.x.dtype, self.kind)
         for size, points in (("BLOCK_N", self.N), ("BLOCK_M", self.M)):
             sizes[size] = min(sizes[size], max(16, _power_of_two(points)))
         return sizes | {"BLOCK_D": FEATURES}
@@ -197,7 +204,7 @@ def _multiplied(x: Tensor, precision: str) -> str:
     if x.dtype == torch.float64:
         return "ieee"
     if precision == "medium":
-        return "bf16" if x.is_cuda else "bf16 interpreted"
+        return "bf16 interpreted" if backends.INTERPRETED else "bf16"
     if torch.version.hip is not None:
         return "ieee"
     return "tf32" if precision == "high" else "tf32x3"

@@ -14,6 +14,8 @@ from otdd.ops.sinkhorn.reference import Solution, potentials_backward_reference
 # Registers of a thread of `solve_streamed`. Given no number, ptxas of Triton 3.7 aims at one of its
 # own, 32 or 96, and keeps to it by spilling a few values. AMD's compiler takes no number.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+# Of a tile of float32 costs; with 4, AMD's compiler spills values of `backward_unrolled` for RDNA.
+WARPS = 8 if torch.version.hip else 4
 
 
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
@@ -64,7 +66,7 @@ def layout(N: int, M: int, dtype: torch.dtype) -> tuple[bool, tuple[int, int], i
         fewest = 1 if single else 4
         return True, (rows, columns), min(8, max(fewest, rows * columns // per_warp))
     # float64: more than 4 entries a thread and their exponentials do not fit into REGISTERS.
-    entries, warps = (4096, 4) if single else (1024, 8)
+    entries, warps = (4096, WARPS) if single else (1024, 8)
     rows = min(rows, 32)
     return False, (rows, min(columns, entries // rows, longest)), warps
 
