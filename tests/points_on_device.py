@@ -175,6 +175,22 @@ def tolerance_holds(
     assert (r.n_iter < 2000).all()
 
 
+def fixed_point(backend: str, size: Size, device: str, without_sync: Callable) -> None:
+    """Derivatives of the fixed point, the host never waiting for what was launched last."""
+    x, y, a, b = problem(size, torch.float32, device)
+    options = {"eps": 2 * strength(x, y), "max_iter": 8, "grad": "implicit"}
+
+    def gradients(backend: str, *leaves: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        r = sinkhorn_points(*leaves, **options, backend=backend)
+        return torch.autograd.grad((r.cost + (r.f * leaves[2]).sum(-1)).sum(), leaves[:2])
+
+    gradients(backend, x, y, a, b)
+    seen = without_sync(lambda: gradients(backend, x, y, a, b))
+    for got, want in zip(seen, gradients("reference", *wide((x, y, a, b))), strict=True):
+        close(got, want, 1e-3)
+
+
 def captured(backend: str, size: Size, device: str, capture: Callable, tol: float = 0.0) -> None:
     """A solve and its gradient as a CUDA graph, replayed with other points.
 

@@ -97,6 +97,12 @@ def test_tolerance_without_waiting(D, backend):
     checks.tolerance_holds(backend, (4, 600, 500, D), DEVICE, without_sync, 0.2, 1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(4, 300, 200, 3), (1, 2500, 2000, 64)])  # plan kept, or not
+def test_fixed_point_without_waiting(size, backend):
+    checks.fixed_point(backend, size, DEVICE, without_sync)
+
+
 def capture(step):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

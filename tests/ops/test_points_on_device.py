@@ -64,6 +64,7 @@ def test_what_else_is_checked_on_a_gpu(way, monkeypatch):
     checks.repeats(backend, size, "cpu")
     checks.captured(backend, size, "cpu", lambda step: step)
     checks.tolerance_holds(backend, size, "cpu", lambda call: call(), 2.0, 1e-2)
+    checks.fixed_point(backend, size, "cpu", lambda call: call())
     checks.large(backend, (1, 20, 30, 3), "cpu")
     if backend != "cpu":
         checks.nan_stays(backend, size, "cpu", monkeypatch)

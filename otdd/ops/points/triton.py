@@ -26,9 +26,10 @@ from otdd.ops.points.tiles import (
     tiles_of,
 )
 from otdd.ops.sinkhorn.reference import damping, dual_value, kept, weighted
+from otdd.ops.watch import Watch
 
 LOG2_E = 1.4426950408889634
-_POLL = 16  # iterations from one look at whether all problems have stopped to the next
+_LOOK = 16  # iterations from one look at whether all problems have stopped to the next
 
 
 @functools.cache
@@ -155,29 +156,6 @@ def _fill(
     kernels.tile_kernel[grid](
         out, *given, PLAN=plan, OVER_DISTANCE=over_distance, **tiles.sources()
     )
-
-
-class _Watch:
-    """Looks now and then whether every problem has stopped, without waiting for the device."""
-
-    def __init__(self, active: Tensor) -> None:
-        self.active, self.seen, self.event = active, None, None
-
-    def over(self, iteration: int) -> bool:
-        if self.active.device.type != "cuda":
-            return not bool(self.active.any())
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        if self.event is not None and self.event.query():
-            if not bool(self.seen):
-                return True
-            self.event = None
-        if self.event is None and iteration % _POLL == 0:
-            self.seen = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self.seen.copy_(self.active.any(), non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        return False
 
 
 def points_triton(
@@ -318,7 +296,7 @@ def _iterate(
             passes.columns(f, g, False)
         return f, g, torch.full_like(p.eps, max_iter, dtype=torch.int64)
     n_iter = torch.zeros_like(p.eps, dtype=torch.int64)
-    f_next, a, watch = torch.empty_like(f), p.a.contiguous(), _Watch(scales.active)
+    f_next, a, watch = torch.empty_like(f), p.a.contiguous(), Watch(_LOOK, waits=False)
     goal = (tol if isinstance(tol, Tensor) else torch.full_like(p.eps, tol)).to(f.dtype)
     rate = (LOG2_E / p.rho_a).to(f.dtype)
     rest = scales.scale, scales.damp_a, rate, goal.contiguous(), scales.active, n_iter, f.shape[-1]
@@ -326,7 +304,7 @@ def _iterate(
         passes.rows(g, f_next, scales.one, True)
         kernels.decide_kernel[(len(f),)](f, f_next, a, *rest, STARTED=k > 0, BLOCK=256)
         passes.columns(f, g, True)
-        if watch.over(k):
+        if watch.over(k, scales.active):
             break
     return f, g, n_iter
 

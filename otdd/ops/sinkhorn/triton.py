@@ -171,7 +171,7 @@ def potentials_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `potentials_backward_reference`; ``implicit`` is that.
 
-    It is made of PyTorch's products, in float64, and looks at the host once an iteration.
+    It is made of PyTorch's products, in float64.
     """
     problem = C, a, b, eps, rho_a, rho_b
     if mode == "implicit":
