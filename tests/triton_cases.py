@@ -144,7 +144,7 @@ def _points_cases() -> Iterable[Case]:
                 mock.patch.multiple(
                     module, kernels=SimpleNamespace(**kernels), _processors=lambda device: 132
                 ),
-                mock.patch.object(tiles, "STORED", stored),
+                mock.patch.multiple(tiles, STORED=stored, RESIDENT=0),
             ):
                 # A solve that stops by itself has all of one that does not, seen with one metric.
                 for tol in (0.0, 1e-3) if metric == "l1" else (1e-3,):

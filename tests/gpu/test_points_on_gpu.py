@@ -50,6 +50,12 @@ def test_agrees_with_the_oracle(size, way, monkeypatch):
     checks.agrees(in_this_way(way, monkeypatch), size, torch.float32, DEVICE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(5, 16, 9, 3), (3, 64, 64, 64), (2, 250, 200, 100)])
+def test_few_points_in_one_launch(size, dtype, monkeypatch):
+    checks.agrees(points_backend("triton resident", monkeypatch), size, dtype, DEVICE)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[4]])
 def test_agrees_in_float64(size, backend):

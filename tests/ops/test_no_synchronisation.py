@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from otdd import backends
 from otdd.losses import DatasetDistance, OTDistillationLoss, OTLogitLoss
-from otdd.ops import barycentric, cost_matrix, sinkhorn, sinkhorn_points, watch
+from otdd.ops import barycentric, cost_matrix, pointers, sinkhorn, sinkhorn_points, watch
 from otdd.ops.moves import transport_moves
 from otdd.ops.points import tiles
 from otdd.ops.points.reference import Clouds
@@ -128,7 +128,7 @@ def test_points(calls):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("keep", ["nothing", "all", "panels"])
+@pytest.mark.parametrize("keep", ["resident", "nothing", "all", "panels"])
 @pytest.mark.parametrize("tol", [0.0, 1e-4])
 def test_points_by_triton(monkeypatch, tol, keep, precision):
     """All that the host does around the kernels, but the look at whether all have stopped.
@@ -138,7 +138,11 @@ def test_points_by_triton(monkeypatch, tol, keep, precision):
     triton = pytest.importorskip("otdd.ops.points.triton")
     for name in ("softmin", "merge", "decide", "tile"):
         monkeypatch.setattr(triton.kernels, f"{name}_kernel", NoKernel())
+    solves = pointers.triton_kernels("sinkhorn").triton_solve
+    for name in ("solve_resident", "values"):
+        monkeypatch.setattr(solves, name, NoKernel())
     monkeypatch.setattr(triton, "_processors", lambda device: 132)
+    monkeypatch.setattr(tiles, "RESIDENT", 1 << 16 if keep == "resident" else 0)
     monkeypatch.setattr(watch, "Look", Unseen)
     monkeypatch.setattr(tiles, "STORED", 0 if keep == "panels" else 1 << 20)
     monkeypatch.setattr(tiles, "PANEL", 1 << 9)

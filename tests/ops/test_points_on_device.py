@@ -6,7 +6,7 @@ import torch
 from points_backends import points_backend
 from references import clouds, clouds_oracle, cost_oracle, plan_rows, sinkhorn_oracle, some_rows
 
-WAYS = ("reference", "cpu", "cuda", "triton", "triton stored", "triton panels")
+WAYS = ("reference", "cpu", "cuda", "triton", "triton stored", "triton panels", "triton resident")
 DTYPES = (torch.float32, torch.float64)
 
 

@@ -2,6 +2,7 @@
 
 That is a matter of size (`plan_of`):
 
+- few points: made once, and solved by one program for each problem, in one launch;
 - few features: made anew in each pass, from differences, or from products on the matrix units;
 - many features: made once and kept, where all of them fit into `STORED` bytes;
 - else made once an iteration, some rows at a time: a panel of `PANEL` bytes stays in the cache for
@@ -21,6 +22,7 @@ from otdd.ops.points.dense import mean_of
 from otdd.ops.points.reference import Clouds
 from otdd.ops.points.tuning import chosen
 
+RESIDENT = 1 << 16  # costs of a problem that one program solves
 STORED = 1 << 30  # bytes of the costs that are kept for a whole solve
 PANEL = 1 << 25  # bytes of the costs that are kept from the row pass to the column pass
 BY_DIFFERENCES = 16  # features up to which differences are cheaper than products
@@ -32,7 +34,7 @@ class Plan(NamedTuple):
     """How the costs of a batch are made."""
 
     cost: str  # "product" or "differences"
-    keep: str  # "nothing", "all" or "panels"
+    keep: str  # "resident", "nothing", "all" or "panels"
     group: int  # problems that are solved together
     rows: int  # of a panel
 
@@ -45,12 +47,12 @@ def plan_of(B: int, N: int, M: int, D: int, size: int, metric: str, precision: s
     """
     by_products = metric == "sqeuclidean" or (metric == "l2" and precision != "highest")
     cost = "product" if by_products and D > BY_DIFFERENCES else "differences"
-    remade = REMADE if cost == "product" else BY_DIFFERENCES
-    if remade >= D:
+    remade, problem = REMADE if cost == "product" else BY_DIFFERENCES, N * M * size
+    few = N * M <= RESIDENT
+    if remade >= D and not few:
         return Plan(cost, "nothing", B, N)
-    problem = N * M * size
     if problem <= STORED:
-        return Plan(cost, "all", min(B, STORED // problem), N)
+        return Plan(cost, "resident" if few else "all", min(B, STORED // problem), N)
     return Plan(cost, "panels", 1, panel_of(N, M, size)[1])
 
 

@@ -1,7 +1,7 @@
 """The `triton` backend of `sinkhorn_points`: tiles of the cost, streamed through the chip.
 
 An iteration is two passes over the tiles, one for the rows and one for the columns; `tiles` says
-where their costs come from.
+where their costs come from. Few costs are solved as given ones are, in one launch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otdd.ops.pointers import on_device
+from otdd.ops.pointers import on_device, triton_kernels
 from otdd.ops.points import kernels
 from otdd.ops.points.dense import weighted_sum
 from otdd.ops.points.reference import Clouds, PointSolution
@@ -211,13 +211,17 @@ def _solve(
     plan: Plan,
 ) -> PointSolution:
     """Problems that are solved together."""
-    log2_a, log2_b, scales = _begin(p)
     made = tiles_of(p, metric, precision, plan.cost)
+    if plan.keep in ("resident", "all"):
+        made = made.stored(_costs(made, p.x.new_empty(len(p.x), made.N, made.M)))
+    if plan.keep == "resident" and not isinstance(tol, Tensor):  # its kernel takes one for all
+        run = triton_kernels("sinkhorn").sinkhorn_triton
+        solved = run(made.x, *p[2:7], g, max_iter, tol, keep_history=False, sinkd=False)
+        return PointSolution(*solved[:6])
+    log2_a, log2_b, scales = _begin(p)
     if plan.keep == "panels":
         passes = _Panels(made, log2_a, log2_b, scales, plan.rows)
     else:
-        if plan.keep == "all":
-            made = made.stored(_costs(made, p.x.new_empty(len(p.x), made.N, made.M)))
         passes = _Whole(made, log2_a, log2_b, scales)
     f, g, n_iter = _iterate(passes, p, g, scales, max_iter, tol)
     one, none = torch.ones_like(f), torch.zeros_like(g)
