@@ -52,7 +52,7 @@ BEYOND = 1 << 24  # costs of a problem that `cuda` is timed with: more than otdd
 
 @contextlib.contextmanager
 def border(backend: str | None) -> Iterator[None]:
-    """`cuda` asked for by name takes more costs than otdd gives it: so its border can be settled."""
+    """`cuda` asked for by name takes more costs than otdd gives it, so that its border shows."""
     from otdd.ops.points import dense
 
     before = dense.CUDA
