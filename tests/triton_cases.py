@@ -95,9 +95,8 @@ def _sinkhorn_cases() -> Iterable[Case]:
                 bare = solve | dict.fromkeys(("a", "b", "g0", "rho_a", "rho_b", "history"))
                 yield Case(f"{kernel.__name__} {name} bare", kernel, bare, warps, options=options)
             if N * M >= 2048:
-                yield Case(
-                    f"backward_unrolled {name}", triton_backward.backward_unrolled, solve, warps
-                )
+                kernel, options = triton_backward.backward_unrolled, module.MOST_REGISTERS
+                yield Case(f"backward_unrolled {name}", kernel, solve, warps, options=options)
         plan = solve | dict.fromkeys(("f", "g", "scale", "P", "value_out"), dtype)
         plan |= {"f_b": N, "f_n": 1, "scale_b": 1, "BLOCK_N": 16, "BLOCK_M": 128, "BLOCK": 512}
         yield Case(f"plan {name}", triton_backward.plan, plan)

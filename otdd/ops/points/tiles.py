@@ -127,7 +127,7 @@ class Tiles:
         """Sizes of a tile, powers of two, and the warps that share it; see NOTES for spills."""
         double = self.x.dtype == torch.float64
         side = 32 if double else 64
-        wide = self.kind == "stored" or (double and self.labels is not None)
+        wide = self.kind == "stored" or self.labels is not None
         sizes = {"BLOCK_N": side, "BLOCK_M": side, "num_warps": 8 if wide else 4, "num_stages": 2}
         sizes |= chosen(self.x.device, self.x.dtype, self.kind)
         for size, points in (("BLOCK_N", self.N), ("BLOCK_M", self.M)):

@@ -11,9 +11,11 @@ from otdd.ops.sinkhorn import triton_backward, triton_solve
 from otdd.ops.sinkhorn.op import MOST_ENTRIES, filled
 from otdd.ops.sinkhorn.reference import Solution, potentials_backward_reference
 
-# Registers of a thread of `solve_streamed`. Given no number, ptxas of Triton 3.7 aims at one of its
-# own, 32 or 96, and keeps to it by spilling a few values. AMD's compiler takes no number.
+# Registers of a thread of `solve_streamed`, and of `backward_unrolled`: all that it can have. Given
+# no number, ptxas of Triton 3.7 and 3.9 aims at one of its own, such as 32, 80 or 96, and keeps to
+# it by spilling a few values. AMD's compiler takes no number.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+MOST_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 # Of a tile of float32 costs; with 4, AMD's compiler spills values of `backward_unrolled` for RDNA.
 WARPS = 8 if torch.version.hip else 4
 
@@ -189,5 +191,6 @@ def potentials_backward_triton(
         triton_backward.backward_unrolled[(math.prod(batch),)](
             *(C, a, b, eps, rho_a, rho_b, *steps, df, dg, dC, da, db, *sizes, *blocks),
             num_warps=warps,
+            **MOST_REGISTERS,
         )
     return dC, da, db
