@@ -9,6 +9,7 @@ import torch
 from references import (
     clouds,
     clouds_oracle,
+    dataset_distance_oracle,
     plan_error,
     plan_oracle,
     plan_rows,
@@ -18,6 +19,7 @@ from references import (
 )
 from torch import Tensor
 
+from otdd.losses import DatasetDistance
 from otdd.ops import sinkhorn_points
 
 Size = tuple[int, int, int, int]  # B, N, M, D
@@ -104,6 +106,25 @@ def with_labels(backend: str, size: Size, device: str) -> None:
     mass = torch.zeros(B, 49, dtype=torch.float64, device=device)
     mass.scatter_add_(1, cells, exact["plan"].flatten(1))
     close(dW, mass.reshape(B, 7, 7), 5e-4)
+
+
+def between_data_sets(backend: str, points: tuple[int, int], classes: int, device: str) -> None:
+    """`DatasetDistance` and its gradients, against its definition with all costs in float64."""
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for n in points:
+        labels = torch.randperm(n, generator=generator) % classes
+        shift = torch.randn(classes, 3, generator=generator, dtype=torch.float64)
+        x = torch.randn(n, 3, generator=generator, dtype=torch.float64) + shift[labels]
+        sides.append((x.to(device).requires_grad_(), labels.to(device)))
+    (x, lx), (y, ly) = sides
+    options = {"eps": 12.0, "max_iter": 100}
+    got = DatasetDistance(**options, tol=1e-8, backend=backend)(x, lx, y, ly)
+    want = dataset_distance_oracle(x, lx, y, ly, **options)
+    close(got, want, 1e-6)
+    slopes = (torch.autograd.grad(value, (x, y)) for value in (got, want))
+    for seen, exact in zip(*slopes, strict=True):
+        close(seen, exact, 1e-5)
 
 
 def plan_keeps_digits(backend: str, row: dict, device: str) -> None:

@@ -73,6 +73,11 @@ def test_labels(way, monkeypatch):
     checks.with_labels(in_this_way(way, monkeypatch), (3, 700, 900, 20), DEVICE)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_between_data_sets(way, monkeypatch):
+    checks.between_data_sets(in_this_way(way, monkeypatch), (300, 250), 5, DEVICE)
+
+
 @pytest.mark.parametrize("row", PRECISIONS, ids=lambda row: "-".join(map(str, row.values())))
 def test_products_keep_their_digits(row):
     checks.plan_keeps_digits("triton", row, DEVICE)

@@ -49,6 +49,11 @@ def test_labels(way, monkeypatch):
     checks.with_labels(points_backend(way, monkeypatch), (2, 20, 30, 4), "cpu")
 
 
+@pytest.mark.parametrize("way", ["cuda", "triton resident"])
+def test_between_data_sets(way, monkeypatch):
+    checks.between_data_sets(points_backend(way, monkeypatch), (6, 5), 2, "cpu")
+
+
 @pytest.mark.parametrize("way", ["reference", "triton"])
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_products_keep_their_digits(precision, way):
