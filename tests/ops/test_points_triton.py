@@ -127,10 +127,8 @@ def test_few_points_take_a_few_launches_whatever_the_iterations(max_iter, tol, m
     assert launches == ["tile_kernel", "solve_resident", "values"]
 
 
-@pytest.mark.parametrize("resident", [0, 1 << 16])
-def test_a_schedule_of_few_points(resident, monkeypatch):
+def test_a_schedule_of_few_points():
     """Its levels have a tolerance for each problem, which the one launch has not."""
-    monkeypatch.setattr(tiles, "RESIDENT", resident)
     x, y, a, b = clouds(2, 9, 12, 3, torch.float64)
     options = {"eps": 0.5, "max_iter": 40, "schedule": 0.1}
     seen, want = (
