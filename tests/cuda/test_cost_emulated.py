@@ -173,6 +173,26 @@ def test_features_of_few_points_are_cut(module, dtype):
     )  # a second kernel would take longer
 
 
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "all_sizes"),
+    [
+        ("cost", (1, 1024, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("cost", (64, 64, 1300, 4096), (64, 64, 1300, 4096)),
+        ("cost_backward", (1, 1024, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("cost_backward", (64, 64, 1300, 4096), (64, 64, 1300, 4096)),
+        ("logits", (1, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("logits_backward", (1, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("moves", (64, 64, 0, 1300, 4096), (64, 64, 1300, 4096)),
+    ],
+)
+def test_no_buffer_of_all_differences(module, kernel, sizes, all_sizes):
+    """On an H200: two copies of costs or points, where all differences would be hundreds."""
+    module.set_chip(132, SHARED, 16)
+    B, N, M, D = all_sizes
+    used = pointers.workspace(torch.empty(0), kernel, *sizes).numel()
+    assert used <= 2 * 4 * B * (N * M + N * D) < 4 * B * N * M * D / 20
+
+
 @pytest.mark.parametrize(("N", "M", "D"), [(9, 9, 200_000), (1, 2, 200_000)])
 def test_long_sums_keep_their_digits(module, N, M, D):
     module.set_chip(1, SHARED, 16)

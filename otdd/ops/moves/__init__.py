@@ -57,8 +57,10 @@ def transport_moves(
     the solve, and the plan; in place of that, the gradient itself under ``l1``.
 
     Args:
-        x: Moving points, ``(..., N, D)`` in float32 or float64; checked by the caller, as all is.
-        y: Targets, ``(..., M, D)``.
+        x: Moving points, ``(..., N, D)``; all shapes are checked by the caller. float16 and
+            bfloat16 are widened once, before the kernels, and all results are in float32: those of
+            widening first, to the bit.
+        y: Targets, ``(..., M, D)``, of the same type when widened, as all that follows is.
         a: Row weights, ``(..., N + L)``; 0 is a mask.
         b: Column weights, ``(..., M)``.
         lambda_1: eps as a factor of the standard deviation of the costs.
@@ -73,6 +75,7 @@ def transport_moves(
         ValueError: On the CPU (elsewhere with ``OTDD_CHECKS=1``): what the parts refuse.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
+    x, y = checks.as_float(x, "x"), checks.as_float(y, "y")
     of_cost = backends.choose("cost_matrix", pointers.refusals(x), backend)
     of_solve = backends.choose("sinkhorn", pointers.refusals(x), backend)
     options = lambda_1, metric, max_iter, gradient, of_cost, of_solve
