@@ -10,9 +10,10 @@ made of the file.
 
 Variants (settings laid over those of `otdd sample`): `default` is the guidance that was its default
 when most of this was measured, from one start of the noise and without classifier-free guidance or
-`detail`, which all others but the baselines change in one place; `starts-4` is what `otdd run` did
+`detail`; most others change it in one place. `now` is today's default, but from one start, and
+`now-NAME` changes that in the same place as NAME does `default`. `starts-4` is what `otdd run` did
 then, `run` what it does now for hard labels, and `run-unguided` its set `unguided`. `detail-1` and
-so on hold the blur of projections back, `cfg-2-detail-0.5` at scale 2. `target-through` carries the
+so on hold the blur of projections back. `target-through` carries the
 correction of x0_hat through the denoiser, `target-q_sample` compares z_t with noised real latents.
 Windows are parts of the schedule from noise to image; `window-paper` is steps 30 to 45 of 50 of the
 source. `gradient-K` is the L1 gradient of the source in place of our projection, on x0_hat at every
@@ -49,34 +50,47 @@ RESULTS = Path(__file__).parent / "results" / "ablation_guidance.json"
 KEY = ("data", "ipc", "variant", "seed", "arch", "epochs")
 
 
-def _guided(**settings: Any) -> dict[str, Any]:
-    return {"starts": 1, "guidance_scale": 1.0, "guidance": {"detail": 0.0, **settings}}
+# One setting at a time; `guidance` is nested.
+CHANGES: dict[str, dict[str, Any]] = {
+    **{f"strength-{s}": {"guidance": {"strength": s}} for s in (0.03, 0.1, 0.3, 1.0)},
+    **{f"lambda-{v}": {"guidance": {"lambda_1": v}} for v in (0.03, 0.3, 1.0)},
+    **{f"target-{t}": {"guidance": {"target": t}} for t in ("z_t", "through", "q_sample")},
+    "window-noisy": {"guidance": {"window": (0.0, 0.5)}},
+    "window-clear": {"guidance": {"window": (0.5, 1.0)}},
+    "window-paper": {"guidance": {"window": (0.08, 0.4)}},
+    "sequential": {"order": "sequential"},
+    **{f"metric-{m}": {"guidance": {"metric": m}} for m in ("l1", "l2", "cosine")},
+    **{f"repulsion-{k}": {"guidance": {"repulsion": k}} for k in (0.0, 0.5)},
+    **{f"detail-{d}": {"guidance": {"detail": d}} for d in (0.0, 0.25, 0.5, 1.0)},
+    **{f"cfg-{s:g}": {"guidance_scale": s} for s in (1.0, 2.0, 4.0)},
+    "starts-4": {"starts": 4},
+}
+
+
+def _over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    guidance = {**base.get("guidance", {}), **change.get("guidance", {})}
+    return {**base, **change, "guidance": guidance}
 
 
 def _gradient(strength: float) -> dict[str, Any]:
-    return _guided(form="gradient", metric="l1", repulsion=0.0, strength=strength)
+    change = {"form": "gradient", "metric": "l1", "repulsion": 0.0, "strength": strength}
+    return _over(BEFORE, {"guidance": change})
 
 
-# Settings of `sample` laid over the defaults; `guidance` is nested.
+# Both from one start of the noise.
+BEFORE = {"starts": 1, "guidance_scale": 1.0, "guidance": {"detail": 0.0}}
+NOW = {"starts": 1}
+
+# Settings of `sample` laid over its defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "default": _guided(),
-    "starts-4": {**_guided(), "starts": 4},
+    "default": BEFORE,
+    **{name: _over(BEFORE, change) for name, change in CHANGES.items()},
+    **{f"gradient-{k:g}": _gradient(k) for k in (5.0, 50.0, 500.0)},
+    "now": NOW,
+    **{f"now-{name}": _over(NOW, change) for name, change in CHANGES.items()},
     "run": {},
     "run-unguided": {},
     "unguided": {"guidance_scale": 1.0},
-    **{f"strength-{s}": _guided(strength=s) for s in (0.03, 0.1, 0.3, 1.0)},
-    **{f"lambda-{v}": _guided(lambda_1=v) for v in (0.03, 0.3, 1.0)},
-    **{f"target-{t}": _guided(target=t) for t in ("z_t", "through", "q_sample")},
-    "window-noisy": _guided(window=(0.0, 0.5)),
-    "window-clear": _guided(window=(0.5, 1.0)),
-    "window-paper": _guided(window=(0.08, 0.4)),
-    "sequential": {**_guided(), "order": "sequential"},
-    **{f"metric-{m}": _guided(metric=m) for m in ("l1", "l2", "cosine")},
-    **{f"repulsion-{k}": _guided(repulsion=k) for k in (0.0, 0.5)},
-    **{f"gradient-{k:g}": _gradient(k) for k in (5.0, 50.0, 500.0)},
-    **{f"detail-{d}": _guided(detail=d) for d in (0.25, 0.5, 1.0)},
-    "cfg-2": {**_guided(), "guidance_scale": 2.0},
-    "cfg-2-detail-0.5": {**_guided(detail=0.5), "guidance_scale": 2.0},
     "unguided-cfg-2": {"guidance_scale": 2.0},
     # The transport term alone: the preset has influence and diversity too.
     "paper": {

@@ -1,7 +1,7 @@
 """Tables and figures of the ablations, and of the formats of labels, from their result files.
 
 python benchmarks/ablation_report.py                      # tables, printed
-python benchmarks/ablation_report.py --readme README.md   # the first two between their markers
+python benchmarks/ablation_report.py --readme README.md   # the first three between their markers
 python benchmarks/ablation_report.py --plots              # PNG files into benchmarks/results
 
 Differences are paired by seed; behind them stand the half width of their 95 % t interval and, where
@@ -22,6 +22,9 @@ from report import into_readme
 RESULTS = Path(__file__).parent / "results"
 MARKERS = "<!-- ablation -->", "<!-- /ablation -->"
 NOW_MARKERS = "<!-- sampling now -->", "<!-- /sampling now -->"
+FRESH_MARKERS = "<!-- fresh seeds -->", "<!-- /fresh seeds -->"
+FRESH = range(100, 10**9)  # seeds that chose no setting
+CHECKED = ("no-otm", "full", "beta_2-0.8")  # what the sweep found best, on fresh seeds
 NOW = ("run-no-otg", "full", "no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
 ARMS = {
     "full": "full",
@@ -96,13 +99,15 @@ def arms_table(labels: Rows) -> str:
     return labels_table(rows, arms, lambda arm: "hard-otg" if arm == "hard-no-otg" else "full")
 
 
-def now_table(labels: Rows) -> str:
+def now_table(labels: Rows, seeds: range = range(100)) -> str:
     """What `otdd run` samples with now, beside what it did when the source's ablation was run."""
     key = ("data", "arch", "epochs", "ipc")
-    there = [tuple(c.values()) for c in groups([r for r in labels if r["arm"] == "run"], *key)]
-    rows = [r for r in labels if tuple(r[k] for k in key) in there and r["seed"] < 100]
+    rows = [r for r in labels if r["seed"] in seeds]
+    there = [tuple(c.values()) for c in groups([r for r in rows if r["arm"] == "run"], *key)]
+    rows = [r for r in rows if tuple(r[k] for k in key) in there]
+    arms = [arm for arm in NOW if any(r["arm"] == arm for r in rows)]
     return labels_table(
-        rows, NOW, lambda arm: "hard-run" if arm == "hard-run-no-otg" else "run", "run"
+        rows, arms, lambda arm: "hard-run" if arm == "hard-run-no-otg" else "run", "run"
     )
 
 
@@ -120,19 +125,21 @@ def formats_table(rows: Rows) -> str:
 
 
 def guidance_table(rows: Rows, seeds: range) -> str:
-    """A line per variant: accuracy, and its difference from `default` on the same seeds."""
+    """A line per variant: accuracy, and its difference from its base on the same seeds.
+
+    The base of `now-...` is `now`, that of all others `default`.
+    """
     rows = [row for row in rows if row["seed"] in seeds]
     columns = groups(rows, "data", "arch", "epochs", "ipc")
     head = ["variant"]
     for c in columns:
-        head += [f"{c['data']}, IPC {c['ipc']}", "to `default`"]
+        head += [f"{c['data']}, IPC {c['ipc']}", "to its base"]
     body = []
     for name in dict.fromkeys(row["variant"] for row in rows):
-        line = [f"`{name}`"]
+        line, base = [f"`{name}`"], "now" if name.startswith("now-") else "default"
         for c in columns:
-            these, others = (runs(rows, variant=v, **c) for v in (name, "default"))
-            usual = len(others)
-            line += [value(these), "" if name == "default" else difference(these, others, usual)]
+            these, others = (runs(rows, variant=v, **c) for v in (name, base))
+            line += [value(these), "" if name == base else difference(these, others, len(others))]
         body.append(line)
     return lines(head, body)
 
@@ -236,22 +243,23 @@ def main() -> None:
     labels, guidance = (json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names)
     chosen = [row for row in labels if row["seed"] < 100]
     swept = [row for row in chosen if _swept(row) and "run" not in row["arm"]]
-    first, now = arms_table(labels), now_table(labels)
-    print(first, now, sep="\n\n", end="\n\n")
+    first, now, again = arms_table(labels), now_table(labels), now_table(labels, FRESH)
+    print(first, now, "fresh seeds\n" + again, sep="\n\n", end="\n\n")
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
     print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
-    fresh = [row for row in labels if row["seed"] >= 100]
+    fresh = [r for r in labels if r["seed"] in FRESH and r["arm"] in CHECKED]
     text = labels_table(fresh, _arms(fresh, "no-otm"), lambda arm: "no-otm", "no-otm")
     print("fresh seeds\n" + text, end="\n\n")
     formats = json.loads((RESULTS / "label_formats.json").read_text())["cells"]
     print(formats_table(formats), end="\n\n")
     print(guidance_table(guidance, range(100)), end="\n\n")
-    print("fresh seeds\n" + guidance_table(guidance, range(100, 10**9)), end="\n\n")
+    print("fresh seeds\n" + guidance_table(guidance, FRESH), end="\n\n")
     print(speed(guidance))
     if args.readme:
         into_readme(args.readme, first, MARKERS)
         into_readme(args.readme, now, NOW_MARKERS)
+        into_readme(args.readme, again, FRESH_MARKERS)
     if args.plots:
         plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
         plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LabeledImages:
     """Images uint8 (N, C, H, W) with labels int64 (N,)."""
 
@@ -41,6 +41,10 @@ class LabeledImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        """Without the pixels: `LabeledImages(3200 of 1x32x32)`."""
+        return f"LabeledImages({len(self)} of {'x'.join(map(str, self.images.shape[1:]))})"
 
     def of_class(self, label: int) -> Tensor:
         """Images of one class, in file order."""

@@ -25,6 +25,12 @@ def folder(root, split: bool = True, classes=("a", "b"), count: int = 4):
     return root
 
 
+def test_what_is_printed_of_data_has_no_pixels():
+    text = repr(load_data("digits"))
+    assert "train=LabeledImages(1297 of 1x8x8), test=LabeledImages(500 of 1x8x8)" in text
+    assert len(text) < 500
+
+
 def test_digits():
     data = load_data("digits")
     assert (len(data.train), len(data.test)) == (1297, 500)
