@@ -28,6 +28,7 @@ TELLING = re.compile(
     r"|^(ok|wrong|refused|failed): |^otdd: |^gpu.sh: |No such|not found"
 )
 KEY = ("case", "dtype", "direction")
+NOISE = 1.1  # times that differ by less are alike
 
 
 def said(command: list) -> str:
@@ -142,11 +143,38 @@ def lines_of_clouds(row: dict) -> list[list[str]]:
     return lines
 
 
+CHOICE = ["choice", "taken", "cuda", "triton", "the other over it"]
+
+
+def line_of_choice(row: dict) -> list[str] | None:
+    """What otdd takes of `cuda` and `triton`, beside the other, which is to be the slower one."""
+    seen = row.get("contenders", {})
+    ours = seen.get("otdd", {})
+    taken = ours.get("backend", "cuda")  # rows of given costs tell none
+    other = {"cuda": "triton", "triton": "cuda"}.get(taken)
+    beside = seen.get(f"otdd, {other}")
+    if beside is None:
+        return None
+    of = {taken: ours, other: beside}
+    line = [f"{row['case']} {row['dtype']} {row['direction']}", taken]
+    line += [
+        milliseconds(s) if "median_ms" in s else s.get("reason", "-")
+        for s in (of["cuda"], of["triton"])
+    ]
+    if not all("median_ms" in s for s in of.values()):
+        return [*line, "-"]
+    ratio = beside["median_ms"] / ours["median_ms"]
+    return [*line, f"{ratio:.2f}x" + (", to be changed" if ratio < 1 / NOISE else "")]
+
+
 HEAD = ["case", "otdd", "in a graph", "unrolled", "graph of floor", "fastest peer, over otdd"]
 
 
 def table(results: dict) -> str:
-    """Parts with how they ended, then a line for each row; a reason where otdd has no figure."""
+    """Parts with how they ended, then a line for each row; a reason where otdd has no figure.
+
+    At last what settles the choice between `cuda` and `triton`.
+    """
     gpu = results.get("machine", {}).get("gpu", {})
     lines = [", ".join(filter(None, (gpu.get("name"), gpu.get("driver_version")))) or "no GPU"]
     for name, part in results["parts"].items():
@@ -161,6 +189,8 @@ def table(results: dict) -> str:
     tables = [HEAD, *rows] if rows else []
     if clouds:
         tables += [CLOUDS, *(line for row in clouds for line in lines_of_clouds(row))]
+    choices = list(filter(None, map(line_of_choice, results["rows"])))
+    tables += [CHOICE, *choices] if choices else []
     lines += ["| " + " | ".join(row) + " |" for row in tables]
     return "\n".join(lines)
 

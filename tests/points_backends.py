@@ -4,7 +4,7 @@ from otdd.ops import pointers
 from otdd.ops.points import cpu, implicit, tiles
 
 WAYS = ("reference", "cpu stored", "cpu streamed", "cuda", "triton")
-MORE_OF_TRITON = ("triton stored", "triton panels")
+MORE_OF_TRITON = ("triton stored", "triton panels", "triton resident")
 OF_THE_FIXED_POINT = ("reference kept", "reference", "cpu kept", "cpu streamed")
 
 
@@ -20,7 +20,8 @@ def points_backend(way: str, monkeypatch) -> str:
     elif backend == "triton":
         module = pointers.triton_kernels("points")
         monkeypatch.setattr(module, "_processors", lambda device: 8)  # so that columns are cut
-        if how:
+        monkeypatch.setattr(tiles, "RESIDENT", 1 << 16 if how == "resident" else 0)
+        if how in ("stored", "panels"):
             monkeypatch.setattr(tiles, "REMADE", 0)
             monkeypatch.setattr(tiles, "BY_DIFFERENCES", 2 if how == "stored" else 0)
         if how == "panels":

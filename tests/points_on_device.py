@@ -9,6 +9,7 @@ import torch
 from references import (
     clouds,
     clouds_oracle,
+    dataset_distance_oracle,
     plan_error,
     plan_oracle,
     plan_rows,
@@ -18,6 +19,7 @@ from references import (
 )
 from torch import Tensor
 
+from otdd.losses import DatasetDistance
 from otdd.ops import sinkhorn_points
 
 Size = tuple[int, int, int, int]  # B, N, M, D
@@ -106,6 +108,25 @@ def with_labels(backend: str, size: Size, device: str) -> None:
     close(dW, mass.reshape(B, 7, 7), 5e-4)
 
 
+def between_data_sets(backend: str, points: tuple[int, int], classes: int, device: str) -> None:
+    """`DatasetDistance` and its gradients, against its definition with all costs in float64."""
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for n in points:
+        labels = torch.randperm(n, generator=generator) % classes
+        shift = torch.randn(classes, 3, generator=generator, dtype=torch.float64)
+        x = torch.randn(n, 3, generator=generator, dtype=torch.float64) + shift[labels]
+        sides.append((x.to(device).requires_grad_(), labels.to(device)))
+    (x, lx), (y, ly) = sides
+    options = {"eps": 12.0, "max_iter": 100}
+    got = DatasetDistance(**options, tol=1e-8, backend=backend)(x, lx, y, ly)
+    want = dataset_distance_oracle(x, lx, y, ly, **options)
+    close(got, want, 1e-6)
+    slopes = (torch.autograd.grad(value, (x, y)) for value in (got, want))
+    for seen, exact in zip(*slopes, strict=True):
+        close(seen, exact, 1e-5)
+
+
 def plan_keeps_digits(backend: str, row: dict, device: str) -> None:
     """The plan's error is at most twice what emulated units gave, and what they leave out.
 
@@ -173,6 +194,22 @@ def tolerance_holds(
     r, _ = without_sync(lambda: solved([x, y, a, b], **options))
     assert r.converged.all()
     assert (r.n_iter < 2000).all()
+
+
+def fixed_point(backend: str, size: Size, device: str, without_sync: Callable) -> None:
+    """Derivatives of the fixed point, the host never waiting for what was launched last."""
+    x, y, a, b = problem(size, torch.float32, device)
+    options = {"eps": 2 * strength(x, y), "max_iter": 8, "grad": "implicit"}
+
+    def gradients(backend: str, *leaves: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        r = sinkhorn_points(*leaves, **options, backend=backend)
+        return torch.autograd.grad((r.cost + (r.f * leaves[2]).sum(-1)).sum(), leaves[:2])
+
+    gradients(backend, x, y, a, b)
+    seen = without_sync(lambda: gradients(backend, x, y, a, b))
+    for got, want in zip(seen, gradients("reference", *wide((x, y, a, b))), strict=True):
+        close(got, want, 1e-3)
 
 
 def captured(backend: str, size: Size, device: str, capture: Callable, tol: float = 0.0) -> None:

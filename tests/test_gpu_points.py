@@ -21,6 +21,7 @@ from contender import DISAGREES, ROWS_MET
 from references import clouds_oracle
 
 from otdd import backends
+from otdd.ops.points import dense
 
 TINY = [gpu_cases.clouds(1, 12, 3), gpu_cases.clouds(2, 10, 20)]
 TINY = [replace(case, name=case.name, iterations=4) for case in TINY]
@@ -69,6 +70,19 @@ def test_what_otdd_chooses_is_not_timed_twice(monkeypatch):
     monkeypatch.setitem(backends._REASONS, "cuda", None)
     row, _ = gpu_measure.prepare(refused, case, truth, [data], "forward")
     assert row["reason"].startswith("sinkhorn_points: backend='cuda' cannot be used: the inputs")
+
+
+def test_cuda_is_timed_beyond_its_border():
+    """Else a border that is too low would never show."""
+    largest = max(case.N for case in gpu_cases.CLOUDS if case.N**2 <= gpu_points.BEYOND)
+    x, entries = torch.empty(0), (largest, largest, None)
+    refused = dense.cuda_refusal(x, *entries)
+    with gpu_points.border("cuda"):
+        assert dense.cuda_refusal(x, *entries) is None
+    with gpu_points.border(None):
+        assert dense.cuda_refusal(x, *entries) == refused
+    assert largest**2 > dense.CUDA
+    assert refused == f"{largest**2} costs; the CUDA kernels keep at most {dense.CUDA}"
 
 
 def test_a_backend_that_a_solve_lacks_is_a_reason(monkeypatch):

@@ -315,6 +315,35 @@ def test_table_of_a_made_up_result(tmp_path):
     ]
 
 
+def test_what_settles_the_choice_between_cuda_and_triton():
+    """The two side by side in one table, with the reason where one has no time."""
+    row = {"case": "small-64", "dtype": "float32", "direction": "forward"}
+    clouds = row | {"case": "clouds-2048-d3", "iterations": 50}
+
+    def lines(row, **contenders):
+        named = {name.replace("_", ", "): seen for name, seen in contenders.items()}
+        results = {"parts": {}, "rows": [row | {"contenders": named}]}
+        table = gpu_report.table(results).splitlines()
+        head = "| " + " | ".join(gpu_report.CHOICE) + " |"
+        return table[table.index(head) + 1 :] if head in table else []
+
+    ms = lambda time, **more: {"median_ms": time, **more}  # noqa: E731
+    assert lines(row, otdd=ms(2.0), otdd_triton=ms(3.0)) == [
+        "| small-64 float32 forward | cuda | 2.00 ms | 3.00 ms | 1.50x |"
+    ]
+    assert lines(row, otdd=ms(2.0), otdd_triton={"reason": "too large"}) == [
+        "| small-64 float32 forward | cuda | 2.00 ms | too large | - |"
+    ]
+    assert lines(clouds, otdd=ms(2.0, backend="triton"), otdd_cuda=ms(1.0)) == [
+        "| clouds-2048-d3 float32 forward | triton | 1.00 ms | 2.00 ms | 0.50x, to be changed |"
+    ]
+    assert lines(clouds, otdd=ms(2.0, backend="triton"), otdd_cuda=ms(1.9)) == [
+        "| clouds-2048-d3 float32 forward | triton | 1.90 ms | 2.00 ms | 0.95x |"
+    ]
+    assert not lines(row, otdd=ms(2.0))
+    assert not lines(row, otdd=ms(2.0, backend="cpu"), otdd_triton=ms(1.0))
+
+
 # Small problems for the sanitizers.
 
 

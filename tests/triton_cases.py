@@ -2,6 +2,8 @@
 
 Prints, for each case, what a kernel needs of a chip, as JSON; words after the architecture choose
 cases by their names. Must not run with TRITON_INTERPRET=1, under which kernels have no compiler.
+For AMD's, such as ``gfx942``, torch is told to be a ROCm build before otdd is imported, so that
+launches are those of one.
 """
 
 import dataclasses
@@ -13,11 +15,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
 
-ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+LANES = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1100": 32, "gfx1201": 32}  # of AMD's warps
 POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -92,9 +95,8 @@ def _sinkhorn_cases() -> Iterable[Case]:
                 bare = solve | dict.fromkeys(("a", "b", "g0", "rho_a", "rho_b", "history"))
                 yield Case(f"{kernel.__name__} {name} bare", kernel, bare, warps, options=options)
             if N * M >= 2048:
-                yield Case(
-                    f"backward_unrolled {name}", triton_backward.backward_unrolled, solve, warps
-                )
+                kernel, options = triton_backward.backward_unrolled, module.MOST_REGISTERS
+                yield Case(f"backward_unrolled {name}", kernel, solve, warps, options=options)
         plan = solve | dict.fromkeys(("f", "g", "scale", "P", "value_out"), dtype)
         plan |= {"f_b": N, "f_n": 1, "scale_b": 1, "BLOCK_N": 16, "BLOCK_M": 128, "BLOCK": 512}
         yield Case(f"plan {name}", triton_backward.plan, plan)
@@ -141,7 +143,7 @@ def _points_cases() -> Iterable[Case]:
                 mock.patch.multiple(
                     module, kernels=SimpleNamespace(**kernels), _processors=lambda device: 132
                 ),
-                mock.patch.multiple(tiles, STORED=stored, _multiplied=_of_nvidia(dtype, precision)),
+                mock.patch.multiple(tiles, STORED=stored, RESIDENT=0),
             ):
                 # A solve that stops by itself has all of one that does not, seen with one metric.
                 for tol in (0.0, 1e-3) if metric == "l1" else (1e-3,):
@@ -152,11 +154,6 @@ def _points_cases() -> Iterable[Case]:
                     goal = torch.full((1,), 1e-3, dtype=torch.float64)
                     module.given_triton(x.new_zeros(1, 128, 128), w, w, eps, eps, eps, w, 2, goal)
     yield from launched.values()
-
-
-def _of_nvidia(dtype: torch.dtype, precision: str) -> Callable[..., str]:
-    used = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}[precision]
-    return lambda x, precision: "ieee" if dtype == torch.float64 else used
 
 
 class _Recorder:
@@ -179,7 +176,7 @@ class _Recorder:
         return launch
 
 
-def _source(case: Case):
+def _source(case: Case, pointer: list[list]):
     """The kernel with types: a launch takes a 1 for a constant and sees what 16 divides."""
     from triton.compiler import ASTSource
 
@@ -190,7 +187,7 @@ def _source(case: Case):
         if constant or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.dtype):
-            signature[name], hints[(index,)] = POINTERS[value], [["tt.divisibility", 16]]
+            signature[name], hints[(index,)] = POINTERS[value], pointer
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -200,17 +197,24 @@ def _source(case: Case):
     return ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=hints)
 
 
-def compiled(case: Case, arch: int) -> dict[str, object]:
-    """Registers, bytes of stack and shared memory, matrix instructions.
+def compiled(case: Case, arch: str) -> dict[str, object]:
+    """Registers, bytes of stack and shared memory, matrix instructions and whether they must be.
 
-    Of what Triton itself has made, with its own options for ptxas. The stack holds what spills, as
-    no kernel here has another use for it; Triton, too, counts spills by it (``n_spills``).
+    Of what Triton itself has made, with its own options. The stack holds what spills, as no kernel
+    here has another use for it; Triton, too, counts spills by it (``n_spills``).
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": case.warps, **case.options}
-    kernel = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
+    aligned, options = ["tt.divisibility", 16], {"num_warps": case.warps, **case.options}
+    if arch in LANES:  # tensors of up to 2 GB are told apart
+        source, target = (
+            _source(case, [aligned, ["tt.pointer_range", 32]]),
+            GPUTarget("hip", arch, LANES[arch]),
+        )
+        return _of_amd(case, arch, triton.compile(source, target=target, options=options))
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    kernel = triton.compile(_source(case, [aligned]), target=target, options=options)
     registers, stack = _usage(kernel.asm["cubin"])
     instructions = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
     return {
@@ -218,6 +222,30 @@ def compiled(case: Case, arch: int) -> dict[str, object]:
         "stack": stack,
         "shared": kernel.metadata.shared,
         "products": len(re.findall(instructions, kernel.asm["ptx"])),
+        "matrix": case.products,
+    }
+
+
+def _of_amd(case: Case, arch: str, kernel: Any) -> dict[str, object]:
+    """Of the assembly and what it says of itself.
+
+    RDNA has no matrix instructions for float32. ``fences`` order memory as well: as many as the
+    kernel has ``barriers`` of its own, at least.
+    """
+    text, halves = kernel.asm["amdgcn"], case.arguments.get("PRECISION") == "bf16"
+    told = {
+        name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    return {
+        "registers": told["vgpr_count"],
+        "stack": told["private_segment_fixed_size"],
+        "spills": told["vgpr_spill_count"],
+        "shared": kernel.metadata.shared,
+        "products": len(re.findall(r"\bv_(?:mfma|wmma)_", text)),
+        "matrix": case.products and (LANES[arch] == 64 or halves),
+        "fences": kernel.asm["llir"].count('fence syncscope("workgroup") release'),
+        "barriers": case.kernel.src.count("tl.debug_barrier()"),
     }
 
 
@@ -236,10 +264,12 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main(arch: str, *words: str) -> None:
+    if arch in LANES:
+        torch.version.hip = "of no device"
     found = {}
     for case in cases():
         if not words or any(word in case.name for word in words):
-            found[case.name] = {**compiled(case, ARCHS[arch]), "matrix": case.products}
+            found[case.name] = compiled(case, arch)
     print(json.dumps(found, indent=1))
 
 

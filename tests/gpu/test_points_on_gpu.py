@@ -50,6 +50,12 @@ def test_agrees_with_the_oracle(size, way, monkeypatch):
     checks.agrees(in_this_way(way, monkeypatch), size, torch.float32, DEVICE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(5, 16, 9, 3), (3, 64, 64, 64), (2, 250, 200, 100)])
+def test_few_points_in_one_launch(size, dtype, monkeypatch):
+    checks.agrees(points_backend("triton resident", monkeypatch), size, dtype, DEVICE)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[4]])
 def test_agrees_in_float64(size, backend):
@@ -65,6 +71,11 @@ def test_zero_weights(size, backend):
 @pytest.mark.parametrize("way", WAYS)
 def test_labels(way, monkeypatch):
     checks.with_labels(in_this_way(way, monkeypatch), (3, 700, 900, 20), DEVICE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_between_data_sets(way, monkeypatch):
+    checks.between_data_sets(in_this_way(way, monkeypatch), (300, 250), 5, DEVICE)
 
 
 @pytest.mark.parametrize("row", PRECISIONS, ids=lambda row: "-".join(map(str, row.values())))
@@ -95,6 +106,12 @@ def without_sync(call):
 @pytest.mark.parametrize("D", [3, 64, 100])
 def test_tolerance_without_waiting(D, backend):
     checks.tolerance_holds(backend, (4, 600, 500, D), DEVICE, without_sync, 0.2, 1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(4, 300, 200, 3), (1, 2500, 2000, 64)])  # plan kept, or not
+def test_fixed_point_without_waiting(size, backend):
+    checks.fixed_point(backend, size, DEVICE, without_sync)
 
 
 def capture(step):

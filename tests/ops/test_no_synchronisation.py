@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from otdd import backends
 from otdd.losses import DatasetDistance, OTDistillationLoss, OTLogitLoss
-from otdd.ops import barycentric, cost_matrix, sinkhorn, sinkhorn_points
+from otdd.ops import barycentric, cost_matrix, pointers, sinkhorn, sinkhorn_points, watch
 from otdd.ops.moves import transport_moves
 from otdd.ops.points import tiles
 from otdd.ops.points.reference import Clouds
@@ -109,6 +109,16 @@ class NoKernel:
         return lambda *args, **options: None
 
 
+class Unseen:
+    """A look that never arrives."""
+
+    def __init__(self, flag):
+        assert flag.shape == ()
+
+    def arrived(self):
+        return False
+
+
 def test_points(calls):
     x, y = fake(3, 20, 7), fake(3, 30, 7)
     result = sinkhorn_points(x, y, fake(3, 20), eps=0.1, max_iter=5, tol=1e-4)
@@ -118,18 +128,22 @@ def test_points(calls):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("keep", ["nothing", "all", "panels"])
+@pytest.mark.parametrize("keep", ["resident", "nothing", "all", "panels"])
 @pytest.mark.parametrize("tol", [0.0, 1e-4])
 def test_points_by_triton(monkeypatch, tol, keep, precision):
-    """All that the host does around the kernels, but how it watches for the end.
+    """All that the host does around the kernels, but the look at whether all have stopped.
 
     On `meta`, whose values cannot be looked at either: fake ones on `cuda` can't be sliced here.
     """
     triton = pytest.importorskip("otdd.ops.points.triton")
     for name in ("softmin", "merge", "decide", "tile"):
         monkeypatch.setattr(triton.kernels, f"{name}_kernel", NoKernel())
+    solves = pointers.triton_kernels("sinkhorn").triton_solve
+    for name in ("solve_resident", "values"):
+        monkeypatch.setattr(solves, name, NoKernel())
     monkeypatch.setattr(triton, "_processors", lambda device: 132)
-    monkeypatch.setattr(triton._Watch, "over", lambda self, iteration: False)
+    monkeypatch.setattr(tiles, "RESIDENT", 1 << 16 if keep == "resident" else 0)
+    monkeypatch.setattr(watch, "Look", Unseen)
     monkeypatch.setattr(tiles, "STORED", 0 if keep == "panels" else 1 << 20)
     monkeypatch.setattr(tiles, "PANEL", 1 << 9)
     D = 20 if keep == "nothing" else 100

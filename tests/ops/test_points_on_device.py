@@ -6,7 +6,7 @@ import torch
 from points_backends import points_backend
 from references import clouds, clouds_oracle, cost_oracle, plan_rows, sinkhorn_oracle, some_rows
 
-WAYS = ("reference", "cpu", "cuda", "triton", "triton stored", "triton panels")
+WAYS = ("reference", "cpu", "cuda", "triton", "triton stored", "triton panels", "triton resident")
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -49,6 +49,11 @@ def test_labels(way, monkeypatch):
     checks.with_labels(points_backend(way, monkeypatch), (2, 20, 30, 4), "cpu")
 
 
+@pytest.mark.parametrize("way", ["cuda", "triton resident"])
+def test_between_data_sets(way, monkeypatch):
+    checks.between_data_sets(points_backend(way, monkeypatch), (6, 5), 2, "cpu")
+
+
 @pytest.mark.parametrize("way", ["reference", "triton"])
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_products_keep_their_digits(precision, way):
@@ -64,6 +69,7 @@ def test_what_else_is_checked_on_a_gpu(way, monkeypatch):
     checks.repeats(backend, size, "cpu")
     checks.captured(backend, size, "cpu", lambda step: step)
     checks.tolerance_holds(backend, size, "cpu", lambda call: call(), 2.0, 1e-2)
+    checks.fixed_point(backend, size, "cpu", lambda call: call())
     checks.large(backend, (1, 20, 30, 3), "cpu")
     if backend != "cpu":
         checks.nan_stays(backend, size, "cpu", monkeypatch)

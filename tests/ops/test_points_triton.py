@@ -16,16 +16,19 @@ SIZE = {torch.float32: 4, torch.float64: 8}
     ("problem", "metric", "precision", "plan"),
     [
         ((1, 100000, 100000, 3), "sqeuclidean", "highest", ("differences", "nothing", 1, 100000)),
-        ((9, 5, 7, 16), "l2", "highest", ("differences", "nothing", 9, 5)),
+        ((9, 5, 7, 16), "l2", "highest", ("differences", "resident", 9, 5)),
+        ((9, 256, 256, 64), "sqeuclidean", "highest", ("product", "resident", 9, 256)),
+        ((5000, 256, 256, 3), "l1", "highest", ("differences", "resident", 4096, 256)),
+        ((9, 257, 256, 16), "l2", "highest", ("differences", "nothing", 9, 257)),
         ((64, 1024, 1024, 64), "sqeuclidean", "highest", ("product", "nothing", 64, 1024)),
         ((64, 1024, 1024, 65), "sqeuclidean", "high", ("product", "all", 64, 1024)),
         ((900, 1024, 1024, 512), "sqeuclidean", "highest", ("product", "all", 256, 1024)),
         ((2, 16384, 16384, 512), "sqeuclidean", "highest", ("product", "all", 1, 16384)),
         ((2, 65536, 65536, 512), "sqeuclidean", "highest", ("product", "panels", 1, 128)),
         ((1, 10, 1 << 30, 512), "sqeuclidean", "highest", ("product", "panels", 1, 1)),
-        ((1, 50, 1300, 4096), "l2", "highest", ("differences", "all", 1, 50)),
-        ((1, 50, 1300, 4096), "l2", "medium", ("product", "all", 1, 50)),
-        ((1, 50, 1300, 4096), "l1", "medium", ("differences", "all", 1, 50)),
+        ((1, 51, 1300, 4096), "l2", "highest", ("differences", "all", 1, 51)),
+        ((1, 51, 1300, 4096), "l2", "medium", ("product", "all", 1, 51)),
+        ((1, 51, 1300, 4096), "l1", "medium", ("differences", "all", 1, 51)),
     ],
 )
 def test_plan(problem, metric, precision, plan):
@@ -47,6 +50,7 @@ def test_splits(programs, across, processors):
 def test_cut_columns_change_nothing_but_rounding(monkeypatch, processors):
     x, y, a, b = clouds(1, 20, 900, 2, torch.float64)
     monkeypatch.setattr(triton, "_processors", lambda device: processors)
+    monkeypatch.setattr(tiles, "RESIDENT", 0)
     options = {"eps": 0.5, "max_iter": 2}
     result = sinkhorn_points(x, y, a, b, **options, backend="triton")
     expected = sinkhorn_oracle(cost_oracle(x, y, "sqeuclidean"), a, b, **options)
@@ -79,9 +83,11 @@ def test_tf32_is_rounded_to_nearest():
     assert tiles.tf32(t)[1:4].tolist() == want[1:4].tolist()
 
 
-def test_a_nan_stays_in_its_problem():
+@pytest.mark.parametrize("resident", [0, 1 << 16])
+def test_a_nan_stays_in_its_problem(resident, monkeypatch):
     """On a GPU values are not looked at: what a NaN, or a label that is none, makes must show."""
     x, y, a, b = clouds(3, 20, 30, 2, torch.float32)
+    monkeypatch.setattr(tiles, "RESIDENT", resident)
     x[1, 3, 1] = torch.nan
     labels = torch.zeros(3, 20, dtype=torch.int64), torch.zeros(3, 30, dtype=torch.int64)
     labels[1][2, 5] = 7
@@ -95,12 +101,53 @@ def test_a_nan_stays_in_its_problem():
 
 def test_all_problems_stop_early(monkeypatch):
     launches = []
+    monkeypatch.setattr(tiles, "RESIDENT", 0)
     monkeypatch.setattr(triton, "_softmin", _counted(triton._softmin, launches))
     x, y, a, b = clouds(2, 20, 30, 2, torch.float64)
     options = {"eps": 3.0, "max_iter": 10000, "tol": 1e-4, "backend": "triton"}
     r = sinkhorn_points(x, y, a, b, **options)
     assert r.converged.all()
     assert len(launches) == 2 * (r.n_iter.max() + 1)
+
+
+@pytest.mark.parametrize("max_iter", [1, 7])
+@pytest.mark.parametrize("tol", [0.0, 1e-30])
+def test_few_points_take_a_few_launches_whatever_the_iterations(max_iter, tol, monkeypatch):
+    """That the values are right is for the way ``triton resident`` of the shared cases."""
+    launches, solves = [], pointers.triton_kernels("sinkhorn").triton_solve
+    of_tiles = [f"{name}_kernel" for name in ("softmin", "merge", "decide", "tile")]
+    of_one = ["solve_resident", "solve_streamed", "values"]
+    for module, names in ((triton.kernels, of_tiles), (solves, of_one)):
+        for name in names:
+            kernel = _Launched(name, getattr(module, name), launches)
+            monkeypatch.setattr(module, name, kernel)
+    x, y, a, b = clouds(3, 20, 30, 20, torch.float32)
+    r = sinkhorn_points(x, y, a, b, eps=9.0, max_iter=max_iter, tol=tol, backend="triton")
+    assert (r.n_iter == max_iter).all()
+    assert launches == ["tile_kernel", "solve_resident", "values"]
+
+
+def test_a_schedule_of_few_points():
+    """Its levels have a tolerance for each problem, which the one launch has not."""
+    x, y, a, b = clouds(2, 9, 12, 3, torch.float64)
+    options = {"eps": 0.5, "max_iter": 40, "schedule": 0.1}
+    seen, want = (
+        sinkhorn_points(x, y, a, b, **options, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(seen.n_iter, want.n_iter)
+    torch.testing.assert_close(seen.value, want.value, rtol=1e-10, atol=1e-10)
+
+
+class _Launched:
+    """Notes down a kernel's launches."""
+
+    def __init__(self, name, kernel, launches):
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
 
 
 def _counted(call, calls):

@@ -13,7 +13,8 @@ from otdd.ops.cost.reference import cost_backward_reference, cost_matrix_referen
 from otdd.ops.points.reference import Clouds, label_costs
 from otdd.ops.sinkhorn.reference import plan_from_potentials
 
-_BLOCK = 1 << 18  # entries of the plan that exist at a time
+# Entries of the plan that exist at a time: in the cache of a CPU, and enough for a GPU's launches.
+_BLOCK, _BLOCK_OF_GPU = 1 << 18, 1 << 22
 
 
 def blocks(
@@ -21,7 +22,8 @@ def blocks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices of rows with their plan, and with the part of their cost that is of the points."""
     run = cost_matrix_cpu if backend == "cpu" else cost_matrix_reference
-    step = max(1, _BLOCK // max(1, p.eps.numel() * p.y.shape[-2]))
+    most = _BLOCK_OF_GPU if p.x.is_cuda else _BLOCK
+    step = max(1, most // max(1, p.eps.numel() * p.y.shape[-2]))
     for i in range(0, p.x.shape[-2], step):
         rows = slice(i, i + step)
         distance = run(p.x[..., rows, :], p.y, metric)

@@ -2,6 +2,7 @@
 
 That is a matter of size (`plan_of`):
 
+- few points: made once, and solved by one program for each problem, in one launch;
 - few features: made anew in each pass, from differences, or from products on the matrix units;
 - many features: made once and kept, where all of them fit into `STORED` bytes;
 - else made once an iteration, some rows at a time: a panel of `PANEL` bytes stays in the cache for
@@ -16,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otdd import backends
 from otdd.ops.points.dense import mean_of
 from otdd.ops.points.reference import Clouds
 from otdd.ops.points.tuning import chosen
 
+RESIDENT = 1 << 16  # costs of a problem that one program solves
 STORED = 1 << 30  # bytes of the costs that are kept for a whole solve
 PANEL = 1 << 25  # bytes of the costs that are kept from the row pass to the column pass
 BY_DIFFERENCES = 16  # features up to which differences are cheaper than products
@@ -31,7 +34,7 @@ class Plan(NamedTuple):
     """How the costs of a batch are made."""
 
     cost: str  # "product" or "differences"
-    keep: str  # "nothing", "all" or "panels"
+    keep: str  # "resident", "nothing", "all" or "panels"
     group: int  # problems that are solved together
     rows: int  # of a panel
 
@@ -44,12 +47,12 @@ def plan_of(B: int, N: int, M: int, D: int, size: int, metric: str, precision: s
     """
     by_products = metric == "sqeuclidean" or (metric == "l2" and precision != "highest")
     cost = "product" if by_products and D > BY_DIFFERENCES else "differences"
-    remade = REMADE if cost == "product" else BY_DIFFERENCES
-    if remade >= D:
+    remade, problem = REMADE if cost == "product" else BY_DIFFERENCES, N * M * size
+    few = N * M <= RESIDENT
+    if remade >= D and not few:
         return Plan(cost, "nothing", B, N)
-    problem = N * M * size
     if problem <= STORED:
-        return Plan(cost, "all", min(B, STORED // problem), N)
+        return Plan(cost, "resident" if few else "all", min(B, STORED // problem), N)
     return Plan(cost, "panels", 1, panel_of(N, M, size)[1])
 
 
@@ -113,14 +116,20 @@ class Tiles:
         return replace(self, x=C, y=C, labels=None, cost="stored")
 
     @property
+    def kind(self) -> str:
+        """What `tuning` measures sizes for."""
+        if self.cost in ("stored", "across"):
+            return "stored"
+        return f"{self.cost} {self.precision}".strip()
+
+    @property
     def shape(self) -> dict[str, int]:
         """Sizes of a tile, powers of two, and the warps that share it; see NOTES for spills."""
         double = self.x.dtype == torch.float64
-        stored = self.cost in ("stored", "across")
-        side, wide = 32 if double else 64, stored or (double and self.labels is not None)
+        side = 32 if double else 64
+        wide = self.kind == "stored" or self.labels is not None
         sizes = {"BLOCK_N": side, "BLOCK_M": side, "num_warps": 8 if wide else 4, "num_stages": 2}
-        kind = "stored" if stored else f"{self.cost} {self.precision}".strip()
-        sizes |= chosen(self.x.device, self.x.dtype, kind)
+        sizes |= chosen(self.x.device, self.x.dtype, self.kind)
         for size, points in (("BLOCK_N", self.N), ("BLOCK_M", self.M)):
             sizes[size] = min(sizes[size], max(16, _power_of_two(points)))
         return sizes | {"BLOCK_D": FEATURES}
@@ -197,7 +206,7 @@ def _multiplied(x: Tensor, precision: str) -> str:
     if x.dtype == torch.float64:
         return "ieee"
     if precision == "medium":
-        return "bf16" if x.is_cuda else "bf16 interpreted"
+        return "bf16 interpreted" if backends.INTERPRETED else "bf16"
     if torch.version.hip is not None:
         return "ieee"
     return "tf32" if precision == "high" else "tf32x3"

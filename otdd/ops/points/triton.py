@@ -1,7 +1,7 @@
 """The `triton` backend of `sinkhorn_points`: tiles of the cost, streamed through the chip.
 
 An iteration is two passes over the tiles, one for the rows and one for the columns; `tiles` says
-where their costs come from.
+where their costs come from. Few costs are solved as given ones are, in one launch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otdd.ops.pointers import on_device
+from otdd.ops.pointers import on_device, triton_kernels
 from otdd.ops.points import kernels
 from otdd.ops.points.dense import weighted_sum
 from otdd.ops.points.reference import Clouds, PointSolution
@@ -26,9 +26,10 @@ from otdd.ops.points.tiles import (
     tiles_of,
 )
 from otdd.ops.sinkhorn.reference import damping, dual_value, kept, weighted
+from otdd.ops.watch import Watch
 
 LOG2_E = 1.4426950408889634
-_POLL = 16  # iterations from one look at whether all problems have stopped to the next
+_LOOK = 16  # iterations from one look at whether all problems have stopped to the next
 
 
 @functools.cache
@@ -157,29 +158,6 @@ def _fill(
     )
 
 
-class _Watch:
-    """Looks now and then whether every problem has stopped, without waiting for the device."""
-
-    def __init__(self, active: Tensor) -> None:
-        self.active, self.seen, self.event = active, None, None
-
-    def over(self, iteration: int) -> bool:
-        if self.active.device.type != "cuda":
-            return not bool(self.active.any())
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        if self.event is not None and self.event.query():
-            if not bool(self.seen):
-                return True
-            self.event = None
-        if self.event is None and iteration % _POLL == 0:
-            self.seen = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self.seen.copy_(self.active.any(), non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        return False
-
-
 def points_triton(
     p: Clouds, g: Tensor, metric: str, max_iter: int, tol: float | Tensor, precision: str
 ) -> PointSolution:
@@ -233,13 +211,17 @@ def _solve(
     plan: Plan,
 ) -> PointSolution:
     """Problems that are solved together."""
-    log2_a, log2_b, scales = _begin(p)
     made = tiles_of(p, metric, precision, plan.cost)
+    if plan.keep in ("resident", "all"):
+        made = made.stored(_costs(made, p.x.new_empty(len(p.x), made.N, made.M)))
+    if plan.keep == "resident" and not isinstance(tol, Tensor):  # its kernel takes one for all
+        run = triton_kernels("sinkhorn").sinkhorn_triton
+        solved = run(made.x, *p[2:7], g, max_iter, tol, keep_history=False, sinkd=False)
+        return PointSolution(*solved[:6])
+    log2_a, log2_b, scales = _begin(p)
     if plan.keep == "panels":
         passes = _Panels(made, log2_a, log2_b, scales, plan.rows)
     else:
-        if plan.keep == "all":
-            made = made.stored(_costs(made, p.x.new_empty(len(p.x), made.N, made.M)))
         passes = _Whole(made, log2_a, log2_b, scales)
     f, g, n_iter = _iterate(passes, p, g, scales, max_iter, tol)
     one, none = torch.ones_like(f), torch.zeros_like(g)
@@ -318,7 +300,7 @@ def _iterate(
             passes.columns(f, g, False)
         return f, g, torch.full_like(p.eps, max_iter, dtype=torch.int64)
     n_iter = torch.zeros_like(p.eps, dtype=torch.int64)
-    f_next, a, watch = torch.empty_like(f), p.a.contiguous(), _Watch(scales.active)
+    f_next, a, watch = torch.empty_like(f), p.a.contiguous(), Watch(_LOOK, waits=False)
     goal = (tol if isinstance(tol, Tensor) else torch.full_like(p.eps, tol)).to(f.dtype)
     rate = (LOG2_E / p.rho_a).to(f.dtype)
     rest = scales.scale, scales.damp_a, rate, goal.contiguous(), scales.active, n_iter, f.shape[-1]
@@ -326,7 +308,7 @@ def _iterate(
         passes.rows(g, f_next, scales.one, True)
         kernels.decide_kernel[(len(f),)](f, f_next, a, *rest, STARTED=k > 0, BLOCK=256)
         passes.columns(f, g, True)
-        if watch.over(k):
+        if watch.over(k, scales.active):
             break
     return f, g, n_iter
 

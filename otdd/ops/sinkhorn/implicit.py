@@ -5,6 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from otdd.ops.watch import Watch
+
+LOOK = 8  # steps of conjugate gradients from one look at whether all are done to the next
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -69,15 +73,21 @@ def _conjugate_gradients(matrix: Product, rhs: Tensor, kernel: Tensor, rtol: flo
     """Batched CG orthogonal to `kernel`; problems that are done stand still.
 
     Done is a residual of `rtol`, or a direction whose curvature is below it: what lies there is
-    rounding, divided by nearly nothing.
+    rounding, divided by nearly nothing. Nothing of the result depends on how late the host sees
+    that all are done.
     """
+    if rhs.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the linear system of the fixed point ends when the device says so: derivatives that "
+            "need it cannot be captured in a CUDA graph"
+        )
     x, residual = torch.zeros_like(rhs), rhs
     direction, rho = rhs, rhs.square().sum(-1, keepdim=True)
     goal = rho * rtol**2
-    going = torch.ones_like(rho, dtype=torch.bool)
-    for _ in range(10 * rhs.shape[-1]):
+    going, watch = torch.ones_like(rho, dtype=torch.bool), Watch(LOOK, waits=True)
+    for k in range(10 * rhs.shape[-1]):
         going = going & (rho > goal)
-        if not bool(going.any()):
+        if watch.over(k, going):
             break
         image = matrix(direction)
         curvature = (direction * image).sum(-1, keepdim=True)

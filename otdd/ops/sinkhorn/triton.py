@@ -11,9 +11,13 @@ from otdd.ops.sinkhorn import triton_backward, triton_solve
 from otdd.ops.sinkhorn.op import MOST_ENTRIES, filled
 from otdd.ops.sinkhorn.reference import Solution, potentials_backward_reference
 
-# Registers of a thread of `solve_streamed`. Given no number, ptxas of Triton 3.7 aims at one of its
-# own, 32 or 96, and keeps to it by spilling a few values. AMD's compiler takes no number.
+# Registers of a thread of `solve_streamed`, and of `backward_unrolled`: all that it can have. Given
+# no number, ptxas of Triton 3.7 and 3.9 aims at one of its own, such as 32, 80 or 96, and keeps to
+# it by spilling a few values. AMD's compiler takes no number.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+MOST_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+# Of a tile of float32 costs; with 4, AMD's compiler spills values of `backward_unrolled` for RDNA.
+WARPS = 8 if torch.version.hip else 4
 
 
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ def layout(N: int, M: int, dtype: torch.dtype) -> tuple[bool, tuple[int, int], i
         fewest = 1 if single else 4
         return True, (rows, columns), min(8, max(fewest, rows * columns // per_warp))
     # float64: more than 4 entries a thread and their exponentials do not fit into REGISTERS.
-    entries, warps = (4096, 4) if single else (1024, 8)
+    entries, warps = (4096, WARPS) if single else (1024, 8)
     rows = min(rows, 32)
     return False, (rows, min(columns, entries // rows, longest)), warps
 
@@ -169,7 +173,7 @@ def potentials_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `potentials_backward_reference`; ``implicit`` is that.
 
-    It is made of PyTorch's products, in float64, and looks at the host once an iteration.
+    It is made of PyTorch's products, in float64.
     """
     problem = C, a, b, eps, rho_a, rho_b
     if mode == "implicit":
@@ -187,5 +191,6 @@ def potentials_backward_triton(
         triton_backward.backward_unrolled[(math.prod(batch),)](
             *(C, a, b, eps, rho_a, rho_b, *steps, df, dg, dC, da, db, *sizes, *blocks),
             num_warps=warps,
+            **MOST_REGISTERS,
         )
     return dC, da, db
