@@ -37,10 +37,10 @@ def refusals():
 
 
 def otdd_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
-    """L1 by the kernels of the device; the squared one, of large products, by what otdd chooses."""
+    """By the kernels of the device."""
     from otdd.ops import cost_matrix
 
-    return cost_matrix(x, y, metric, backend=x.device.type if metric == "l1" else None)
+    return cost_matrix(x, y, metric, backend=x.device.type)
 
 
 def otdd(grad: str, backend: str | None = None) -> Callable[[Case, Data, str, int], Run]:

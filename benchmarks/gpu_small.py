@@ -106,7 +106,8 @@ def cost(shape: str, dtype: str, device: str, backend: str) -> list[Tensor]:
     G = torch.randn(B, N, M, generator=generator, dtype=x.dtype)
     x, y = (t.to(device).requires_grad_() for t in (x, y))
     C = ops.cost_matrix(x, y, "l1", backend=backend)
-    return [C, *torch.autograd.grad(C, (x, y), G.to(device))]
+    squares = ops.cost_matrix(x.detach(), y.detach(), "sqeuclidean", backend=backend)
+    return [C, squares, *torch.autograd.grad(C, (x, y), G.to(device))]
 
 
 def logits(shape: str, dtype: str, device: str, backend: str) -> list[Tensor]:

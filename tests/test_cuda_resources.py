@@ -22,7 +22,7 @@ ptxas info    : Function properties for {warp}
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 0 barriers
 """
-PLAN = "_ZN4otdd4cuda13plan_elementsIfEEvNS0_8PlanArgsIT_EE"
+PLAN = "_ZN4otdd4cuda10plan_tilesIfEEvNS0_8PlanArgsIT_EE"
 WARP = "_ZN4otdd4cuda13sinkhorn_warpIdLi2ELi4EEEvNS0_12SinkhornArgsIT_EE"
 
 
@@ -63,7 +63,7 @@ def test_reports_of_ptxas_are_read():
     kernels = resources.parse(REPORT.format(plan=PLAN, warp=WARP))
     assert kernels == {PLAN: [40, 256, 8, 16, 24], WARP: [168, 0, 0, 0, 0]}
     assert list(resources.readable(kernels)) == [
-        "plan_elements<float>",
+        "plan_tiles<float>",
         "sinkhorn_warp<double, 2, 4>",
     ]
 

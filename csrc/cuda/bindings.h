@@ -155,9 +155,9 @@ int backward_(int device, Address stream, bool unrolled, double rtol, i64 B, i64
 }
 
 template <class T>
-int cost_(int device, Address stream, i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, Address C,
-          Address space, i64 bytes) {
-  const CostArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), address<T>(C)};
+int cost_(int device, Address stream, i64 B, i64 N, i64 M, i64 D, bool squared, Strided x, Strided y,
+          Address C, Address space, i64 bytes) {
+  const CostArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), address<T>(C), squared};
   announce(args.x, B, N, D), announce(args.y, B, M, D), result(args.C, B * N * M);
   workspace(address<void>(space), bytes);
   return run([&] { return cost<T>(args, device, address<void>(space), address<void>(stream)); });
@@ -206,12 +206,12 @@ int logits_backward_(int device, Address stream, i64 B, i64 N, i64 D, Address p,
 }
 
 template <class T>
-int moves_(int device, Address stream, i64 B, i64 N, i64 L, i64 M, i64 D, Strided x, Strided y, Address C,
-           Address given, Strided a, Strided b, Strided g0, double lambda, i64 max_iter, Address f, Address g,
+int moves_(int device, Address stream, i64 B, i64 N, i64 L, i64 M, i64 D, Strided x, Strided y, bool squared,
+           Address C, Address given, Strided a, Strided b, Strided g0, double lambda, i64 max_iter, Address f, Address g,
            Address eps, Address dx, Address plan, bool relative, Address space, i64 bytes) {
-  const MoveArgs<T> args{B, N, L, M, D, matrices<T>(x), matrices<T>(y), address<T>(C), address<const T>(given),
-                         vectors<T>(a), vectors<T>(b), vectors<T>(g0), lambda, max_iter, address<T>(f),
-                         address<T>(g), address<T>(eps), address<T>(dx), address<T>(plan), relative};
+  const MoveArgs<T> args{B, N, L, M, D, matrices<T>(x), matrices<T>(y), squared, address<T>(C),
+                         address<const T>(given), vectors<T>(a), vectors<T>(b), vectors<T>(g0), lambda, max_iter,
+                         address<T>(f), address<T>(g), address<T>(eps), address<T>(dx), address<T>(plan), relative};
   announce(args.x, B, N, D), announce(args.y, B, M, D), announce(args.given, B, L * M, L, M, M, sizeof(T));
   if (args.x.data) result(args.C, B * N * M);
   else announce(static_cast<const T*>(args.C), B, N * M, N, M, M, sizeof(T));

@@ -1,20 +1,30 @@
-// L1 costs and their gradients from differences, tile by tile: no buffer of N x M x D, no atomics.
+// L1 and squared costs from differences, and gradients of L1, tile by tile: no buffer of N x M x D, no atomics.
 #include "cost_side.h"
 
 namespace otdd::cuda {
 
-// Two additions a feature, one of them in a chain that is a fourth (float) as long.
-template <class T>
+// Two additions a feature, or one and a multiply-add; the sum's own chain is a fourth (float) as long.
+template <bool kSquared, class T>
 OTDD_DEVICE T distance(const Chunk<T>& x, const Chunk<T>& y) {
-  T sum = ::fabs(x.v[0] - y.v[0]) + ::fabs(x.v[1] - y.v[1]);
-  if constexpr (kChunk<T> == 4) sum += ::fabs(x.v[2] - y.v[2]) + ::fabs(x.v[3] - y.v[3]);
-  return sum;
+  if constexpr (kSquared) {
+    T d[kChunk<T>];
+    OTDD_UNROLL
+    for (int l = 0; l < kChunk<T>; ++l) d[l] = x.v[l] - y.v[l];
+    T sum = d[0] * d[0];
+    OTDD_UNROLL
+    for (int l = 1; l < kChunk<T>; ++l) sum += d[l] * d[l];
+    return sum;
+  } else {
+    T sum = ::fabs(x.v[0] - y.v[0]) + ::fabs(x.v[1] - y.v[1]);
+    if constexpr (kChunk<T> == 4) sum += ::fabs(x.v[2] - y.v[2]) + ::fabs(x.v[3] - y.v[3]);
+    return sum;
+  }
 }
 
 // Tiles of 16 kTR points of x against 16 kTC of y, four chunks of features at a time. While these are
 // worked on in one half of shared memory, the next are on their way to the other. Points are an odd
 // number of chunks apart, so that eight of them lie in different banks.
-template <class T, int kTR, int kTC>
+template <bool kSquared, class T, int kTR, int kTC>
 OTDD_KERNEL OTDD_THREADS(kCostThreads, kTR* kTC * sizeof(T) > 128 ? 1 : 2)
     cost_tiles(OTDD_ARGUMENT CostArgs<T> args, OTDD_ARGUMENT CostPlan<T> plan) {
   constexpr int kRows = 16 * kTR, kPoints = kRows + 16 * kTC, kLoads = kPoints / 64, kPitch = 5;
@@ -82,7 +92,7 @@ OTDD_KERNEL OTDD_THREADS(kCostThreads, kTR* kTC * sizeof(T) > 128 ? 1 : 2)
         for (int s = 0; s < kTC; ++s) {
           const Chunk<T> ys = y[16 * s * kPitch + c];
           OTDD_UNROLL
-          for (int t = 0; t < kTR; ++t) sums[t][s] += distance(xs[t], ys);
+          for (int t = 0; t < kTR; ++t) sums[t][s] += distance<kSquared>(xs[t], ys);
         }
       }
       if (more && d + kStep - delivered >= kRunLength) deliver_sums(d + kStep, false);
@@ -114,7 +124,7 @@ constexpr int kFewBytes = 32 << 10;  // of x in shared memory
 // Few points of x, up to kN: y is read once, from device memory. A warp takes kBeside points of y, or one
 // of plan.parts parts of their features, against all of x, whose features come a section at a time. Where that
 // leaves multiprocessors idle a block has a slice of the features.
-template <class T, int kN>
+template <bool kSquared, class T, int kN>
 OTDD_KERNEL OTDD_THREADS(kCostThreads, kN * sizeof(T) > 32 ? 1 : 2)
     cost_few_rows(OTDD_ARGUMENT CostArgs<T> args, OTDD_ARGUMENT CostPlan<T> plan) {
   constexpr int kSection = kFewBytes / 16 / kN, kSums = kN * kBeside;
@@ -151,7 +161,7 @@ OTDD_KERNEL OTDD_THREADS(kCostThreads, kN * sizeof(T) > 32 ? 1 : 2)
         for (int i = 0; i < kN; ++i) {
           const Chunk<T> xi = xs[i * kSection + c];
           OTDD_UNROLL
-          for (int s = 0; s < kBeside; ++s) sums[i * kBeside + s] += distance(xi, ys[s]);
+          for (int s = 0; s < kBeside; ++s) sums[i * kBeside + s] += distance<kSquared>(xi, ys[s]);
         }
       }
     }
@@ -178,8 +188,8 @@ i64 cost_workspace(int device, i64 B, i64 N, i64 M, i64 D) {
   return bytes;
 }
 
-template <class T>
-int cost(const CostArgs<T>& given, int device, void* workspace, void* stream) {
+template <bool kSquared, class T>
+int cost_of(const CostArgs<T>& given, int device, void* workspace, void* stream) {
   const i64 count = given.B * given.N * given.M;
   if (count == 0) return kOk;
   return on_device(device, [&](const Chip& chip) {
@@ -196,7 +206,7 @@ int cost(const CostArgs<T>& given, int device, void* workspace, void* stream) {
       const auto few = [&](auto rows) {
         constexpr int kN = decltype(rows)::value;
         const i64 shared = kFewBytes + kCostThreads / 32 * kN * kBeside * sizeof(T);
-        return launch(cost_few_rows<T, kN>, {grid, kCostThreads, shared}, stream, args, plan);
+        return launch(cost_few_rows<kSquared, T, kN>, {grid, kCostThreads, shared}, stream, args, plan);
       };
       if (layout.parts)
         return args.N > 4   ? few(std::integral_constant<int, 8>())
@@ -207,11 +217,17 @@ int cost(const CostArgs<T>& given, int device, void* workspace, void* stream) {
         constexpr int kTR = decltype(tile)::kTR, kTC = decltype(tile)::kTC;
         if (kTR != layout.tile_rows || kTC != layout.tile_columns) return;
         const i64 shared = 2 * 16 * (kTR + kTC) * 5 * 16;
-        status = launch(cost_tiles<T, kTR, kTC>, {grid, kCostThreads, shared}, stream, args, plan);
+        status = launch(cost_tiles<kSquared, T, kTR, kTC>, {grid, kCostThreads, shared}, stream, args, plan);
       });
       return status;
     });
   });
+}
+
+template <class T>
+int cost(const CostArgs<T>& args, int device, void* workspace, void* stream) {
+  return args.squared ? cost_of<true>(args, device, workspace, stream)
+                      : cost_of<false>(args, device, workspace, stream);
 }
 
 template <class T>

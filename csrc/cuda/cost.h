@@ -1,4 +1,4 @@
-// L1 costs and their gradients: how a problem is shared out among blocks, and what their kernels share.
+// L1 and squared costs, and gradients of L1: how a problem is shared out among blocks, and what their kernels share.
 #pragma once
 
 #include <cstdint>

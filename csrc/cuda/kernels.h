@@ -23,7 +23,7 @@ i64 backward_workspace(int device, bool unrolled, i64 B, i64 N, i64 M, i64 steps
 template <class T>
 int backward(const BackwardArgs<T>& args, bool unrolled, int device, void* workspace, void* stream);
 
-// The L1 cost and its gradients. Bytes of device memory needed beside the arguments, of any value; -2 if
+// L1 and squared costs, and the gradients of L1. Bytes of device memory needed beside the arguments, of any value; -2 if
 // something failed.
 template <class T>
 i64 cost_workspace(int device, i64 B, i64 N, i64 M, i64 D);

@@ -1,6 +1,7 @@
 // From the host: what a device has to offer, and the start of a kernel on it.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "kernels.h"
@@ -95,14 +96,29 @@ class OnDevice {
 #else  // the emulator
 
 inline Chip emulated_chip = {4, i64(227) << 10, 16};  // of few processors: grids go round
-inline int chip_of(int, Chip& chip) {
+
+// What a call is told of, other than what would be taken without.
+constexpr int kEmulatedDevice = 1;
+constexpr std::uintptr_t kEmulatedStream = 64;
+inline int current_device = 0;
+
+inline int chip_of(int device, Chip& chip) {
   chip = emulated_chip;
-  return kOk;
+  if (device == kEmulatedDevice) return kOk;
+  error_text() = "asked of another device";
+  return kFailed;
+}
+
+inline void check_place(void* stream) {
+  if (current_device != kEmulatedDevice) throw emulator::Error("work on another device than the caller's");
+  if (reinterpret_cast<std::uintptr_t>(stream) != kEmulatedStream)
+    throw emulator::Error("work in another stream than the caller's");
 }
 
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), const Shape& shape, void*, const Args&... args) {
+int launch(void (*kernel)(Params...), const Shape& shape, void* stream, const Args&... args) {
   try {
+    check_place(stream);
     emulator::machine.launch(shape.grid, shape.block, shape.shared, shape.cluster, shape.cooperative,
                              [&] { kernel(args...); });
   } catch (const std::exception& error) {
@@ -112,14 +128,25 @@ int launch(void (*kernel)(Params...), const Shape& shape, void*, const Args&... 
   return kOk;
 }
 
-inline int clear(void* p, i64 pitch, i64 bytes, i64 count, void*) {
+inline int clear(void* p, i64 pitch, i64 bytes, i64 count, void* stream) {
+  try {
+    check_place(stream);
+  } catch (const std::exception& error) {
+    error_text() = error.what();
+    return kFailed;
+  }
   for (i64 k = 0; k < count; ++k) std::memset(static_cast<char*>(p) + k * pitch, 0, bytes);
   return kOk;
 }
 
-struct OnDevice {
-  explicit OnDevice(int) {}
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : before_(current_device) { current_device = device; }
+  ~OnDevice() { current_device = before_; }
   int status() const { return kOk; }
+
+ private:
+  int before_;
 };
 
 #endif

@@ -1,5 +1,5 @@
 // From the points of many classes to their transport, and to the gradient of its cost, in few launches of one call:
-// L1 costs, their spread, the solve, and signed sums weighted by the plan, or the plan itself.
+// L1 or squared costs, their spread, the solve, and signed sums weighted by the plan, or the plan itself.
 #include "block.h"
 #include "cost_side.h"
 
@@ -132,7 +132,7 @@ int moves(const MoveArgs<T>& m, int device, void* workspace, void* stream) {
   const MoveSpace<T> space(workspace, m.B, m.N, m.L, m.M);
   char* rest = static_cast<char*>(workspace) + space.bytes;
   int status = kOk;
-  if (m.x.data) status = cost<T>({m.B, m.N, m.M, m.D, m.x, m.y, m.C}, device, rest, stream);
+  if (m.x.data) status = cost<T>({m.B, m.N, m.M, m.D, m.x, m.y, m.C, m.squared}, device, rest, stream);
   if (status != kOk) return status;
   status = on_device(device, [&](const Chip& chip) {
     return launch(spread_costs<T>, shape_of_spread(chip, m.B, rows * m.M), stream, m, space);

@@ -68,12 +68,13 @@ struct BackwardArgs : Problems<T> {
   double rtol;      // implicit: residual and curvature below which there is only rounding
 };
 
-// C_ij = sum_d |x_id - y_jd|
+// C_ij = sum_d |x_id - y_jd|, or of their squares
 template <class T>
 struct CostArgs {
   i64 B, N, M, D;
   Matrices<T> x, y;
   T* C;  // contiguous
+  bool squared = false;
 };
 
 // dx_id = sum_j G_ij sign(x_id - y_jd), dy_jd = -sum_i G_ij sign(x_id - y_jd)
@@ -114,14 +115,15 @@ template <class T>
 struct MoveArgs {
   i64 B, N, L, M, D;
   Matrices<T> x, y;  // null: C is given
-  T* C;              // L1 costs of the moving points; contiguous
+  bool squared;      // C is of squared differences, not L1
+  T* C;              // costs of the moving points; contiguous
   const T* given;    // costs of the others, contiguous
   Vectors<T> a, b;   // of N + L points, of M
   Vectors<T> g0;
   double lambda;
   i64 max_iter;
   T *f, *g, *eps;  // contiguous
-  T* dx;           // signed sums of the plan, the gradient of <P, C> for P held fixed; or null
+  T* dx;           // signed sums of the plan, the gradient of <P, C> under L1 for P held fixed; or null
   T* plan;         // of the moving points; or null
   bool relative;   // the plan over the rows' weights, 0 where they are 0
 };

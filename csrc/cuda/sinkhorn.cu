@@ -65,28 +65,66 @@ int sinkhorn(const SinkhornArgs<T>& args, int device, void* workspace, void* str
   });
 }
 
-// One element a thread, as many as there are.
+// The base-2 logarithm of w exp(p / eps).
+OTDD_DEVICE double exponent_of(double w, double p, double to_exponent) {
+  return w > 0 ? ::log2(w) + p * to_exponent : -INFINITY;
+}
+
+constexpr int kPlanRows = 8, kPlanColumns = 64, kPlanThreads = 256;
+
+// A warp has 8 rows of 64 columns at a time. Logarithms and divisions are done once for a row, by one lane, and
+// for a column: for each element they would take several times as long as memory does.
 template <class T>
-OTDD_KERNEL OTDD_THREADS(256, 1) plan_elements(OTDD_ARGUMENT PlanArgs<T> args) {
-  const i64 size = args.N * args.M, count = args.B * size;
-  const i64 step = i64(chip::blocks()) * chip::threads();
-  for (i64 k = i64(chip::block()) * chip::threads() + chip::thread(); k < count; k += step) {
-    const i64 problem = k / size, i = k % size / args.M, j = k % args.M;
-    const double a = args.a.at(problem, i), b = args.b.at(problem, j);
-    const double potentials = double(args.f.at(problem, i)) + double(args.g.at(problem, j));
-    const double x = (potentials - double(args.C.template at<T>(problem, i, j))) / args.eps.at(problem, 0);
-    const double P = a > 0 && b > 0 ? chip::exp2_fast(T((x + ::log(a) + ::log(b)) * kLog2e)) : 0;
-    write_number(args.P, args.P_type, k, T(P * double(args.scale.at(problem, 0))));
+OTDD_KERNEL OTDD_THREADS(kPlanThreads, 1) plan_tiles(OTDD_ARGUMENT PlanArgs<T> args) {
+  constexpr int kBeside = kPlanColumns / 32;
+  const int lane = chip::thread() % 32;
+  const i64 down = (args.N + kPlanRows - 1) / kPlanRows, across = (args.M + kPlanColumns - 1) / kPlanColumns;
+  const i64 warps = i64(chip::blocks()) * (kPlanThreads / 32), tiles = args.B * down * across;
+  for (i64 k = i64(chip::block()) * (kPlanThreads / 32) + chip::thread() / 32; k < tiles; k += warps) {
+    const i64 i0 = k / across % down * kPlanRows, j0 = k % across * kPlanColumns + lane, problem = k / across / down;
+    const double to_exponent = kLog2e / args.eps.at(problem, 0), scale = args.scale.at(problem, 0);
+    const i64 own = i0 + lane % kPlanRows, rows = args.N - i0, columns = args.M - j0;  // left, from here on
+    double row = -INFINITY, column[kBeside];
+    if (own < args.N) row = exponent_of(args.a.at(problem, own), args.f.at(problem, own), to_exponent);
+    OTDD_UNROLL
+    for (int c = 0; c < kBeside; ++c) {
+      const i64 j = j0 + 32 * c;
+      column[c] = -INFINITY;
+      if (j < args.M) column[c] = exponent_of(args.b.at(problem, j), args.g.at(problem, j), to_exponent);
+    }
+    T costs[kPlanRows][kBeside];
+    with_number<T>(args.C.type, [&](auto number) {
+      const i64 first = problem * args.C.batch + i0 * args.C.row + j0;
+      OTDD_UNROLL
+      for (int r = 0; r < kPlanRows; ++r) {
+        OTDD_UNROLL
+        for (int c = 0; c < kBeside; ++c)
+          costs[r][c] = r < rows && 32 * c < columns ? T(number.read(args.C.data, first + r * args.C.row + 32 * c)) : 0;
+      }
+    });
+    const i64 first = (problem * args.N + i0) * args.M + j0;
+    OTDD_UNROLL
+    for (int r = 0; r < kPlanRows; ++r) {
+      const double of_row = chip::shuffle(row, r);
+      OTDD_UNROLL
+      for (int c = 0; c < kBeside; ++c) {
+        const bool used = of_row != -INFINITY && column[c] != -INFINITY;
+        const double x = of_row + column[c] - double(costs[r][c]) * to_exponent;
+        const double P = used ? chip::exp2_fast(T(x)) : 0;
+        if (r < rows && 32 * c < columns)
+          write_number(args.P, args.P_type, first + r * args.M + 32 * c, T(P * scale));
+      }
+    }
   }
 }
 
 template <class T>
 int plan(const PlanArgs<T>& args, int device, void* stream) {
-  const i64 blocks = (args.B * args.N * args.M + 255) / 256;
-  if (blocks == 0) return kOk;
+  const i64 tiles = args.B * ceil_div(args.N, kPlanRows) * ceil_div(args.M, kPlanColumns);
+  if (tiles == 0) return kOk;
   return on_device(device, [&](const Chip& chip) {
-    const i64 most = 16 * i64(chip.multiprocessors);
-    return launch(plan_elements<T>, {int(blocks < most ? blocks : most), 256}, stream, args);
+    const i64 blocks = ceil_div(tiles, kPlanThreads / 32), most = 16 * i64(chip.multiprocessors);
+    return launch(plan_tiles<T>, {int(blocks < most ? blocks : most), kPlanThreads}, stream, args);
   });
 }
 

@@ -21,9 +21,8 @@ class WarpGrip {
 
   template <class Args>
   OTDD_DEVICE void begin(const Args& args, i64 problem, double inv_eps) {
-    C_ = &args.C, of_problem_ = args.C.of(problem), inv_eps_ = inv_eps;
+    C_ = &args.C, problem_ = unsigned(problem), inv_eps_ = inv_eps;
     N_ = int(args.N), M_ = int(args.M), lane_ = chip::thread() % 32;
-    first_row_ = first_of<kTR, 4>(0), first_column_ = first_of<kTC, 16>(0);
     OTDD_UNROLL
     for (int k = 0; k < kOwnRows; ++k) rows_[k] = Row();
     OTDD_UNROLL
@@ -46,7 +45,7 @@ class WarpGrip {
     const bool counted = kTR >= 8 || (lane_ & (8 / kTR - 1)) == 0;
     OTDD_UNROLL
     for (int k = 0; k < kOwnRows; ++k) {
-      const unsigned i = 4 * (first_row_ + k) + p();  // whose upper half, as an i64, takes no register
+      const unsigned i = 4 * (first_row() + k) + p();  // whose upper half, as an i64, takes no register
       if (int(i) < N_) fn(rows_[k], i64(i), counted);
     }
   }
@@ -55,7 +54,7 @@ class WarpGrip {
     const bool counted = kTC >= 4 || (lane_ >> 3 & (4 / kTC - 1)) == 0;
     OTDD_UNROLL
     for (int k = 0; k < kOwnColumns; ++k) {
-      const unsigned j = 8 * (first_column_ + k) + q();
+      const unsigned j = 8 * (first_column() + k) + q();
       if (int(j) < M_) fn(columns_[k], i64(j), counted);
     }
   }
@@ -65,9 +64,13 @@ class WarpGrip {
 
   OTDD_DEVICE void fill(bool fresh, bool keep) {
     const i64 row = chip::fresh(C_->row);
+    const void* costs_of = C_->of(chip::fresh(problem_));
     double gamma[kTC];
     OTDD_UNROLL
     for (int c = 0; c < kTC; ++c) gamma[c] = of_column(c, columns_[c % kOwnColumns].gamma);
+    // What they were is of no use any more, and so takes no registers from here.
+    OTDD_UNROLL
+    for (int k = 0; k < kOwnRows; ++k) rows_[k].r_new = 1, rows_[k].cost = 0;
     OTDD_UNROLL
     for (int t = 0; t < kTR; ++t) {
       const int i = 4 * t + p();
@@ -75,7 +78,7 @@ class WarpGrip {
       double shift = of_row(t, rows_[t % kOwnRows].shift);
       with_number<T>(C_->type, [&](auto number) {
         OTDD_UNROLL
-        for (int c = 0; c < kTC; ++c) costs[c] = cost(number, i, 8 * c + q(), row);
+        for (int c = 0; c < kTC; ++c) costs[c] = cost(number, costs_of, i, 8 * c + q(), row);
       });
       const auto exponent_of = [&](int c) { return exponent(gamma[c], costs[c], i, 8 * c + q()); };
       if (fresh) {
@@ -98,7 +101,7 @@ class WarpGrip {
       }
       OTDD_UNROLL
       for (int k = 0; k < kOwnRows; ++k)
-        if (t == first_row_ + k && i < N_)
+        if (t == first_row() + k && i < N_)
           rows_[k].r_new = total, rows_[k].shift = shift, rows_[k].cost = spent;
     }
   }
@@ -113,8 +116,7 @@ class WarpGrip {
     }
     fold<kTR, 4>(s);
     OTDD_UNROLL
-    for (int k = 0; k < kOwnRows; ++k)
-      if (4 * (first_row_ + k) + p() < N_) rows_[k].r_new = s[k];
+    for (int k = 0; k < kOwnRows; ++k) rows_[k].r_new = s[k];
   }
 
   OTDD_DEVICE double transposed(double error, bool wanted) {
@@ -138,8 +140,9 @@ class WarpGrip {
       T costs[kTR];
       with_number<T>(C_->type, [&](auto number) {
         const i64 row = chip::fresh(C_->row);
+        const void* costs_of = C_->of(chip::fresh(problem_));
         OTDD_UNROLL
-        for (int t = 0; t < kTR; ++t) costs[t] = cost(number, 4 * t + p(), j, row);
+        for (int t = 0; t < kTR; ++t) costs[t] = cost(number, costs_of, 4 * t + p(), j, row);
       });
       double top = -INFINITY;
       OTDD_UNROLL
@@ -151,7 +154,7 @@ class WarpGrip {
       for (int mask = 8; mask < 32; mask *= 2) total += chip::shuffle_xor(total, mask);
       OTDD_UNROLL
       for (int k = 0; k < kOwnColumns; ++k)
-        if (c == first_column_ + k) columns_[k].lse = top + log_of(total);
+        if (c == first_column() + k) columns_[k].lse = top + log_of(total);
     }
   }
 
@@ -239,18 +242,21 @@ class WarpGrip {
   }
 
   const Costs* C_;
-  const void* of_problem_;
+  unsigned problem_;
   double inv_eps_;
-  int N_, M_, lane_, first_row_, first_column_;
+  int N_, M_, lane_;
   T K_[kTR][kTC];
   Row rows_[kOwnRows];
   Column columns_[kOwnColumns];
 
   OTDD_DEVICE int p() const { return lane_ >> 3; }
   OTDD_DEVICE int q() const { return lane_ & 7; }
+  // Of those that `fold` leaves to the lane.
+  OTDD_DEVICE int first_row() const { return q() * kTR / 8; }
+  OTDD_DEVICE int first_column() const { return p() * kTC / 4; }
 
   // fold: of sums s[0 .. n), added up over the lanes that differ in bits `mask` and below (down to that
-  // of the side's last lane), this lane keeps the share that begins at first_of. The masks of a side are
+  // of the side's last lane), this lane keeps the share that is its own. The masks of a side are
   // 4, 2, 1 for rows and 16, 8 for columns.
   template <int n, int mask, class S>
   OTDD_DEVICE void fold(S* s) const {
@@ -267,12 +273,6 @@ class WarpGrip {
     }
     if constexpr (mask != 1 && mask != 8) fold<(n > 1 ? n / 2 : 1), mask / 2>(s);
   }
-  template <int n, int mask>
-  OTDD_DEVICE int first_of(int first) const {
-    if (n > 1 && (lane_ & mask)) first += n / 2;
-    if constexpr (mask != 1 && mask != 8) return first_of<(n > 1 ? n / 2 : 1), mask / 2>(first);
-    else return first;
-  }
   // What a row's or a column's own lane has, for all lanes that need it.
   template <class X>
   OTDD_DEVICE X of_row(int t, X own) const {
@@ -283,11 +283,11 @@ class WarpGrip {
     return chip::shuffle(own, 8 * (kTC >= 4 ? c / kOwnColumns : c * 4 / kTC) + q());
   }
 
-  // `row` is C's stride, or that of a result, for this use alone (`fresh`): addresses that are kept over
+  // `of` is where the problem's costs are and `row` their stride, for this use alone (`fresh`): what is kept over
   // the iterations would take registers from K.
   template <class Kind>
-  OTDD_DEVICE T cost(Kind kind, int i, int j, i64 row) const {
-    return i < N_ && j < M_ ? T(kind.read(of_problem_, i * row + j)) : T(0);
+  OTDD_DEVICE T cost(Kind kind, const void* of, int i, int j, i64 row) const {
+    return i < N_ && j < M_ ? T(kind.read(of, i * row + j)) : T(0);
   }
   OTDD_DEVICE double exponent(double from, T cost, int i, int j) const {
     return i < N_ && j < M_ ? from - double(cost) * inv_eps_ : -INFINITY;

@@ -49,8 +49,8 @@ class _Padding:
 
     def of(self, latents: Tensor) -> Tensor:
         """Latents as rows of float32 by class, (K, N, D)."""
-        rows = latents.detach().flatten(1).float()
-        return rows[self.index].view(*self.weights.shape, -1)
+        rows = latents.detach().flatten(1)[self.index]
+        return rows.float().view(*self.weights.shape, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,21 +76,24 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
+# What is computed in; numbers of half precision never come here as if they were these.
+_COMPUTED = {torch.float32: "f32", torch.float64: "f64"}
+
+
 @functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
-    return getattr(backends.native(), f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+    return getattr(backends.native(), f"{name}_{_COMPUTED[dtype]}")
 
 
 def cuda_kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
-    return getattr(
-        emulated or backends.native(), f"cuda_{name}_{'f64' if dtype == torch.float64 else 'f32'}"
-    )
+    return getattr(emulated or backends.native(), f"cuda_{name}_{_COMPUTED[dtype]}")
 
 
 def place(t: Tensor) -> tuple[int, int]:
     """Device and current stream for a kernel over `t`."""
     if emulated is not None:
-        return 0, 0
+        of_emulator: tuple[int, int] = emulated.place()
+        return of_emulator
     return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the L1 cost and its gradients, run on the CPU by the emulator."""
+"""The CUDA kernels of L1 and squared costs, and of the gradients of L1, run by the emulator."""
 
 import emulated
 import pytest
@@ -9,6 +9,7 @@ from otdd.ops import pointers
 from otdd.ops.cost.cuda import cost_backward_cuda, cost_matrix_cuda
 
 SHARED = 227 << 10
+METRICS = "l1", "sqeuclidean"
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14}
 SIZES = [  # N, M, D: streams of few rows, either way round, tiles of every kind, edges of all
     (1, 1, 1),
@@ -60,9 +61,10 @@ def assert_near(seen, expected, scale, tolerance):
 
 def check_cost(module, x, y):
     tolerance = DTYPES[x.dtype]
-    (C,) = emulated.in_every_order(module, lambda: (cost_matrix_cuda(x, y, "l1"),))
-    expected = cost_oracle(x.double(), y.double(), "l1")
-    assert_near(C, expected, expected, tolerance)
+    seen = emulated.in_every_order(module, lambda: [cost_matrix_cuda(x, y, m) for m in METRICS])
+    for C, metric in zip(seen, METRICS, strict=True):
+        expected = cost_oracle(x.double(), y.double(), metric)
+        assert_near(C, expected, expected, tolerance)
 
 
 def check_gradients(module, G, x, y):
@@ -116,7 +118,8 @@ def test_equal_points_have_no_gradient(module):
     dx, dy = cost_backward_cuda(torch.randn(9, 9), y, y, "l1", True, True)
     assert (dx == 0).all()
     assert (dy == 0).all()
-    assert (cost_matrix_cuda(y, y, "l1") == 0).all()
+    for metric in METRICS:
+        assert (cost_matrix_cuda(y, y, metric) == 0).all()
 
 
 def test_smallest_difference_has_its_sign(module):
@@ -140,7 +143,8 @@ def test_only_one_side(module):
 @pytest.mark.parametrize("B", [0, 2])
 def test_nothing_to_do(module, B, sizes):
     x, y, G = (t[:B] for t in clouds(2, *sizes, torch.float32))
-    assert (cost_matrix_cuda(x, y, "l1") == 0).all()
+    for metric in METRICS:
+        assert (cost_matrix_cuda(x, y, metric) == 0).all()
     dx, dy = cost_backward_cuda(G, x, y, "l1", True, True)
     assert (dx == 0).all()
     assert (dy == 0).all()
@@ -169,13 +173,34 @@ def test_features_of_few_points_are_cut(module, dtype):
     )  # a second kernel would take longer
 
 
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "all_sizes"),
+    [
+        ("cost", (1, 1024, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("cost", (64, 64, 1300, 4096), (64, 64, 1300, 4096)),
+        ("cost_backward", (1, 1024, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("cost_backward", (64, 64, 1300, 4096), (64, 64, 1300, 4096)),
+        ("logits", (1, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("logits_backward", (1, 1024, 1000), (1, 1024, 1024, 1000)),
+        ("moves", (64, 64, 0, 1300, 4096), (64, 64, 1300, 4096)),
+    ],
+)
+def test_no_buffer_of_all_differences(module, kernel, sizes, all_sizes):
+    """On an H200: two copies of costs or points, where all differences would be hundreds."""
+    module.set_chip(132, SHARED, 16)
+    B, N, M, D = all_sizes
+    used = pointers.workspace(torch.empty(0), kernel, *sizes).numel()
+    assert used <= 2 * 4 * B * (N * M + N * D) < 4 * B * N * M * D / 20
+
+
 @pytest.mark.parametrize(("N", "M", "D"), [(9, 9, 200_000), (1, 2, 200_000)])
 def test_long_sums_keep_their_digits(module, N, M, D):
     module.set_chip(1, SHARED, 16)
     x, y, _ = clouds(1, N, M, D, torch.float32)
-    C = cost_matrix_cuda(x + 3, y - 3, "l1")
-    expected = cost_oracle((x + 3).double(), (y - 3).double(), "l1")
-    assert ((C - expected).abs() <= 3e-7 * expected).all()
+    for metric in METRICS:
+        C = cost_matrix_cuda(x + 3, y - 3, metric)
+        expected = cost_oracle((x + 3).double(), (y - 3).double(), metric)
+        assert ((C - expected).abs() <= 3e-7 * expected).all()
 
 
 def test_gradients_of_long_sums_keep_their_digits(module):

@@ -19,6 +19,7 @@ PYBIND11_MODULE(otdd_emulated, m) {
         emulated_chip = {multiprocessors, shared, cluster, barrier};
       },
       py::arg(), py::arg(), py::arg(), py::arg("barrier") = emulated_chip.barrier);
+  m.def("place", [] { return py::make_tuple(kEmulatedDevice, kEmulatedStream); });
   m.def("team", [](i64 B, i64 N, i64 M) {
     const Layout l = layout_of<float, Iterate<float>>(emulated_chip, B, N, M);
     const char* slabs[] = {"block", "cluster", "group"};

@@ -93,11 +93,12 @@ def test_gradients(size, grad, eps, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
 @pytest.mark.parametrize(
     "size",
     [(1, 1, 1, 1), (3, 65, 33, 100), (2, 5, 3000, 129), (1, 512, 512, 1000), (1, 50, 1300, 4096)],
 )
-def test_costs(size, dtype):
+def test_costs(size, metric, dtype):
     B, N, M, D = size
     x, y = torch.randn(B, N, D), torch.randn(B, M, D)
     G = torch.randn(B, N, M)
@@ -106,7 +107,7 @@ def test_costs(size, dtype):
 
     def run(backend, x, y, G):
         x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-        C = cost_matrix(x, y, "l1", backend=backend)
+        C = cost_matrix(x, y, metric, backend=backend)
         return C, *torch.autograd.grad(C, (x, y), G)
 
     close(run("cuda", x, y, G), run("reference", *wide((x, y, G))), DTYPES[dtype])

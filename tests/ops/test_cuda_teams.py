@@ -5,6 +5,7 @@ a result written twice or never, is an error of the emulator.
 """
 
 import math
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -168,14 +169,58 @@ def test_a_mistake_in_a_kernel_is_seen(emulated_cuda):
         matrix, one = (C.data_ptr(), 0, 4, 0), torch.ones(1, dtype=torch.float64)
         nothing = 0, 0, 0
         eps = one.data_ptr(), 0, 0
-        return kernel(
-            0, 0, 1, 3, 4, matrix, f, nothing, nothing, nothing, 0.0, eps, nothing, P_address, 0
-        )
+        rest = nothing, nothing, nothing, 0.0, eps, nothing, P_address, 0
+        return kernel(*pointers.place(C), 1, 3, 4, matrix, f, *rest)
 
     assert plan((0, 0, 0), P.data_ptr()) == 0
     assert torch.isfinite(P).all()
     assert plan((0, 0, 0), C.data_ptr()) == 5
     assert "write to an input" in emulated_cuda.cuda_last_error()
+
+
+def test_work_in_another_stream_or_on_another_device_is_seen(emulated_cuda, monkeypatch):
+    """So all that the emulator runs is in the caller's, from kernels to cleared counters."""
+    emulated_cuda.set_chip(*TEAMS["group"][0])
+    C = torch.rand(TEAMS["group"][1][0])
+    device, stream = emulated_cuda.place()
+    for place, says in (((0, stream), "another device"), ((device, 0), "another stream")):
+        monkeypatch.setattr(pointers, "place", lambda t, place=place: place)
+        with pytest.raises(RuntimeError, match=says):
+            sinkhorn(C, eps=0.1, max_iter=2, backend="cuda")
+
+
+def test_a_kernel_is_for_the_stream_that_is_current_on_the_device_of_its_tensors(monkeypatch):
+    streams = {torch.device("cuda", k): SimpleNamespace(cuda_stream=70 + k) for k in range(3)}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    assert pointers.place(SimpleNamespace(device=torch.device("cuda", 2))) == (2, 72)
+
+
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+@pytest.mark.parametrize(("team", "size"), CASES)
+def test_a_batch_is_one_launch_in_each_direction(emulated_cuda, team, size, grad):
+    emulated_cuda.set_chip(*TEAMS[team][0])
+    C, a, b = problem(size, torch.float32, batch=5)
+    C.requires_grad_()
+    emulated_cuda.launches()
+    result = sinkhorn(C, a, b, eps=0.1, max_iter=3, grad=grad, backend="cuda")
+    assert emulated_cuda.launches() == 1
+    result.value.sum().backward()
+    assert emulated_cuda.launches() == 1
+
+
+@pytest.mark.parametrize(
+    ("team", "most"),
+    [("warp", 64**2), ("block", 220**2), ("cluster", 850**2), ("group", 2400**2)],
+)
+def test_how_large_a_square_each_team_holds_on_an_h200(emulated_cuda, team, most):
+    """As much float32 as its shared memory, less what is kept for each row and column."""
+    emulated_cuda.set_chip(132, SHARED, 16)
+    n = math.isqrt(most)
+    order = ["warp", "block", "cluster", "group", "stream"]
+    batch = 132 if team == "block" else 1  # for one problem alone a cluster is worth it earlier
+    assert emulated_cuda.team(batch, n, n)[0] == team
+    larger = emulated_cuda.team(batch, n + n // 8, n + n // 8)[0]
+    assert order.index(larger) > order.index(team)
 
 
 def test_what_the_kernels_do_not_take_says_why(emulated_cuda):

@@ -100,6 +100,39 @@ def test_every_metric(backend, metric, gradient):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("metric", ["l1", "sqeuclidean"])
+def test_half_precision_is_as_if_widened_first(backend, metric, half):
+    tensors = problem(2, 5, 2, 7, 6, dtype=torch.float32)
+    narrow = tensors | {name: tensors[name].to(half) for name in ("x", "y")}
+    wide = narrow | {name: narrow[name].float() for name in ("x", "y")}
+    for gradient in (True, False):
+        seen, want = (run(t, backend, metric=metric, gradient=gradient) for t in (narrow, wide))
+        assert all(map(torch.equal, seen, want))
+        assert seen[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_guidance_of_half_precision_is_as_if_widened_first(backend, half, monkeypatch):
+    """Latents in flight and references, ragged; then rounded to the type they came in."""
+    monkeypatch.setenv("OTDD_BACKEND", backend)
+    generator = torch.Generator().manual_seed(0)
+    real, x = (torch.randn(n, 1, 4, 4, generator=generator).to(half) for n in (12, 5))
+    classes, labels = torch.arange(2).repeat_interleave(6), torch.tensor([0, 0, 1, 0, 1])
+
+    def direction(dtype, **settings):
+        guidance = OTGuidance(GuidanceConfig(**settings))
+        guidance.set_reference(real.to(dtype), classes)
+        return guidance.direction(x.to(dtype), 0, labels)
+
+    for settings in ({}, {"form": "gradient", "metric": "l1"}):
+        seen = direction(half, **settings)
+        assert seen.dtype == half
+        assert torch.equal(seen, direction(torch.float32, **settings).to(half))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gradient", [True, False])
 def test_batches_and_strides(backend, gradient):
     tensors, options = problem(6, 5, 2, 7, 3), {"gradient": gradient}
@@ -179,8 +212,9 @@ def test_every_order_of_threads(emulated_cuda, chip, size, gradient, dtype):
         ("l1", False, (5, 2, 7, 3), 4),  # the plan instead of the last
         ("l1", True, (3, 0, 5, 9000), 5),  # costs in slices
         ("l1", True, (1, 0, 4000, 3), 5),  # signed sums in slices
-        ("sqeuclidean", True, (5, 2, 7, 3), 3),
-        ("cosine", False, (5, 0, 7, 3), 3),
+        ("sqeuclidean", True, (5, 2, 7, 3), 4),
+        ("sqeuclidean", False, (5, 2, 7, 3), 4),
+        ("cosine", False, (5, 0, 7, 3), 3),  # its costs are the library's
     ],
 )
 def test_launches(emulated_cuda, metric, gradient, size, most):
@@ -193,7 +227,7 @@ def test_launches(emulated_cuda, metric, gradient, size, most):
 @pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize(
     ("settings", "most"),
-    [({"form": "gradient", "metric": "l1", "repulsion": 0.0}, 4), ({}, 3)],
+    [({"form": "gradient", "metric": "l1", "repulsion": 0.0}, 4), ({}, 5)],
 )
 def test_launches_of_guidance(emulated_cuda, settings, most, memory):
     """Of a step that is not the first; ragged classes, in one call."""

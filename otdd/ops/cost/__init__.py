@@ -75,10 +75,10 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
 
 
 def _cost(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
-    # GPU kernels are for l1 alone: the other metrics are products, the library's own ground.
+    # Products, those of cosine and of most gradients, are the library's own ground.
     if backend == "cpu" and metric != "cosine":
         C = cost_matrix_cpu(x, y, metric)
-    elif backend == "cuda" and metric == "l1":
+    elif backend == "cuda" and metric != "cosine":
         C = cost_matrix_cuda(x, y, metric)
     elif backend == "triton" and metric == "l1":
         C = pointers.triton_kernels("cost").cost_matrix_triton(x, y)
@@ -138,12 +138,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def gradient_of_x(
-    grad: Tensor, x: Tensor, y: Tensor, C: Tensor, metric: str, backend: str
+    grad: Tensor, x: Tensor, y: Tensor, C: Tensor | None, metric: str, backend: str
 ) -> Tensor:
-    """Gradient of ``<grad, C>``, for ``C`` the costs of `cost_matrix`, in x; not differentiable."""
+    """Gradient of ``<grad, C>``, for ``C`` the costs of `cost_matrix`, in x; not differentiable.
+
+    The costs themselves are needed for ``l2`` alone.
+    """
     if metric == "cosine":
         return _cosine_side(grad, x, y)
     if metric == "l2":
+        assert C is not None
         grad, metric = _of_squares(grad, C), "sqeuclidean"
     return cost_gradients(grad, x, y, metric, True, False, backend)[0]
 

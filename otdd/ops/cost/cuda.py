@@ -5,11 +5,14 @@ import math
 from torch import Tensor
 
 from otdd.ops import pointers
+from otdd.ops.cost.reference import scale_of_squares
 
 
 def cost_matrix_cuda(x: Tensor, y: Tensor, metric: str) -> Tensor:
-    """Cost ``l1`` from differences: no cancellation, no ``(N, M, D)`` buffer."""
-    assert metric == "l1"
+    """Costs ``l1``, ``l2`` and ``sqeuclidean`` from differences: no cancellation, no buffer."""
+    if metric == "l2":
+        scale = scale_of_squares(x, y)
+        return cost_matrix_cuda(x / scale, y / scale, "sqeuclidean").sqrt() * scale
     C = x.new_empty(*x.shape[:-1], y.shape[-2])
     sizes = _sizes(x, y)
     x, y = map(pointers.with_rows, pointers.flat(x.dim() - 2, x, y))
@@ -17,7 +20,16 @@ def cost_matrix_cuda(x: Tensor, y: Tensor, metric: str) -> Tensor:
     space = pointers.workspace(x, "cost", *sizes)
     clouds = pointers.matrices(x), pointers.matrices(y)
     run = pointers.cuda_kernel("cost", x.dtype)
-    status = run(device, stream, *sizes, *clouds, C.data_ptr(), space.data_ptr(), space.numel())
+    status = run(
+        device,
+        stream,
+        *sizes,
+        metric == "sqeuclidean",
+        *clouds,
+        C.data_ptr(),
+        space.data_ptr(),
+        space.numel(),
+    )
     pointers.check_cuda(status, "cost_matrix")
     return C
 

@@ -16,7 +16,7 @@ def cost_matrix_reference(x: Tensor, y: Tensor, metric: str) -> Tensor:
     if metric == "l1":
         return torch.cdist(x, y, p=1.0)
     if metric == "l2":
-        scale = _scale(x, y)
+        scale = scale_of_squares(x, y)
         return _euclidean(x / scale, y / scale) * scale
     if metric == "sqeuclidean":
         return _euclidean(x, y).square()
@@ -40,7 +40,7 @@ def as_one(t: Tensor) -> Tensor:
     return t[(0,) * (t.dim() - 2)] if one else t
 
 
-def _scale(x: Tensor, y: Tensor) -> Tensor:
+def scale_of_squares(x: Tensor, y: Tensor) -> Tensor:
     """A power of two for each problem: 1 unless squares of its largest number leave the range."""
     top = torch.maximum(x.detach().abs().amax((-2, -1)), y.detach().abs().amax((-2, -1)))
     info = torch.finfo(x.dtype)

@@ -53,12 +53,14 @@ def transport_moves(
     its pairs with weight, ``P = sinkhorn(C, a, b)``. Then either the images
     ``T(x_i) = sum_j P_ij y_j / a_i``, as by `otdd.ops.barycentric`, or the gradient of ``<P, C>``
     in x. Costs and solve each run on the backend that `cost_matrix` and `sinkhorn` choose for them.
-    Where both are ``cuda``, one native call makes the costs (of ``l1``), eps, the solve, and the
-    plan; in place of that, the gradient itself under ``l1``.
+    Where both are ``cuda``, one native call makes the costs (of ``l1`` and ``sqeuclidean``), eps,
+    the solve, and the plan; in place of that, the gradient itself under ``l1``.
 
     Args:
-        x: Moving points, ``(..., N, D)`` in float32 or float64; checked by the caller, as all is.
-        y: Targets, ``(..., M, D)``.
+        x: Moving points, ``(..., N, D)``; all shapes are checked by the caller. float16 and
+            bfloat16 are widened once, before the kernels, and all results are in float32: those of
+            widening first, to the bit.
+        y: Targets, ``(..., M, D)``, of the same type when widened, as all that follows is.
         a: Row weights, ``(..., N + L)``; 0 is a mask.
         b: Column weights, ``(..., M)``.
         lambda_1: eps as a factor of the standard deviation of the costs.
@@ -73,6 +75,7 @@ def transport_moves(
         ValueError: On the CPU (elsewhere with ``OTDD_CHECKS=1``): what the parts refuse.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
+    x, y = checks.as_float(x, "x"), checks.as_float(y, "y")
     of_cost = backends.choose("cost_matrix", pointers.refusals(x), backend)
     of_solve = backends.choose("sinkhorn", pointers.refusals(x), backend)
     options = lambda_1, metric, max_iter, gradient, of_cost, of_solve
@@ -104,7 +107,7 @@ def _forward(
     of_solve: str,
 ) -> Outputs:
     """What becomes of x, then f, g and eps."""
-    in_one = metric == "l1" and of_cost == of_solve == "cuda"
+    in_one = metric in ("l1", "sqeuclidean") and of_cost == of_solve == "cuda"
     C = None if in_one else cost_op(x, y, metric, of_cost)
     if of_solve == "cuda":
         if checks.values_are_checked(x):
@@ -113,11 +116,11 @@ def _forward(
             checks.weights(a, "a")
             checks.weights(b, "b")
         of_x, plan, f, g, eps = moves_cuda(
-            x, y, C, a, b, given, start, lambda_1, max_iter, gradient
+            x, y, C, a, b, given, start, lambda_1, metric, max_iter, gradient
         )
         if not gradient:
             of_x = plan @ y
-        elif C is not None:
+        elif not (in_one and metric == "l1"):
             of_x = gradient_of_x(plan, x, y, C, metric, of_cost)
         return of_x, f, g, eps
     assert C is not None

@@ -16,18 +16,20 @@ def moves_cuda(
     given: Tensor | None,
     start: Tensor | None,
     lambda_1: float,
+    metric: str,
     max_iter: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradient in x, plan, f, g and eps; the gradient only of ``l1``, whose costs are made here.
+    """Gradient in x, plan, f, g and eps; the gradient only of ``l1``.
 
-    `C` has costs of other kinds. The plan, of the moving points, is over the rows' weights unless
-    it is for a gradient; what of the two is not made is empty.
+    Costs ``l1`` and ``sqeuclidean`` are made here, `C` has those of other kinds. The plan, of the
+    moving points, is over the rows' weights unless it is for a gradient; what of the two is not
+    made is empty.
     """
     *batch, N, D = x.shape
     M, in_one = y.shape[-2], C is None
     L = 0 if given is None else given.shape[-2]
-    B, signed = math.prod(batch), gradient and in_one
+    B, signed = math.prod(batch), gradient and in_one and metric == "l1"
     made = (x.shape, (0,)) if signed else ((0,), (*batch, N, M))
     of_x, plan, f, g, eps = (x.new_empty(t) for t in (*made, a.shape, b.shape, batch))
     C = x.new_empty(*batch, N, M) if C is None else C.contiguous()
@@ -42,6 +44,7 @@ def moves_cuda(
         stream,
         *(B, N, L, M, D),
         *((pointers.matrices(x), pointers.matrices(y)) if in_one else (nothing, nothing)),
+        metric == "sqeuclidean",
         C.data_ptr(),
         0 if given is None else given.data_ptr(),
         *map(pointers.per_point, (a, b, start)),
