@@ -113,6 +113,48 @@ def test_half_precision_is_as_if_widened_first(backend, metric, half):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_all_that_is_given_is_widened(backend):
+    tensors = problem(2, 5, 2, 7, 6, dtype=torch.float32)
+    narrow = {name: t.bfloat16() for name, t in tensors.items()}
+    seen, want = (run(t, backend) for t in (narrow, {k: t.float() for k, t in narrow.items()}))
+    assert all(map(torch.equal, seen, want))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["y", "a", "b", "given", "g"])
+def test_other_types_are_refused(backend, name):
+    """A kernel would read their memory as if they were of the type of x."""
+    tensors = problem(2, 5, 2, 7, 6, dtype=torch.float32)
+    with pytest.raises(TypeError, match=f"^{name}: got dtype torch.float64; accepted: that of x"):
+        run(tensors | {name: tensors[name].double()}, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_numbers_that_are_refused(backend, metric, number):
+    tensors = problem(2, 5, 2, 7, 6)
+    for name in tensors:
+        bad = tensors[name].clone()
+        bad[1, 1] = number
+        with pytest.raises(ValueError, match=f"^{name}: got {number} at index"):
+            run(tensors | {name: bad}, backend, metric=metric)
+    for lambda_1 in (0.0, -1.0, torch.nan):
+        with pytest.raises(ValueError, match="^eps: got"):
+            run(tensors, backend, metric=metric, lambda_1=lambda_1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", [0, 1])
+def test_costs_that_overflow_are_refused(backend, row):
+    """In the first problem the row 1 is a mask, and its costs are not in eps."""
+    tensors = problem(2, 5, 0, 7, 6, dtype=torch.float32)
+    tensors["x"][0, row] = 1e25
+    with pytest.raises(ValueError, match=rf"^C: got inf at index \(0, {row}, 0\)"):
+        run(tensors, backend, metric="sqeuclidean")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_guidance_of_half_precision_is_as_if_widened_first(backend, half, monkeypatch):
     """Latents in flight and references, ragged; then rounded to the type they came in."""

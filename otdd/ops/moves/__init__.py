@@ -1,5 +1,6 @@
 """`transport_moves`: where the transport of each class takes its points, as one op."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,14 +73,26 @@ def transport_moves(
         backend: As in `otdd.ops.sinkhorn`.
 
     Raises:
-        ValueError: On the CPU (elsewhere with ``OTDD_CHECKS=1``): what the parts refuse.
+        ValueError: Different devices, and on the CPU (elsewhere with ``OTDD_CHECKS=1``) what the
+            parts refuse.
+        TypeError: Not floating point, or different dtypes.
         otdd.backends.BackendError: The backend asked for cannot run here.
     """
-    x, y = checks.as_float(x, "x"), checks.as_float(y, "y")
+    x = checks.as_float(x, "x")
+    y, a, b = _widened(y, "y", x), _widened(a, "a", x), _widened(b, "b", x)
+    given = None if given is None else _widened(given, "given", x)
+    g = None if g is None else _widened(g, "g", x)
     of_cost = backends.choose("cost_matrix", pointers.refusals(x), backend)
     of_solve = backends.choose("sinkhorn", pointers.refusals(x), backend)
     options = lambda_1, metric, max_iter, gradient, of_cost, of_solve
     return Moves(*_moves(x, y, a, b, given, g, *options))
+
+
+def _widened(t: Tensor, name: str, x: Tensor) -> Tensor:
+    """`t` of the dtype of x: the kernels read memory, and not what type it is of."""
+    t = checks.as_float(t, name)
+    checks.same_kind(t, name, x, "x")
+    return t
 
 
 def scaled_eps(C: Tensor, a: Tensor, b: Tensor, lambda_1: float) -> Tensor:
@@ -107,10 +120,15 @@ def _forward(
     of_solve: str,
 ) -> Outputs:
     """What becomes of x, then f, g and eps."""
+    checked = checks.values_are_checked(x)
+    if checked:
+        for name, t in (("given", given), ("g", start)):
+            if t is not None:
+                checks.finite(t, name)
     in_one = metric in ("l1", "sqeuclidean") and of_cost == of_solve == "cuda"
     C = None if in_one else cost_op(x, y, metric, of_cost)
     if of_solve == "cuda":
-        if checks.values_are_checked(x):
+        if checked:
             checks.finite(x, "x")
             checks.finite(y, "y")
             checks.weights(a, "a")
@@ -118,6 +136,10 @@ def _forward(
         of_x, plan, f, g, eps = moves_cuda(
             x, y, C, a, b, given, start, lambda_1, metric, max_iter, gradient
         )
+        if checked:
+            if not math.isfinite(f.sum().item()):  # costs that overflow, if of a mask alone, show
+                checks.finite(cost_op(x, y, metric, of_cost) if C is None else C, "C")
+            checks.positive(eps, "eps", eps.dtype)
         if not gradient:
             of_x = plan @ y
         elif not (in_one and metric == "l1"):
