@@ -99,7 +99,9 @@ class Lanes {
     tolerance_[l] = T(within<T>(A.tol, mass) * unscale);
     const bool met = A.rho_a.data[problem * A.rho_a.batch] == INFINITY &&
                      A.rho_b.data[problem * A.rho_b.batch] == INFINITY;
-    special_[l] = met && least_b > 0 && least_a > 0 && bounds.can_stay ? 0 : -1;
+    // What is NaN or out of range is left to `Sinkhorn`, which refuses it.
+    const bool accepted = mass - mass == 0 && eps_[l] >= Traits<T>::kTiny && eps_[l] <= Traits<T>::kHuge;
+    special_[l] = accepted && met && least_b > 0 && least_a > 0 && bounds.can_stay ? 0 : -1;
     if (l < W - 1) return;
     for (i64 k = 0; k < M * W; k += kWidth<double>) {
       const VecD log_b = load(log_b_ + k) + log(widen(b_ + k));

@@ -94,3 +94,22 @@ def test_threads_and_nan():
     C[57, 3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"C: got nan at index \(57, 3, 4\)"):
         sinkhorn(C, a, b, eps=0.01, backend="cpu")
+
+
+NO_NUMBERS = [(name, bad) for name in ("eps", "a", "b", "init") for bad in (torch.nan, torch.inf)]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [*NO_NUMBERS, ("eps", 0), ("eps", -1), ("a", -1), ("b", -1)]
+)
+@pytest.mark.parametrize("place", [0, 3, -1])
+@pytest.mark.parametrize(("dtype", "unit"), DTYPES)
+def test_bad_numbers_are_refused(name, bad, place, dtype, unit):
+    """In any problem and of any point, beside others that are as they should be."""
+    C, a, b = problem(21, 7, 9, dtype)
+    eps, g = torch.full((21,), 0.5, dtype=torch.float64), torch.zeros_like(b)
+    {"eps": eps, "a": a, "b": b, "init": g}[name][(place,) if name == "eps" else (place, place)] = (
+        bad
+    )
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        sinkhorn(C, a, b, eps=eps, init=(None, g), max_iter=5, backend="cpu")

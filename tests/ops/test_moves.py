@@ -140,7 +140,7 @@ def test_numbers_that_are_refused(backend, metric, number):
         with pytest.raises(ValueError, match=f"^{name}: got {number} at index"):
             run(tensors | {name: bad}, backend, metric=metric)
     for lambda_1 in (0.0, -1.0, torch.nan):
-        with pytest.raises(ValueError, match="^eps: got"):
+        with pytest.raises(ValueError, match=r"^eps: got"):
             run(tensors, backend, metric=metric, lambda_1=lambda_1)
 
 
