@@ -266,8 +266,9 @@ def main() -> None:
 
 
 def _of_arms(rows: Rows) -> Rows:
-    """The rows of the source's ablation: not those of the sweep, nor of fresh seeds."""
-    return [r for r in rows if r["arm"] in ARMS and r["seed"] < 100 and not _swept(r)]
+    """The rows of the source's ablation: not those of the sweep, of fresh seeds or of `scenes`."""
+    rows = [r for r in rows if r["arm"] in ARMS and r["seed"] < 100 and not _swept(r)]
+    return [r for r in rows if r["data"] != "scenes"]
 
 
 def _swept(row: dict[str, Any]) -> bool:
