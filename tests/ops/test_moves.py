@@ -290,7 +290,7 @@ def test_nan_stays_in_its_problem(emulated_cuda):
     tensors["x"][0, 2, 1] = torch.nan
     tensors["y"][1, 0, 0] = torch.inf
     x, y, a, b = (tensors[name] for name in ("x", "y", "a", "b"))
-    of_x, _, f, g, eps = moves_cuda(x, y, None, a, b, None, tensors["g"], 0.3, 6, True)
+    of_x, _, f, g, eps = moves_cuda(x, y, None, a, b, None, tensors["g"], 0.3, "l1", 6, True)
     assert eps.isnan().tolist() == [True, True, False]
     last = {name: None if t is None else t[2:] for name, t in tensors.items()}
     seen = [t[2:] for t in (of_x, f, g, eps)]
