@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_AT_ONCE = 256  # latents whose frequencies exist at a time
+
 
 class Detail:
     """Weighs the frequencies of the moves of latents (C, H, W), which are rows of D = C * H * W.
@@ -47,11 +49,14 @@ class Detail:
     def _energy(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Mean energy at each frequency and its up to 8 neighbours, (K, H, W)."""
         each = []
-        for own, weight in zip(rows, weights, strict=True):  # by class: less memory
-            squares = self._transform(own).square().sum(1)
-            each.append(torch.tensordot(weight, squares, 1))
+        for own, weight in zip(rows, weights, strict=True):
+            parts = zip(own.split(_AT_ONCE), weight.split(_AT_ONCE), strict=True)
+            each.append(sum(torch.tensordot(w, self._squares(part), 1) for part, w in parts))
         energy = torch.stack(each)[:, None]
         return functional.avg_pool2d(energy, 3, 1, 1, count_include_pad=False)[:, 0]
+
+    def _squares(self, rows: Tensor) -> Tensor:
+        return self._transform(rows).square().sum(1)
 
     def _transform(self, rows: Tensor) -> Tensor:
         return self.down @ rows.unflatten(-1, self.shape) @ self.across.T
