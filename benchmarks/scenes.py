@@ -4,8 +4,10 @@ Patches of seven pictures that come with scikit-learn, scikit-image and Matplotl
 the data `textures` is: of the left of each picture to train, of its right to test. Pictures are
 first made 300 pixels on their shorter side.
 
-    python benchmarks/scenes.py runs/scenes
-    otdd fit --data runs/scenes --out runs/scenes-generator.safetensors
+    python benchmarks/scenes.py scenes
+    otdd fit --data scenes --out scenes.safetensors
+    python benchmarks/ablation_labels.py --data scenes --generator scenes.safetensors --epochs 100 \
+        --archs convnet --arms run run-no-otg full no-otg random kmeans --ipc 1 5
 """
 
 import argparse
