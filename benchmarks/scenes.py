@@ -6,7 +6,7 @@ first made 300 pixels on their shorter side.
 
     python benchmarks/scenes.py scenes
     otdd fit --data scenes --out scenes.safetensors
-    python benchmarks/ablation_labels.py --data scenes --generator scenes.safetensors --epochs 100 \
+    python benchmarks/ablation_labels.py --data scenes --generator scenes.safetensors --epochs 100 \\
         --archs convnet --arms run run-no-otg full no-otg random kmeans --ipc 1 5
 """
 
