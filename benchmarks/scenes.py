@@ -1,4 +1,4 @@
-"""An image folder of colour photographs that no setting of otdd was chosen on.
+r"""An image folder of colour photographs that no setting of otdd was chosen on.
 
 Patches of seven pictures that come with scikit-learn, scikit-image and Matplotlib, 32x32, made as
 the data `textures` is: of the left of each picture to train, of its right to test. Pictures are
@@ -6,7 +6,7 @@ first made 300 pixels on their shorter side.
 
     python benchmarks/scenes.py scenes
     otdd fit --data scenes --out scenes.safetensors
-    python benchmarks/ablation_labels.py --data scenes --generator scenes.safetensors --epochs 100 \\
+    python benchmarks/ablation_labels.py --data scenes --generator scenes.safetensors --epochs 100 \
         --archs convnet --arms run run-no-otg full no-otg random kmeans --ipc 1 5
 """
 
