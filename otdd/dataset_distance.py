@@ -95,7 +95,8 @@ class DatasetDistance(nn.Module):
         number(lambda_x, "lambda_x")
         if eps_labels is not None:
             number(eps_labels, "eps_labels")
-        if lambda_y != 0:
+        real = isinstance(lambda_y, numbers.Real) and not isinstance(lambda_y, bool)
+        if not (real and lambda_y == 0):
             number(lambda_y, "lambda_y")
         options: dict[str, Any] = {"metric": metric, "max_iter": max_iter, "tol": tol}
         options["backend"] = backend

@@ -291,3 +291,18 @@ print(run(12000) - first)
 def test_memory_is_not_that_of_the_costs():
     """12000 x 12000 costs are 549 MiB, and those of the classes together as many."""
     assert printed(MEMORY) < 250
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_precision_inside_autocast(labels):
+    x, lx, y, ly = (t.float() if t.is_floating_point() else t for t in both())
+    x, loss = x.requires_grad_(), DatasetDistance(0.5, labels=labels)
+
+    def made() -> list[torch.Tensor]:
+        value = loss(x, lx, y, ly)
+        return [value, *torch.autograd.grad(value, x)]
+
+    want = made()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = made()
+    torch.testing.assert_close(got, want)

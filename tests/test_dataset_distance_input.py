@@ -72,6 +72,8 @@ SOME = torch.rand(4, 3), torch.tensor([0, 1, 1, 0])
             ValueError,
             "labels: got nan",
         ),
+        (lambda: DatasetDistance(lambda_y=torch.ones(2)), TypeError, "lambda_y: got Tensor"),
+        (lambda: DatasetDistance(lambda_y=False), TypeError, "lambda_y: got bool"),
         (lambda: DatasetDistance()(*SOME, SOME[0], [0] * 4), TypeError, "labels_y: got list"),
         (
             lambda: DatasetDistance()(*SOME, SOME[0], SOME[1][:3]),

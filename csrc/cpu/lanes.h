@@ -217,12 +217,13 @@ class Lanes {
     Vec<T> error{}, cost{};
     for (i64 i = 0; i < N; ++i) {
       Vec<T> r{}, spent{};
+      const Vec<T> u = load(u_ + i * W);
       for (i64 j = 0; j < M; ++j) {
         const i64 k = (i * M + j) * W;
         const Vec<T> p = load(K_ + k) * load(v_ + j * W);
-        r += p, spent += p * load(C_ + k);
+        r += p, spent += p * u * load(C_ + k);  // without u it could overflow
       }
-      error += vabs<T>(load(u_ + i * W) * r - load(a_ + i * W)), cost += load(u_ + i * W) * spent;
+      error += vabs<T>(u * r - load(a_ + i * W)), cost += spent;
     }
     double value[W] = {0};
     for (i64 h = 0; h < W; h += kWidth<double>) {

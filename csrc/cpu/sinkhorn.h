@@ -463,9 +463,9 @@ class Sinkhorn {
         const T* c = C_ + i * ldc_;
         if (holds) {
           T mass, cost;
-          row_sums(R.row(i), c, &mass, &cost);
+          row_sums(R.row(i), c, u_[i], &mass, &cost);
           errors[part] += ::fabs(double(u_[i]) * mass - double(a_[i]));
-          costs[part] += double(u_[i]) * cost;
+          costs[part] += cost;
           continue;
         }
         const T r = R.fill_row(i, c, gamma_now_, inv_eps_, -(log_a_[i] + phi_[i]));
@@ -506,12 +506,12 @@ class Sinkhorn {
     return rows + columns - (kMet ? 0 : eps_ * (plan - mass_a * mass_b * scale_));
   }
 
-  // Of a row of the plan but for its u: its sum and its cost.
-  void row_sums(const T* k, const T* c, T* mass, T* cost) const {
+  // Of a row of the plan: its sum but for u, and its cost, which without u could overflow.
+  void row_sums(const T* k, const T* c, T u, T* mass, T* cost) const {
     Vec<T> s{}, t{};
     for (i64 j = 0; j < R.ld; j += kWidth<T>) {
       const Vec<T> p = load(k + j) * load(v_ + j);
-      s += p, t += p * load_some(c + j, M - j);
+      s += p, t += p * u * load_some(c + j, M - j);
     }
     *mass = sum<T>(s), *cost = sum<T>(t);
   }

@@ -48,16 +48,26 @@ def as_float(t: Tensor, name: str) -> Tensor:
 
 
 def floating(t: Tensor, name: str) -> Tensor:
-    """`t` as it is, where `as_float` takes it."""
+    """`t` of its own type, where `as_float` takes it."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}; accepted: torch.Tensor")
-    if t.layout is not torch.strided:
-        raise TypeError(f"{name}: got a tensor of layout {t.layout}; accepted: dense tensors")
+    if t.layout is not torch.strided or t.is_nested:
+        seen = "a nested tensor" if t.is_nested else f"a tensor of layout {t.layout}"
+        raise TypeError(f"{name}: got {seen}; accepted: dense tensors")
     if t.dtype not in (*_HALF, *_FULL):
         raise TypeError(
             f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64"
         )
-    return t
+    return resolved(t)
+
+
+def resolved(t: Tensor) -> Tensor:
+    """`t` with its numbers in memory, which native code reads.
+
+    The imaginary part of a conjugate has there those of the other sign.
+    """
+    # Traced calls go through torch's dispatcher, which does the same.
+    return t if torch.compiler.is_compiling() or not t.is_neg() else t.resolve_neg()
 
 
 def same_kind(t: Tensor, name: str, like: Tensor, like_name: str) -> None:

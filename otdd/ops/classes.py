@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from otdd.ops import checks
 from otdd.ops.divergence import half_within
+from otdd.ops.matmul import matmul
 from otdd.ops.points import sinkhorn_points
 
 SPREAD = 2  # the largest over the smallest class of one tensor
@@ -190,14 +192,14 @@ class Gaussian:
         centred = a.sqrt().unsqueeze(-1) * (x - mean.unsqueeze(-2))
         # A constant Q loses nothing: singular values do not change with a turn of the rows.
         Q = torch.linalg.qr(centred.detach()).Q
-        return replace(group, tensors=(mean, Q.mT @ centred, centred.square().sum((-1, -2))))
+        return replace(group, tensors=(mean, matmul(Q.mT, centred), centred.square().sum((-1, -2))))
 
     def diagonal(self, group: Group) -> Tensor:
         return torch.zeros_like(group.tensors[2])
 
     def between(self, row: Group, group: Group) -> Tensor:
         (m, R, trace), (m_, R_, trace_) = row.tensors, group.tensors
-        shared = _singular_values(R @ R_.mT)
+        shared = _singular_values(matmul(R.expand(-1, m_.shape[1], -1, -1), R_.mT))
         return (m - m_).square().sum(-1) + trace + trace_ - 2 * shared
 
 
@@ -208,6 +210,7 @@ class _SingularValues(torch.autograd.Function):
     """
 
     @staticmethod
+    @checks.outside_autocast
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         unit = torch.finfo(S.dtype).eps * max(matrix.shape[-2:])

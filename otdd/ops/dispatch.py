@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from otdd.ops import checks
@@ -43,12 +44,13 @@ def differentiable(call: Callable, setup_context: Callable, backward: Callable) 
         vmap = staticmethod(_vmap_rule(lambda *args: Op.apply(*args)))
 
     Op.setup_context = staticmethod(setup_context)
-    Op.backward = staticmethod(backward)
+    Op.backward = staticmethod(_of_plain(backward))
 
     body = getattr(call, "body", call)
 
     class Ordinary(Op):
         forward = staticmethod(body)
+        jvp = staticmethod(_no_forward_mode)  # Dynamo refuses to trace an Op with one
 
     # What Function.apply does in the end; binding the arguments to a signature takes it as long.
     ordinary = super(torch.autograd.Function, Ordinary).apply
@@ -56,7 +58,9 @@ def differentiable(call: Callable, setup_context: Callable, backward: Callable) 
     def run(*args: object) -> Any:
         if not _is_ordinary(args[0]):
             return Op.apply(*args)
-        return ordinary(*args) if _wants_gradient(args) else body(*args)
+        # A dual number wants a derivative too, whether it requires grad or not.
+        dual = forward_ad._current_level >= 0
+        return ordinary(*args) if dual or _wants_gradient(args) else body(*args)
 
     return run
 
@@ -73,6 +77,35 @@ def no_derivative(message: str) -> tuple[Callable, Callable]:
     return setup_context, backward
 
 
+def _no_forward_mode(ctx: Any, *tangents: Tensor | None) -> None:
+    raise NotImplementedError(
+        "otdd: forward-mode derivatives (jvp) are not implemented; those of reverse mode are: "
+        "torch.func.vjp, jacrev and grad"
+    )
+
+
+def _of_plain(backward: Callable) -> Callable:
+    """A backward whose gradients native code can read: what it cannot is resolved, or refused."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        for grad in grads:
+            if grad is None:
+                continue
+            if torch._C._functorch.is_legacy_batchedtensor(grad):
+                raise NotImplementedError(
+                    "otdd: batched gradients of torch.autograd (is_grads_batched, vectorize=True) "
+                    "are not implemented; torch.func.vmap, jacrev and grad are"
+                )
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
+                _no_forward_mode(ctx)
+        return backward(ctx, *(None if grad is None else checks.resolved(grad) for grad in grads))
+
+    return run
+
+
 def _wants_gradient(args: tuple) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
@@ -85,6 +118,7 @@ def _is_ordinary(t: Tensor) -> bool:
         and not t.is_meta
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()  # torch.jit.trace records the ops, and nothing of a body
     )
 
 

@@ -97,7 +97,7 @@ def sinkhorn_divergence(
     checks.solver_options(max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS))
     checks.require(not isinstance(eps, Tensor), "eps", "a tensor", "a number")
     checks.positive(eps, "eps", torch.float64)
-    rho_a, rho_b = (None if rho == math.inf else rho for rho in (rho_a, rho_b))
+    rho_a, rho_b = _penalty(rho_a, "rho_a"), _penalty(rho_b, "rho_b")
     soft = rho_a is not None or rho_b is not None
     x, y = clouds_of(x, y)
     shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the costs of x to y
@@ -134,6 +134,12 @@ def sinkhorn_divergence(
         value = value + eps / 2 * (between.a.sum(-1) - between.b.sum(-1)).square()
     value = value - value.detach().clamp(max=0)  # its gradient stays
     return Divergence(value, between.f - p, between.g - q, between, (within_x, within_y))
+
+
+def _penalty(rho: float | None, name: str) -> float | None:
+    """A penalty for the whole batch; None if the marginal is met."""
+    checks.require(not isinstance(rho, Tensor), name, "a tensor", "a number, inf or None")
+    return None if rho == math.inf else rho
 
 
 def _within(

@@ -221,6 +221,23 @@ def test_double_backward_of_one_side(backend, metric):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_vectors_have_no_derivatives_under_cosine(backend):
+    x, y = clouds((), 4, 3, 5)
+
+    def derivatives(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, y)]
+        C = cost_matrix(*leaves, "cosine", backend=backend)
+        slopes = torch.autograd.grad(C.square().sum(), leaves, create_graph=True)
+        again = torch.autograd.grad(sum(t.sin().sum() for t in slopes), leaves)
+        return *(t.detach() for t in slopes), *again
+
+    zero = torch.zeros_like(y[:1])
+    with_zero = derivatives(torch.cat([zero, y]))
+    for got, want, of in zip(with_zero, derivatives(y), "xyxy", strict=True):
+        torch.testing.assert_close(got, want if of == "x" else torch.cat([zero, want]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_l1_has_no_second_derivative(backend):
     x, y = clouds((), 3, 4, 5)
     x.requires_grad_()

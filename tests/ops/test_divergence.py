@@ -173,6 +173,8 @@ def test_bad_input(backend):
         sinkhorn_divergence(x, y, eps=0.1, rho_a=0.0, backend=backend)
     with pytest.raises(ValueError, match="eps: got a tensor"):
         sinkhorn_divergence(x, y, eps=torch.ones(2), backend=backend)
+    with pytest.raises(ValueError, match="rho_b: got a tensor; accepted: a number, inf or None"):
+        sinkhorn_divergence(x, y, eps=0.1, rho_b=torch.ones(2), backend=backend)
     with pytest.raises(ValueError, match="rho_b: got -1"):
         SinkhornLoss(rho_b=-1.0)
     with pytest.raises(ValueError, match="a: got shape"):

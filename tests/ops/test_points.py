@@ -230,10 +230,18 @@ def test_half_precision_is_computed_in_float32(backend, dtype):
 def test_zero_vectors_under_cosine(backend):
     x, y, a, b = clouds(1, 6, 7, 3, torch.float64)
     x[0, 2], y[0, 3], y[0, 4] = 0, 0, x[0, 1]
+    leaves = x.requires_grad_(), y.requires_grad_()
     C = cost_matrix(x, y, "cosine", backend="reference")
     want = sinkhorn(C, a, b, eps=0.1, max_iter=9, backend="reference")
     result = sinkhorn_points(x, y, a, b, metric="cosine", eps=0.1, max_iter=9, backend=backend)
     torch.testing.assert_close(result.plan, want.plan)
+    slopes, exact = (
+        torch.autograd.grad(r.value.sum(), leaves, create_graph=True) for r in (result, want)
+    )
+    torch.testing.assert_close(slopes, exact)
+    assert not slopes[0][0, 2].any()
+    again = torch.autograd.grad(sum(t.square().sum() for t in slopes), leaves)
+    assert all(t.isfinite().all() for t in again)
 
 
 def test_gaussians_in_closed_form(backend):

@@ -85,8 +85,21 @@ def test_costs_of_wide_latents_do_not_overflow(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("problems", [1, 9])
+@pytest.mark.parametrize("ratio", [1e1, 1e3])
+def test_costs_near_the_largest_number_do_not_overflow(backend, problems, ratio):
+    C = 1e38 * problem(problems, 6, 7, torch.float32)[0]
+    options = {"eps": 1e38 / ratio, "max_iter": 9}
+    result = sinkhorn(C, backend=backend, **options)
+    expected = sinkhorn_oracle(C.double(), **options)
+    for name in ("value", "cost"):
+        got, want = getattr(result, name).double(), expected[name]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("padding", [0.0, 1e6, -1e6])
+@pytest.mark.parametrize("padding", [0.0, 1e6, -1e6, 3e38, -3e38])
 def test_zero_weights_are_masks(backend, dtype, padding):
     C, a, b = problem(4, 12, 20, dtype)
     keep_rows, keep_columns = [12, 7, 1, 5], [20, 3, 20, 1]
@@ -309,6 +322,11 @@ NAN, INF = torch.nan, torch.inf
         ({"tol": None}, ValueError, "tol: got None"),
         ({"max_iter": True}, ValueError, "max_iter: got True"),
         ({"C": torch.ones(3, 4).to_sparse()}, TypeError, "C: got a tensor of layout"),
+        (
+            {"C": torch.nested.nested_tensor([torch.ones(2, 3)])},
+            TypeError,
+            "C: got a nested tensor",
+        ),
         ({"eps": "small"}, TypeError, "eps: got str"),
         ({"max_iter": 0}, ValueError, "max_iter: got 0"),
         ({"max_iter": 2.5}, ValueError, "max_iter: got 2.5"),

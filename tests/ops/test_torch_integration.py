@@ -211,3 +211,56 @@ def test_meta_tensors_get_shapes(backend, grad, checks, monkeypatch):
     assert partial(torch.empty(2, 6, 5, device="meta"), mass=0.5, **options).plan.is_meta
     with pytest.raises(BackendError, match="the inputs are on meta"):
         sinkhorn(torch.empty(2, 6, 5, device="meta"), eps=0.1, backend="cpu")
+
+
+def negated(t: torch.Tensor) -> torch.Tensor:
+    """`t` as a view of numbers of the other sign, which torch turns when it reads them."""
+    seen = torch.complex(torch.zeros_like(t), -t).conj().imag
+    assert seen.is_neg()
+    return seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_the_other_sign(backend):
+    C, a, b = problem(3, 4, 5)
+    x, y, g = torch.rand(3, 4, 2).double(), torch.rand(3, 5, 2).double(), torch.rand(3, 5).double()
+    eps, rho, along = (
+        torch.tensor(t).double() for t in ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0], [1, 2, 3])
+    )
+    W, labels = torch.rand(1, 1).double(), torch.zeros(1, dtype=torch.int64)
+
+    def made(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        C, a, b, x, y, g, eps, rho, along, W = tensors
+        options = {"eps": eps, "rho_a": rho, "init": (None, g), "max_iter": 3, "backend": backend}
+        leaves = [t.detach().clone().requires_grad_() for t in (C, x)]
+        solved = sinkhorn(C, a, b, **options), sinkhorn(leaves[0], a, b, **options)
+        points = sinkhorn_points(
+            x, y, a, b, labels_x=labels, labels_y=labels, label_cost=W, **options
+        )
+        images = barycentric(solved[0], y), points.apply(y)
+        costs = cost_matrix(leaves[1], y, "l1", backend=backend)
+        slopes = (
+            torch.autograd.grad(solved[1].value, leaves[0], along),
+            torch.autograd.grad(costs, leaves[1], C),
+        )
+        part = partial(C, a, b, mass=eps, eps=rho, max_iter=3, backend=backend)
+        return solved[0].value, points.value, *images, costs, part.cost, *slopes[0], *slopes[1]
+
+    tensors = C, a, b, x, y, g, eps, rho, along, W
+    for got, want in zip(made(*map(negated, tensors)), made(*tensors), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_traced_by_jit_is_run_again(backend, requires_grad):
+    x, y = torch.randn(6, 3, requires_grad=requires_grad), torch.randn(6, 3)
+    options = {"eps": 0.5, "max_iter": 5, "backend": backend}
+    for op in (
+        lambda x, y: sinkhorn(cost_matrix(x, y, backend=backend), **options).value,
+        lambda x, y: sinkhorn_points(x, y, **options).value,
+        lambda x, y: sinkhorn_divergence(x, y, **options).value,
+        OTLogitLoss(max_iter=5, backend=backend),
+    ):
+        traced = torch.jit.trace(op, (x, y), check_trace=False)
+        torch.testing.assert_close(traced(2 * x, y + 1), op(2 * x, y + 1))

@@ -3,9 +3,18 @@
 import pytest
 import torch
 from references import problem
+from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 
-from otdd.ops import barycentric, sinkhorn
+from otdd.losses import OTLogitLoss
+from otdd.ops import (
+    barycentric,
+    cost_matrix,
+    partial,
+    sinkhorn,
+    sinkhorn_divergence,
+    sinkhorn_points,
+)
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 GRADS = ("envelope", "unrolled", "implicit")
@@ -94,3 +103,45 @@ def test_forward_mode_is_refused_not_zero(backend):
     C = torch.rand(3, 4)
     with pytest.raises(NotImplementedError, match="jvp"):
         jvp(lambda C: sinkhorn(C, eps=0.1, backend=backend).value, (C,), (C,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dual_numbers_are_refused_not_constant(backend, requires_grad):
+    t, options = torch.rand(4, 4), {"eps": 0.1, "max_iter": 2, "backend": backend}
+    fixed = sinkhorn(t, **options)
+    for op in (
+        lambda C: sinkhorn(C, **options),
+        lambda a: sinkhorn(t, a[0], **options),
+        lambda C: partial(C, mass=0.5, **options),
+        lambda x: sinkhorn_points(x, t, **options),
+        lambda x: sinkhorn_divergence(t, x, **options),
+        lambda x: cost_matrix(x, t, backend=backend),
+        lambda y: barycentric(fixed, y),
+        lambda x: OTLogitLoss(max_iter=2, backend=backend)(x, t),
+    ):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(t.clone().requires_grad_(requires_grad), t)
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                op(dual)
+    with forward_ad.dual_level():  # without a dual number all is as ever
+        torch.testing.assert_close(sinkhorn(t, **options).value, fixed.value)
+    C = t.clone().requires_grad_()
+    value = sinkhorn(C, **options).value
+    with forward_ad.dual_level():
+        along = forward_ad.make_dual(torch.ones(()), torch.ones(()))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.autograd.grad(value, C, along)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batched_gradients_of_autograd_are_refused_in_a_line(backend):
+    C = torch.rand(2, 3, 4)
+
+    def value(C: torch.Tensor) -> torch.Tensor:
+        return sinkhorn(C, eps=0.1, max_iter=2, backend=backend).value
+
+    with pytest.raises(NotImplementedError, match=r"batched gradients .* torch\.func\.vmap"):
+        torch.autograd.functional.jacobian(value, C, vectorize=True)
+    want = torch.autograd.functional.jacobian(value, C)
+    torch.testing.assert_close(jacrev(value)(C), want)

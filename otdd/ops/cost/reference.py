@@ -51,10 +51,13 @@ def scale_of_squares(x: Tensor, y: Tensor) -> Tensor:
 
 
 def normalised(x: Tensor) -> Tensor:
-    """``x / |x|`` along the last axis; a zero vector stays zero (its cosine to anything is 0)."""
-    x = x / peak(x)  # so that no square under- or overflows
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1)
+    """``x / |x|`` along the last axis; a zero vector stays zero (its cosine to anything is 0).
+
+    Its derivatives are 0; a norm has no second one at 0, so none is taken there.
+    """
+    zero = (x == 0).all(-1, keepdim=True)
+    x = torch.where(zero, 1, x / peak(x))  # the largest is 1: no square under- or overflows
+    return torch.where(zero, 0, x / torch.linalg.vector_norm(x, dim=-1, keepdim=True))
 
 
 def peak(x: Tensor) -> Tensor:

@@ -288,7 +288,7 @@ def _per_problem(value: float | Tensor, name: str, C: Tensor, *, or_inf: bool = 
     same = value.device == C.device
     checks.require(same, name, f"device {value.device}", f"that of C, {C.device}")
     try:
-        return value.double().expand(batch)
+        return checks.resolved(value.double()).expand(batch)
     except RuntimeError:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}; accepted: a number or a tensor that "

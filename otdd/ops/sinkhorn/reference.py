@@ -48,8 +48,12 @@ class Solution(NamedTuple):
 
 
 def soft_rows(C: Tensor, g: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
-    """``f_i = -eps LSE_j(log b_j + (g_j - C_ij) / eps)``."""
-    return -eps * torch.logsumexp((log_b + g / eps).unsqueeze(-2) - C / eps.unsqueeze(-1), -1)
+    """``f_i = -eps LSE_j(log b_j + (g_j - C_ij) / eps)``, finite."""
+    logits = (log_b + g / eps).unsqueeze(-2) - C / eps.unsqueeze(-1)
+    # What masks costs may be so large that over eps it is not finite.
+    logits = torch.where(log_b.unsqueeze(-2) > -torch.inf, logits, -torch.inf)
+    most = torch.finfo(C.dtype).max
+    return (-eps * torch.logsumexp(logits, -1)).clamp(-most, most)
 
 
 def log_density(C: Tensor, f: Tensor, g: Tensor, eps: Tensor) -> Tensor:
