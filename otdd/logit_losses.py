@@ -15,7 +15,6 @@ from otdd.ops.checks import (
     as_float,
     floating,
     number,
-    positive,
     require,
     same_kind,
     solver_options,
@@ -70,7 +69,7 @@ class OTLogitLoss(nn.Module):
             backend=(backend, (None, *NAMES)),
         )
         number(tau, "tau")
-        positive(eps, "eps", torch.float32)
+        number(eps, "eps")
         self.tau, self.eps, self.max_iter, self.reduction = tau, eps, max_iter, reduction
         self.marginals, self.grad, self.backend = marginals, grad, backend
 

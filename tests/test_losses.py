@@ -110,6 +110,8 @@ def test_numbers_are_numbers():
     for name in ("eps", "rho_a", "rho_b"):
         with pytest.raises(TypeError, match=f"^{name}: got Tensor; accepted: a number"):
             SinkhornLoss(**{name: torch.tensor([0.1, 0.2])})
+    with pytest.raises(TypeError, match=r"^eps: got Tensor; accepted: a number"):
+        OTLogitLoss(eps=torch.tensor([0.1, 0.2]))
 
 
 def test_logits_of_minus_infinity_are_masks():

@@ -89,8 +89,12 @@ class SamplesLoss(nn.Module):
         require(function, "cost", repr(cost), "None, or a function of two tensors")
         stored = cost is None or backend != "online"
         require(stored, "backend", "'online' beside a cost", "auto, tensorized")
+        given = {"p": p, "blur": blur, "reach": reach, "diameter": diameter}
+        for name, number in given.items():
+            shape = tuple(getattr(number, "shape", ()))
+            require(shape == (), name, f"shape {shape}", "one number")
         require(cost is not None or p in (1, 2), "p", p, "1, 2, or a cost")
-        for name, number in (("p", p), ("blur", blur), ("reach", reach), ("diameter", diameter)):
+        for name, number in given.items():
             if number is not None:
                 positive(number, name, torch.float32, or_inf=name == "reach")
         ratio = isinstance(scaling, numbers.Real) and 0 < scaling < 1

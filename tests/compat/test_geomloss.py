@@ -149,6 +149,8 @@ def test_warns_where_it_does_not_converge(capsys, monkeypatch):
         ({"loss": "energy"}, "^loss: got 'energy'; accepted: 'sinkhorn'; GeomLoss has"),
         ({"p": 3}, "^p: got 3"),
         ({"blur": 0}, "^blur: got 0"),
+        ({"blur": torch.tensor([0.1, 0.2])}, r"^blur: got shape \(2,\); accepted: one number"),
+        ({"p": torch.tensor([1, 2])}, r"^p: got shape \(2,\); accepted: one number"),
         ({"reach": -1.0}, "^reach: got -1"),
         ({"diameter": 0}, "^diameter: got 0"),
         ({"scaling": "a"}, r"^scaling: got a; accepted: a number in"),

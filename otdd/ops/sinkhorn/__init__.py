@@ -129,6 +129,7 @@ def sinkhorn(
 
     Args:
         C: Costs, ``(..., N, M)``. float16 and bfloat16 are computed, and results given, in float32.
+            On ``triton`` C / eps is to be finite, of masked points too.
         a: Row weights, ``(..., N)`` or broadcastable to it; uniform ``1 / N`` by default. Zero
             masks a row: its plan is exactly 0, its gradient 0. Masses are not normalised: if those
             of a and b differ, no plan meets both and `marginal_error` says by how much.
