@@ -221,6 +221,18 @@ def test_double_backward_of_one_side(backend, metric):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_points_that_nearly_coincide(backend, dtype):
+    apart = torch.finfo(dtype).tiny / 100
+    x, y = torch.tensor([[1.0, apart], [0.0, 1.0]], dtype=dtype), torch.ones(1, 2, dtype=dtype)
+    y[0, 1] = 2 * apart
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(cost_matrix(x, y, "l2", backend=backend).sum(), x)
+    want = torch.tensor([[0.0, 0.0], [-(2**-0.5), 2**-0.5]], dtype=dtype)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_vectors_have_no_derivatives_under_cosine(backend):
     x, y = clouds((), 4, 3, 5)
 

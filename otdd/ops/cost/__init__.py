@@ -26,7 +26,7 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
     """Pairwise cost between two point clouds.
 
     - ``l1``: ``sum_d |x_d - y_d|``; gradient ``sign(x_d - y_d)``, 0 where equal
-    - ``l2``: Euclidean distance; gradient 0 where the points coincide
+    - ``l2``: Euclidean distance; gradient 0 where points coincide, to a normal number
     - ``sqeuclidean``: squared Euclidean distance
     - ``cosine``: ``1 - <x, y> / (|x| |y|)``; a zero vector has cost 1 to everything, gradient 0
 
@@ -154,7 +154,8 @@ def gradient_of_x(
 
 def _of_squares(grad: Tensor, C: Tensor) -> Tensor:
     """The gradient with respect to squared distances, from that of the distances C."""
-    return grad / (2 * C).masked_fill_(C == 0, torch.inf)  # of a distance 0: 0
+    # Of a distance 0, or of one too small to be divided by: 0.
+    return grad / (2 * C).masked_fill_(C < torch.finfo(C.dtype).tiny, torch.inf)
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
