@@ -154,8 +154,8 @@ def gradient_of_x(
 
 def _of_squares(grad: Tensor, C: Tensor) -> Tensor:
     """The gradient with respect to squared distances, from that of the distances C."""
-    # Of a distance 0, or of one too small to be divided by: 0.
-    return grad / (2 * C).masked_fill_(C < torch.finfo(C.dtype).tiny, torch.inf)
+    none = torch.finfo(C.dtype).tiny > C  # 0, or too small to be divided by: the gradient is 0
+    return grad / (2 * C).masked_fill_(none, torch.inf)
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
