@@ -69,9 +69,13 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
 
 def outside(out: str | os.PathLike[str], spec: str | os.PathLike[str]) -> None:
     """Refuse an output that would be taken for a class of the data folder it comes from."""
+    from otdd.distill.inputs.folder import in_parts
+
     root, target = Path(os.path.realpath(spec)), Path(os.path.realpath(out))
-    parts = [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else []
-    if root.is_dir() and any(target.is_relative_to(part) for part in parts or [root]):
+    if not root.is_dir():
+        return
+    parts = [root / name for name in ("train", "val", "test")] if in_parts(root) else [root]
+    if any(target.is_relative_to(part) for part in parts):
         raise ConfigError(f"out: {out} lies among the classes of the data folder {spec}")
 
 
