@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     known |= {"data": data.name, "data_sha256": data.fingerprint}
     Store(config.out).check(known)
     _check_networks(config, data)
+    known |= _checkpoints(config)
     generator = latents = None
     if _has_generator(config):
         generator = _load_generator(config, data)
@@ -105,7 +107,7 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
     from otdd.distill.augment import augmentation
     from otdd.distill.labels import LabelFormat
     from otdd.distill.relabel import MEASURED, teacher_names
-    from otdd.distill.students import check_network
+    from otdd.distill.students import check_network, check_pretrained, load_checkpoint
 
     LabelFormat.of(config.relabel, len(data.classes))
     augmentation(config.relabel, data.name, (data.image_shape[1], data.image_shape[2]))
@@ -117,12 +119,23 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
         require(config.ipc < few, "ipc", config.ipc, accepted)
     for teacher in teacher_names(config):
         arch, _, file = teacher.partition("=")
+        if teacher.startswith("timm:"):
+            name = teacher.removeprefix("timm:")
+            _check_timm(name)
+            check_pretrained(name, data)
+            continue
+        check_network(arch, data)
         if file and not Path(file).is_file():
             raise ConfigError(f"relabel.teachers: no file {file}")
-        if teacher.startswith("timm:"):
-            _check_timm(teacher.removeprefix("timm:"))
-        else:
-            check_network(arch, data)
+        if file:
+            load_checkpoint(arch, file, data)
+
+
+def _checkpoints(config: RunConfig) -> dict[str, list[str]]:
+    """What soft labels depend on beside the names of their teachers: the files among these."""
+    found = (teacher.partition("=")[2] for teacher in config.relabel.teachers)
+    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in found if file]
+    return {"relabel.teachers_sha256": hashes} if hashes else {}
 
 
 def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:

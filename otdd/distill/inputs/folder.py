@@ -61,7 +61,9 @@ def in_parts(root: Path) -> bool:
 def _roots(root: Path) -> tuple[Path, Path | None]:
     """Folders of the training classes, and of the test classes if they have one."""
     if in_parts(root):
-        return root / "train", next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
+        return root / "train", next(
+            (root / n for n in ("val", "test") if (root / n).is_dir()), None
+        )
     names = [folder.name for folder in _folders(root)]
     if names and all(name.casefold() in PARTS for name in names):
         raise DataError(
