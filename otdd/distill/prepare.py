@@ -55,10 +55,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     generator = latents = None
     if _has_generator(config):
         generator = _load_generator(config, data)
-        try:
-            generator.scheduler(config.sample.scheduler, config.sample.steps)
-        except ValueError as error:
-            raise ConfigError(f"sample.steps: {error}") from None
+        _check_schedule(config, generator)
         from otdd.distill.generator import generator_digest
 
         known["generator_sha256"] = generator_digest(generator)
@@ -129,6 +126,19 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
             raise ConfigError(f"relabel.teachers: no file {file}")
         if file:
             load_checkpoint(arch, file, data)
+
+
+def _check_schedule(config: RunConfig, generator: Generator) -> None:
+    from otdd.distill.denoising import noise_levels
+
+    try:
+        scheduler = generator.scheduler(config.sample.scheduler, config.sample.steps)
+    except ValueError as error:
+        raise ConfigError(f"sample.steps: {error}") from None
+    try:
+        noise_levels(scheduler)
+    except ValueError as error:
+        raise ConfigError(f"generator: {error}") from None
 
 
 def _checkpoints(config: RunConfig) -> dict[str, list[str]]:
