@@ -219,6 +219,8 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
     except (RuntimeError, AttributeError) as error:
         message = f"relabel.teachers: {path} does not hold a {arch}: {_line(error)}"
         raise ConfigError(message) from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+        raise ConfigError(f"relabel.teachers: {path} holds weights that are not finite")
     return network
 
 

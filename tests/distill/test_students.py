@@ -108,6 +108,11 @@ def test_checkpoints_that_do_not_fit_or_hold_code(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="does not hold a convnet"):
         load_checkpoint("convnet", tmp_path / "x.safetensors", toy_data())
+    broken = {**make_network("convnet", toy_data(), 0).body.state_dict()}
+    broken["head.bias"] = torch.full((3,), torch.nan)
+    save_file(broken, tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="holds weights that are not finite"):
+        load_checkpoint("convnet", tmp_path / "x.safetensors", toy_data())
     torch.save({"x": print}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match="cannot read"):
         load_checkpoint("convnet", tmp_path / "x.pt", toy_data())
