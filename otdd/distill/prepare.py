@@ -60,9 +60,9 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
 
         known["generator_sha256"] = generator_digest(generator)
         known |= _check_terms(config, data)
-        if config.latents is not None and "otg" in config.sets:
+        if "otg" in config.sets:  # other sets do not depend on them
             latents = _load_latents(config, data, generator)
-        known["latents_sha256"] = latents.digest if latents is not None else None
+            known["latents_sha256"] = latents.digest if latents is not None else None
     return Prepared(data, generator, latents, known)
 
 
@@ -195,9 +195,11 @@ def _load_data(config: RunConfig, only_sample: bool) -> ImageData:
     return Latents(config.latents).data(config.data, **wanted)
 
 
-def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents:
+def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents | None:
+    if config.latents is None:
+        return None
     from otdd.distill.latents import Latents
 
-    latents = Latents(config.latents or "")
+    latents = Latents(config.latents)
     latents.check(data, generator.codec)
     return latents

@@ -157,8 +157,8 @@ def _epoch(
         optimizer.step()
     if not math.isfinite(value := loss.item()):
         raise ConfigError(
-            f"lr: {config.lr} makes the training diverge: the loss is {value} in epoch {epoch + 1}; "
-            "expected a smaller one"
+            f"lr: {config.lr} makes the training diverge: the loss is {value} in epoch "
+            f"{epoch + 1}; expected a smaller one"
         )
 
 
