@@ -81,9 +81,10 @@ def train(
     config: RunConfig,
     arch: str = "convnet",
 ) -> dict[str, Any]:
-    """Test accuracy in percent, after the last step, of a student of the seed of `config`.
+    """Accuracy in percent, after the last step, of a student of the seed of `config`.
 
-    `student` is a digest of its weights: equal ones show arms that are the same.
+    `accuracy` is of the test images; `train_accuracy` of the real training images, which it has not
+    seen either. `student` is a digest of its weights: equal ones show arms that are the same.
     """
     total = Plan.of(config, data, len(images)).total
     with reproducible(data.image_shape):
@@ -91,7 +92,11 @@ def train(
         training = Training(student, loss, config.train, total, arch=arch, seed=config.seed)
         train_student(training, images, labels, steps)
         weights = torch.cat([p.detach().flatten() for p in student.parameters()])
-        return {"accuracy": round(accuracy(student, data.test), 3), "student": digest(weights)}
+        return {
+            "accuracy": round(accuracy(student, data.test), 3),
+            "train_accuracy": round(accuracy(student, data.train), 3),
+            "student": digest(weights),
+        }
 
 
 def digest(tensor: Tensor) -> str:

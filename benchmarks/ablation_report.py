@@ -1,7 +1,7 @@
 """Tables and figures of the ablations, and of the formats of labels, from their result files.
 
 python benchmarks/ablation_report.py                      # tables, printed
-python benchmarks/ablation_report.py --readme README.md   # the first three between their markers
+python benchmarks/ablation_report.py --readme README.md   # the first four between their markers
 python benchmarks/ablation_report.py --plots              # PNG files into benchmarks/results
 
 Differences are paired by seed; behind them stand the half width of their 95 % t interval and, where
@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 MARKERS = "<!-- ablation -->", "<!-- /ablation -->"
 NOW_MARKERS = "<!-- sampling now -->", "<!-- /sampling now -->"
 FRESH_MARKERS = "<!-- fresh seeds -->", "<!-- /fresh seeds -->"
+SEEN_MARKERS = "<!-- training images -->", "<!-- /training images -->"
 FRESH = range(100, 10**9)  # seeds that chose no setting
 CHECKED = ("no-otm", "full", "beta_2-0.8")  # what the sweep found best, on fresh seeds
 NOW = ("run-no-otg", "full", "no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
@@ -39,9 +40,9 @@ Rows = list[dict[str, Any]]
 Runs = dict[int, float]
 
 
-def runs(rows: Rows, **key: Any) -> Runs:
+def runs(rows: Rows, measure: str = "accuracy", **key: Any) -> Runs:
     """Seed -> accuracy of the cells that this names."""
-    return {r["seed"]: r["accuracy"] for r in rows if all(r[k] == v for k, v in key.items())}
+    return {r["seed"]: r[measure] for r in rows if all(r[k] == v for k, v in key.items())}
 
 
 def value(found: Runs) -> str:
@@ -72,21 +73,25 @@ def groups(rows: Rows, *names: str) -> list[dict[str, Any]]:
 
 
 def labels_table(
-    rows: Rows, arms: Iterable[str], base: Callable[[str], str], top: str = "full"
+    rows: Rows,
+    arms: Iterable[str],
+    base: Callable[[str], str],
+    top: str = "full",
+    measure: str = "accuracy",
 ) -> str:
     """Accuracy of the arm `top`, then a line per arm: its difference from its base."""
     columns = groups(rows, "data", "arch", "epochs", "ipc")
     sizes = [len(runs(rows, arm=top, **c)) for c in columns]
     pairs = list(zip(columns, sizes, strict=True))
     head = ["arm", *(f"{c['data']}, {c['arch']}, IPC {c['ipc']}, n={n}" for c, n in pairs)]
-    body = [[f"`{top}`", *(value(runs(rows, arm=top, **c)) for c in columns)]]
+    body = [[f"`{top}`", *(value(runs(rows, measure, arm=top, **c)) for c in columns)]]
     for arm in arms:
         cells = []
         for c, n in pairs:
             if arm == "no-lia" and c["ipc"] < 10:
                 cells.append("the same")
                 continue
-            these, others = (runs(rows, arm=a, **c) for a in (arm, base(arm)))
+            these, others = (runs(rows, measure, arm=a, **c) for a in (arm, base(arm)))
             cells.append(difference(these, others, n))
         body.append([f"`{arm}`", *cells])
     return lines(head, body)
@@ -99,7 +104,13 @@ def arms_table(labels: Rows) -> str:
     return labels_table(rows, arms, lambda arm: "hard-otg" if arm == "hard-no-otg" else "full")
 
 
-def now_table(labels: Rows, seeds: range = range(100)) -> str:
+def seen_table(labels: Rows) -> str:
+    """What `otdd run` samples with now, of real training images, which no student has seen."""
+    measure = "train_accuracy"
+    return now_table([r for r in labels if measure in r], range(10**9), measure)
+
+
+def now_table(labels: Rows, seeds: range = range(100), measure: str = "accuracy") -> str:
     """What `otdd run` samples with now, beside what it did when the source's ablation was run."""
     key = ("data", "arch", "epochs", "ipc")
     rows = [r for r in labels if r["seed"] in seeds]
@@ -107,7 +118,7 @@ def now_table(labels: Rows, seeds: range = range(100)) -> str:
     rows = [r for r in rows if tuple(r[k] for k in key) in there]
     arms = [arm for arm in NOW if any(r["arm"] == arm for r in rows)]
     return labels_table(
-        rows, arms, lambda arm: "hard-run" if arm == "hard-run-no-otg" else "run", "run"
+        rows, arms, lambda arm: "hard-run" if arm == "hard-run-no-otg" else "run", "run", measure
     )
 
 
@@ -244,7 +255,8 @@ def main() -> None:
     chosen = [row for row in labels if row["seed"] < 100]
     swept = [row for row in chosen if _swept(row) and "run" not in row["arm"]]
     first, now, again = arms_table(labels), now_table(labels), now_table(labels, FRESH)
-    print(first, now, "fresh seeds\n" + again, sep="\n\n", end="\n\n")
+    seen = seen_table(labels)
+    print(first, now, "fresh seeds\n" + again, "training images\n" + seen, sep="\n\n", end="\n\n")
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
     print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
@@ -260,15 +272,16 @@ def main() -> None:
         into_readme(args.readme, first, MARKERS)
         into_readme(args.readme, now, NOW_MARKERS)
         into_readme(args.readme, again, FRESH_MARKERS)
+        into_readme(args.readme, seen, SEEN_MARKERS)
     if args.plots:
         plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
         plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")
 
 
 def _of_arms(rows: Rows) -> Rows:
-    """The rows of the source's ablation: not those of the sweep, of fresh seeds or of `scenes`."""
+    """The rows of the source's ablation: not those of the sweep, of fresh seeds or of scenes."""
     rows = [r for r in rows if r["arm"] in ARMS and r["seed"] < 100 and not _swept(r)]
-    return [r for r in rows if r["data"] != "scenes"]
+    return [r for r in rows if not r["data"].startswith("scenes")]
 
 
 def _swept(row: dict[str, Any]) -> bool:

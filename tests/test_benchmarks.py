@@ -103,11 +103,11 @@ def test_the_readme_has_the_table_of_the_digits():
     assert f"{first}\n{text}\n{last}" in readme.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("part", ["arms", "now", "fresh"])
+@pytest.mark.parametrize("part", ["arms", "now", "fresh", "seen"])
 def test_the_readme_has_the_tables_of_the_labels(part):
     report = ablation_report
     markers = {"arms": report.MARKERS, "now": report.NOW_MARKERS, "fresh": report.FRESH_MARKERS}
-    first, last = markers[part]
+    first, last = (markers | {"seen": report.SEEN_MARKERS})[part]
     readme = Path(__file__).parents[1] / "README.md"
     if not readme.is_file():
         pytest.skip("not run from the sources")
@@ -116,6 +116,7 @@ def test_the_readme_has_the_tables_of_the_labels(part):
         "arms": report.arms_table,
         "now": report.now_table,
         "fresh": lambda cells: report.now_table(cells, report.FRESH),
+        "seen": report.seen_table,
     }[part](cells)
     assert f"{first}\n{text}\n{last}" in readme.read_text(encoding="utf-8")
 

@@ -5,6 +5,8 @@
 // those are few, along the points of y.
 #pragma once
 
+#include <algorithm>
+
 #include "cost.h"
 
 namespace otdd::cpu::OTDD_ISA {
@@ -14,6 +16,8 @@ namespace otdd::cpu::OTDD_ISA {
 // copied kSumWidth vectors wide: rows of memory are then read in runs.
 constexpr int kSumRows = kBytes == 64 ? 10 : 5;
 constexpr i64 kSumCols = 192, kSumWidth = 16, kColumn = 1024;
+// Up to so many points of x nothing is copied: points of y are read in runs of so many features.
+constexpr i64 kFewSums = 12, kFewWidth = 1024;
 
 // The derivative of a difference's cost: its sign, 0 for 0, or half of that of its square.
 template <class T, int kMetric>
@@ -120,11 +124,57 @@ void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G
   }
 }
 
+// sums[0..depth) += what kPoints points of y give, one after the other; G is of the first.
+template <class T, int kMetric, int kPoints>
+inline void few_tile(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 depth,
+                     T* sums) {
+  const auto step = [&](i64 d, i64 count) {
+    const Vec<T> xs = load_some(x + d, count);
+    Vec<T> s = load(sums + d);
+    for (int k = 0; k < kPoints; ++k) {
+      const Vec<T> w = derivative<T, kMetric>(xs - load_some(y + k * A.y.row + d, count));
+      s += G[k * A.G_col] * w;
+    }
+    store(sums + d, s);
+  };
+  constexpr i64 W = kWidth<T>;
+  i64 d = 0;
+  for (; d + W <= depth; d += W) step(d, W);
+  if (d < depth) step(d, depth - d);
+}
+
+// As sums_block of x alone, to the bit.
+template <class T, int kMetric>
+void few_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows, i64 depth,
+              T* dx) {
+  alignas(64) T sums[kFewSums][kFewWidth];
+  for (i64 j0 = 0; j0 < A.M; j0 += kSumCols) {
+    const i64 end = j0 + least(kSumCols, A.M - j0);
+    for (i64 i = 0; i < rows; ++i) std::fill(sums[i], sums[i] + round_up(depth, kWidth<T>), T(0));
+    i64 j = j0;
+    const auto tile = [&](auto kPoints) {
+      for (i64 i = 0; i < rows; ++i)
+        few_tile<T, kMetric, kPoints>(A, x + i * A.x.row, y + j * A.y.row,
+                                      G + i * A.G_row + j * A.G_col, depth, sums[i]);
+      j += kPoints;
+    };
+    while (j + 4 <= end) tile(Constant<4>{});
+    while (j < end) tile(Constant<1>{});
+    for (i64 i = 0; i < rows; ++i)
+      for (i64 d = 0; d < depth; d += kWidth<T>) {
+        T* out = dx + i * A.D + d;
+        const Vec<T> s = load(sums[i] + d), sum = kMetric == kL1 ? s : s + s;
+        store_some(out, j0 == 0 ? sum : sum + load_some(out, depth - d), depth - d);
+      }
+  }
+}
+
 // Features are shared among threads in runs of up to kSumWidth vectors, shorter if there are few.
 template <class T, int kMetric, bool kBoth>
 int sums(const CostBackwardArgs<T>& A, Patience& patience) {
+  const bool few = !kBoth && A.N <= kFewSums;
   i64 height = kBoth ? A.N : least(A.N, kRowBlock);  // dx is the same whatever the block
-  i64 width = kSumWidth * kWidth<T>;
+  i64 width = few ? kFewWidth : kSumWidth * kWidth<T>;
   const auto count = [&] { return A.B * ((A.D + width - 1) / width) * ((A.N + height - 1) / height); };
   while (width > kWidth<T> && count() < 4 * A.threads) width /= 2;
   while (!kBoth && height > 16 && count() < 4 * A.threads) height /= 2;
@@ -148,9 +198,13 @@ int sums(const CostBackwardArgs<T>& A, Patience& patience) {
       const T* x = A.x.data + p * A.x.batch + i * A.x.row + d;
       const T* y = A.y.data + p * A.y.batch + d;
       const T* G = A.G + p * A.G_batch + i * A.G_row;
+      const i64 rows = least(height, A.N - i), depth = least(width, A.D - d);
+      T* dx = A.dx + (p * A.N + i) * A.D + d;
       T* dy = kBoth ? A.dy + p * A.M * A.D + d : nullptr;
-      sums_block<T, kMetric, kBoth>(A, x, y, G, least(height, A.N - i), least(width, A.D - d),
-                                    A.dx + (p * A.N + i) * A.D + d, dy, copies);
+      if (few)
+        few_sums<T, kMetric>(A, x, y, G, rows, depth, dx);
+      else
+        sums_block<T, kMetric, kBoth>(A, x, y, G, rows, depth, dx, dy, copies);
     }
   }
   return status;

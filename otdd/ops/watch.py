@@ -33,21 +33,27 @@ class Watch:
     launched in vain. On the CPU every iteration is looked at.
 
     Args:
-        every: Iterations from one look to the next.
+        every: Iterations from one look to the next, at least.
         waits: For an earlier look, never for what was launched last. Else the host never waits.
     """
 
     def __init__(self, every: int, *, waits: bool) -> None:
         self._every, self._waits = every, waits
         self._look: Look | None = None
+        self._due = 0
 
     def over(self, iteration: int, going: Tensor) -> bool:
-        """Whether no problem was `going` when the last look that has arrived was made."""
+        """Whether no problem was `going` when the last look that has arrived was made.
+
+        `iteration` may leave some out.
+        """
         if going.is_cpu:
             return not bool(going.any())
         if going.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        due = iteration % self._every == 0
+        due = iteration >= self._due
+        if due:
+            self._due = iteration + self._every
         if self._look is not None:
             if due and self._waits:
                 self._look.wait()

@@ -5,6 +5,7 @@ CPU.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import points_on_device as checks
@@ -13,7 +14,7 @@ import torch
 from points_backends import points_backend
 from references import clouds
 
-from otdd.ops import sinkhorn_points
+from otdd.ops import graphs, sinkhorn_points
 from otdd.ops.points import tiles
 
 pytestmark = pytest.mark.gpu
@@ -146,7 +147,7 @@ def test_captured_with_a_tolerance(backend):
 def test_another_stream(way, monkeypatch):
     backend = in_this_way(way, monkeypatch)
     x, y, a, b = (t.to(DEVICE) for t in clouds(1, 1500, 1300, 64, torch.float32))
-    options = {"eps": 10.0, "max_iter": 10, "backend": backend}
+    options = {"eps": 10.0, "max_iter": 30, "backend": backend}
     want = sinkhorn_points(x, y, a, b, **options)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -158,6 +159,31 @@ def test_another_stream(way, monkeypatch):
     stream.synchronize()
     assert torch.equal(seen.f, want.f)
     assert torch.equal(seen.value, want.value)
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-3])
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_replayed_steps_are_the_same_bits(way, tol, monkeypatch):
+    """Also from two threads at once, each with a graph of its own."""
+    backend = in_this_way(way, monkeypatch)
+    clouds_of = [[t.to(DEVICE) for t in clouds(1, 900 + n, 800, 64, torch.float32)] for n in (0, 1)]
+    options = {"eps": 10.0, "max_iter": 101, "tol": tol, "backend": backend}
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(lambda given: sinkhorn_points(*given, **options), clouds_of * 5))
+    monkeypatch.setattr(graphs, "_can_capture", lambda device: False)
+    want = [sinkhorn_points(*given, **options) for given in clouds_of] * 5
+    for got, one in zip(seen, want, strict=True):
+        for name in ("f", "g", "value", "cost", "marginal_error", "n_iter"):
+            assert torch.equal(getattr(got, name), getattr(one, name)), name
+
+
+def test_replays_do_not_wait():
+    """Of 1000 iterations 16 are launched one by one."""
+    x, y, a, b = (t.to(DEVICE) for t in clouds(1, 2048, 2048, 64, torch.float32))
+    options = {"eps": 10.0, "max_iter": 1000, "backend": "triton"}
+    sinkhorn_points(x, y, a, b, **options)
+    r = without_sync(lambda: sinkhorn_points(x, y, a, b, **options))
+    assert torch.isfinite(r.value).all()
 
 
 def test_large_clouds_take_little_memory():

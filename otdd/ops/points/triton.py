@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otdd.ops.graphs import repeated
 from otdd.ops.pointers import on_device, triton_kernels
 from otdd.ops.points import kernels
 from otdd.ops.points.dense import weighted_sum
@@ -57,15 +58,15 @@ def _softmin(
     scales: _Scales,
     damp: Tensor,
     stops: bool,
-    raw: bool = False,
+    scratch: Tensor | None = None,
 ) -> None:
-    """Row potentials into `out`, ``(B, N)``; `raw`: the logarithms of their sums."""
+    """Row potentials into `out`, ``(B, N)``; without `scratch` the logarithms of their sums."""
     B, shape = len(potential), tiles.shape
-    programs = B * -(-tiles.N // shape["BLOCK_N"])
-    tiles_across = -(-tiles.M // shape["BLOCK_M"])
-    cuts = 1 if raw else splits(programs, tiles_across, _processors(potential.device))
-    parts = out if cuts == 1 else out.new_empty(cuts, B, tiles.N)
-    kernels.softmin_kernel[(programs, cuts)](
+    cuts = 1 if scratch is None else _cuts(tiles, B, potential.device)
+    parts = out
+    if scratch is not None and cuts > 1:
+        parts = scratch[: cuts * B * tiles.N].view(cuts, B, tiles.N)
+    kernels.softmin_kernel[(B * -(-tiles.N // shape["BLOCK_N"]), cuts)](
         parts,
         potential,
         log2_weight,
@@ -74,12 +75,25 @@ def _softmin(
         scales.active,
         B=B,
         SPLITS=cuts,
-        RAW=raw or cuts > 1,
+        RAW=scratch is None or cuts > 1,
         STOPS=stops,
         **tiles.sources(),
     )
     if cuts > 1:
         _merge(parts, out, scales, damp, stops)
+
+
+def _cuts(tiles: Tiles, B: int, device: torch.device) -> int:
+    """Parts that the columns are cut in, so that every processor has something to do."""
+    shape = tiles.shape
+    programs = B * -(-tiles.N // shape["BLOCK_N"])
+    return splits(programs, -(-tiles.M // shape["BLOCK_M"]), _processors(device))
+
+
+def _scratch(like: Tensor, *passes: Tiles) -> Tensor:
+    """Memory for the parts of any of these passes."""
+    sizes = [_cuts(tiles, len(like), like.device) * len(like) * tiles.N for tiles in passes]
+    return like.new_empty(max(sizes))
 
 
 def _merge(parts: Tensor, out: Tensor, scales: _Scales, damp: Tensor, stops: bool) -> None:
@@ -90,21 +104,31 @@ def _merge(parts: Tensor, out: Tensor, scales: _Scales, damp: Tensor, stops: boo
 
 
 class _Whole:
-    """Passes over all tiles, whose costs are made anew or are all there."""
+    """Passes over all tiles, whose costs are made anew or are all there.
+
+    Nothing is allocated in a pass, of which a graph may be made.
+    """
+
+    launches = 4  # of both passes, where their columns are cut
 
     def __init__(self, tiles: Tiles, log2_a: Tensor, log2_b: Tensor, scales: _Scales) -> None:
         self.tiles, self.across = tiles, tiles.swapped()
         self.log2_a, self.log2_b, self.scales = log2_a, log2_b, scales
+        self.scratch = _scratch(log2_a, self.tiles, self.across)
 
     def rows(self, g: Tensor, out: Tensor, damp: Tensor, stops: bool) -> None:
-        _softmin(self.tiles, g, self.log2_b, out, self.scales, damp, stops)
+        _softmin(self.tiles, g, self.log2_b, out, self.scales, damp, stops, self.scratch)
 
     def columns(self, f: Tensor, out: Tensor, stops: bool) -> None:
-        _softmin(self.across, f, self.log2_a, out, self.scales, self.scales.damp_b, stops)
+        rest = self.scales, self.scales.damp_b, stops, self.scratch
+        _softmin(self.across, f, self.log2_a, out, *rest)
 
 
 class _Panels:
-    """Passes over one problem, some rows at a time: their costs are made once for both."""
+    """Passes over one problem, some rows at a time: their costs are made once for both.
+
+    Nothing is allocated in a pass, as above.
+    """
 
     def __init__(
         self, tiles: Tiles, log2_a: Tensor, log2_b: Tensor, scales: _Scales, height: int
@@ -114,16 +138,20 @@ class _Panels:
         self.tiles = [tiles.rows(chosen) for chosen in self.slices]
         self.costs = log2_a.new_empty(1, height, tiles.M)
         self.parts = log2_a.new_empty(len(self.slices), 1, tiles.M)
+        self.scratch = _scratch(log2_a, *(some.stored(self.costs) for some in self.tiles))
+        self.damped = torch.empty_like(log2_a)
+        self.launches = 4 * len(self.slices) + 1
 
     def rows(self, g: Tensor, out: Tensor, damp: Tensor, stops: bool) -> None:
         scales = self.scales
         for k, (chosen, tiles) in enumerate(zip(self.slices, self.tiles, strict=True)):
             panel = tiles.stored(_costs(tiles, self.costs[:, : tiles.N]))
             f = out[:, chosen]
-            _softmin(panel, g, self.log2_b, f, scales, damp, stops)
-            f = f if damp is scales.damp_a else f * scales.damp_a
+            _softmin(panel, g, self.log2_b, f, scales, damp, stops, self.scratch)
+            if damp is not scales.damp_a:
+                f = torch.mul(f, scales.damp_a, out=self.damped[:, chosen])
             rest = self.log2_a[:, chosen], self.parts[k], scales, scales.damp_b, stops
-            _softmin(panel.swapped(), f, *rest, raw=True)
+            _softmin(panel.swapped(), f, *rest)
 
     def columns(self, f: Tensor, out: Tensor, stops: bool) -> None:
         _merge(self.parts, out, self.scales, self.scales.damp_b, stops)
@@ -295,20 +323,27 @@ def _iterate(
     f = torch.zeros_like(p.a, memory_format=torch.contiguous_format)
     g = g.clone(memory_format=torch.contiguous_format)
     if not isinstance(tol, Tensor) and tol <= 0:
-        for _ in range(max_iter):
+
+        def both(_: int) -> None:
             passes.rows(g, f, scales.damp_a, False)
             passes.columns(f, g, False)
+
+        for _ in repeated(both, max_iter, passes.launches, f.device):
+            pass
         return f, g, torch.full_like(p.eps, max_iter, dtype=torch.int64)
     n_iter = torch.zeros_like(p.eps, dtype=torch.int64)
     f_next, a, watch = torch.empty_like(f), p.a.contiguous(), Watch(_LOOK, waits=False)
     goal = (tol if isinstance(tol, Tensor) else torch.full_like(p.eps, tol)).to(f.dtype)
     rate = (LOG2_E / p.rho_a).to(f.dtype)
     rest = scales.scale, scales.damp_a, rate, goal.contiguous(), scales.active, n_iter, f.shape[-1]
-    for k in range(max_iter):
+
+    def until_met(k: int) -> None:
         passes.rows(g, f_next, scales.one, True)
         kernels.decide_kernel[(len(f),)](f, f_next, a, *rest, STARTED=k > 0, BLOCK=256)
         passes.columns(f, g, True)
-        if watch.over(k, scales.active):
+
+    for done in repeated(until_met, max_iter, passes.launches + 1, f.device):
+        if watch.over(done - 1, scales.active):
             break
     return f, g, n_iter
 
