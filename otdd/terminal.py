@@ -185,7 +185,7 @@ def _tell_metrics(console: Console, metrics: dict[str, Any]) -> None:
             table.add_row(name, *cells, cost)
         console.print(table)
         found = [c for c in metrics["comparisons"] if c["arch"] == arch]
-        if any(c["ci95"] for c in found):
+        if any(c["seeds"] >= 2 for c in found):
             what = "points, 95 % interval, p (paired t test by seed, Holm)"
             title = f"{found[0]['set']} less another set: {what}"
             console.print(title, markup=False, highlight=False, soft_wrap=True)
@@ -209,12 +209,13 @@ def _compared(found: list[dict[str, Any]], losses: list[str]) -> Table:
 
 
 def _difference(comparison: dict[str, Any]) -> str:
-    if comparison["ci95"] is None:
+    if comparison["seeds"] < 2:
         return str(comparison["note"])
+    text = f"{comparison['difference']:+.1f}"
+    if comparison["ci95"] is None:
+        return f"{text}\n{comparison['note']}"
     low, high = comparison["ci95"]
-    text = f"{comparison['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-    p = comparison["p_holm"]
-    return f"{text}\n" + (comparison["note"] if p is None else f"p {p:.2g}")
+    return f"{text} [{low:+.1f}, {high:+.1f}]\np {comparison['p_holm']:.2g}"
 
 
 def _cell(rows: list[dict[str, Any]], name: str, arch: str, loss: str) -> str:

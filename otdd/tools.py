@@ -182,6 +182,7 @@ def fit(flags: list[str]) -> int:
 
     from otdd.terminal import shown
 
+    _check_use(given)
     if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
     data, train = _training(given)
@@ -203,6 +204,17 @@ def fit(flags: list[str]) -> int:
         f"peak memory {costs.peak_memory() / 2**30:.2f} GiB\n"
     )
     return 0
+
+
+def _check_use(given: Any) -> None:
+    """Refuses settings of the other way of training, which would do nothing."""
+    from otdd.distill.fit_config import FitConfig
+
+    unused = ("tune", "rank") if given.base is None else ("width", "layers", "patch_size")
+    for name in unused:
+        seen, default = getattr(given, name), getattr(FitConfig, name)
+        how = "without" if given.base is None else "with"
+        require(seen == default, name, seen, f"{default!r}, the default, {how} --from")
 
 
 def _training(given: Any) -> tuple[Any, Callable[..., Any]]:

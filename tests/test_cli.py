@@ -180,6 +180,14 @@ def test_help_shows_what_a_preset_and_a_file_set(capsys, tmp_path):
         (["push", "none", "me/set"], "none: no such folder"),
         (["env", "--jsno"], "unknown flag --jsno"),
         (["fit", "--data", "digits", "--out", "x", "--steps", "0"], "--steps: 0 is not accepted"),
+        (
+            ["fit", "--data", "digits", "--out", "x", "--tune", "all"],
+            "expected 'lora', the default",
+        ),
+        (
+            ["fit", "--data", "digits", "--out", "x", "--from", "dit", "--width", "64"],
+            "width: 64 is not accepted; expected 0, the default, with --from",
+        ),
         (["encode", "--data", "digits", "--out", "x", "--shard", "0"], "--shard: 0 is not accept"),
         (["encode", "--data", "nowhere", "--out", "x"], "'nowhere' is no folder"),
         (["encode", "--data", "textures", "--out", "x"], "no generator is shipped"),

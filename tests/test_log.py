@@ -15,6 +15,7 @@ from datetime import datetime
 import pytest
 
 from otdd import cli, joblog
+from otdd.distill.compare import comparisons
 from otdd.distill.inputs.problems import warn
 from otdd.joblog import JsonLog
 from otdd.terminal import print_metrics
@@ -168,6 +169,20 @@ def test_table_of_a_run_names_its_data_and_fits_any_encoding(monkeypatch):
         assert any(f"91.5 {spread} 0.6" in line for line in lines)
         assert len({len(line) for line in lines[:-1]}) == 1
         assert lines[-1] == "written to runs/a"
+
+
+def test_a_difference_without_an_interval_is_shown(capsys):
+    about = {"arch": "convnet", "loss": "ce", "seeds": [0, 1], "mean": 1.0, "std": 0.0}
+    rows = [
+        {**about, "set": "otg", "runs": [57.14, 71.43]},
+        {**about, "set": "random", "runs": [42.86, 57.14]},
+    ]
+    metrics = {"accuracy": rows, "ot_cost": {}, "comparisons": comparisons(rows)}
+    print_metrics({**metrics, "config": {"data": "photos", "ipc": 1}}, "runs/a")
+    shown = capsys.readouterr().out
+    assert "+14.3" in shown
+    assert "the same difference for every seed: no interval, no test" in shown
+    assert "to compare sets takes two seeds" not in shown
 
 
 def test_bars_fit_into_terminals():

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LEVEL = 0.95
+SAME = 0.021  # points by which equal differences of rounded accuracies can be apart: 4 * 0.005
 WILCOXON = 6  # seeds from which the signed-rank test can reach p < 0.05 at all: 2 / 2^6
 
 
@@ -71,8 +72,9 @@ def paired(one: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
     if len(seeds) < 2:
         common = "1 seed" if seeds else "no seeds"
         return {**made, "note": f"{common} in common: a test needs 2"}
-    if max(apart) == min(apart):
-        return {**made, "note": "the same difference for every seed: no test"}
+    if max(apart) - min(apart) < SAME:
+        note = "the same difference for every seed: no interval, no test"
+        return {**made, "ci95": None, "note": note}
     from scipy.stats import ttest_1samp, wilcoxon
 
     made["p"] = _rounded(ttest_1samp(apart, 0.0).pvalue)

@@ -183,10 +183,15 @@ def noise_levels(scheduler: Any) -> list[Level]:
             f"scheduler: guidance cannot use {type(scheduler).__name__}; accepted: {accepted}, "
             "without flow sigmas"
         )
-    _prediction_type(scheduler)
+    kind = _prediction_type(scheduler)
     if names & {*BY_TIMESTEP}:
-        known = scheduler.alphas_cumprod
-        return [Level(float(known[t])) for t in scheduler.timesteps.tolist()] + [Level(1.0)]
+        known = [float(scheduler.alphas_cumprod[t]) for t in scheduler.timesteps.tolist()]
+        if kind == "epsilon" and 0.0 in known:  # pure noise, whose x0_hat no noise tells
+            raise ValueError(
+                f"scheduler: rescale_betas_zero_snr with prediction_type {kind!r} starts from pure "
+                "noise; accepted: v_prediction or sample with it"
+            )
+        return [Level(alpha_bar) for alpha_bar in known] + [Level(1.0)]
     sigmas = [float(s) for s in scheduler.sigmas]
     scaled = bool(names & {*SCALED})
     return [Level(1 / (1 + s * s), (1 + s * s) ** 0.5 if scaled else 1.0) for s in sigmas]

@@ -105,7 +105,7 @@ class OTDiTPipeline(DiTPipeline):
             terms = list(guidance) if isinstance(guidance, Sequence) else [guidance]
         denoiser = Denoiser(self.transformer)
         scale = guidance_scale if guidance_scale > 1 else 1.0
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        labels = _labels(class_labels).to(self._execution_device)
         self._check(labels, denoiser, num_inference_steps, output_type, terms)
         _check_memory(memory, self.transformer.config)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -187,6 +187,17 @@ class _Interrupted(Exception):
     def __init__(self, latents: Tensor) -> None:
         super().__init__()
         self.latents = latents
+
+
+def _labels(class_labels: Sequence[int] | Tensor) -> Tensor:
+    """Labels (B,) as a tensor; what is in it is checked later."""
+    try:
+        return torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"class_labels: {class_labels!r} is not accepted; expected integers, which "
+            "get_label_ids has for names"
+        ) from None
 
 
 def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otdd import __version__
@@ -368,12 +369,8 @@ def _open_store(
     config: RunConfig, known: dict[str, Any], data: ImageData, workers: Workers
 ) -> Store:
     if workers.first:
-        from otdd.distill.inputs.spec import absolute
-
         store = Store.open(config.out, known, lock=True)
-        resolved = to_dict(config)
-        resolved["data"] = absolute(config.data)
-        store.write_json(CONFIG, {k: v for k, v in resolved.items() if k != "out"})
+        store.write_json(CONFIG, _found_again(config))
         if not store.has(DATA):  # of the same data: the store has compared its hash
             store.write_json(DATA, describe(data))
     workers.wait()
@@ -382,6 +379,19 @@ def _open_store(
         store.check(known)
         store.sums.keep(f"{workers.rank}-{uuid.uuid4().hex[:8]}")
     return store
+
+
+def _found_again(config: RunConfig) -> dict[str, Any]:
+    """Settings for config.json, but `out`, with inputs that are found from any folder."""
+    from otdd.distill.inputs.spec import absolute
+
+    made = {k: v for k, v in to_dict(config).items() if k != "out"}
+    made["data"] = absolute(config.data)
+    groups = (made, "generator"), (made, "latents"), (made["sample"]["influence"], "surrogate")
+    for group, key in groups:
+        if group[key] is not None:
+            group[key] = str(Path(group[key]).resolve())
+    return made
 
 
 def _versions() -> dict[str, str]:

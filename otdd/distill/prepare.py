@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,28 +51,30 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     known |= {"data": data.name, "data_sha256": data.fingerprint}
     Store(config.out).check(known)
     _check_networks(config, data)
+    known |= _checkpoints(config)
     generator = latents = None
     if _has_generator(config):
         generator = _load_generator(config, data)
-        try:
-            generator.scheduler(config.sample.scheduler, config.sample.steps)
-        except ValueError as error:
-            raise ConfigError(f"sample.steps: {error}") from None
+        _check_schedule(config, generator)
         from otdd.distill.generator import generator_digest
 
         known["generator_sha256"] = generator_digest(generator)
         known |= _check_terms(config, data)
-        if config.latents is not None and "otg" in config.sets:
+        if "otg" in config.sets:  # other sets do not depend on them
             latents = _load_latents(config, data, generator)
-        known["latents_sha256"] = latents.digest if latents is not None else None
+            known["latents_sha256"] = latents.digest if latents is not None else None
     return Prepared(data, generator, latents, known)
 
 
 def outside(out: str | os.PathLike[str], spec: str | os.PathLike[str]) -> None:
     """Refuse an output that would be taken for a class of the data folder it comes from."""
+    from otdd.distill.inputs.folder import in_parts
+
     root, target = Path(os.path.realpath(spec)), Path(os.path.realpath(out))
-    parts = [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else []
-    if root.is_dir() and any(target.is_relative_to(part) for part in parts or [root]):
+    if not root.is_dir():
+        return
+    parts = [root / name for name in ("train", "val", "test")] if in_parts(root) else [root]
+    if any(target.is_relative_to(part) for part in parts):
         raise ConfigError(f"out: {out} lies among the classes of the data folder {spec}")
 
 
@@ -101,7 +104,7 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
     from otdd.distill.augment import augmentation
     from otdd.distill.labels import LabelFormat
     from otdd.distill.relabel import MEASURED, teacher_names
-    from otdd.distill.students import check_network
+    from otdd.distill.students import check_network, check_pretrained, load_checkpoint
 
     LabelFormat.of(config.relabel, len(data.classes))
     augmentation(config.relabel, data.name, (data.image_shape[1], data.image_shape[2]))
@@ -113,12 +116,36 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
         require(config.ipc < few, "ipc", config.ipc, accepted)
     for teacher in teacher_names(config):
         arch, _, file = teacher.partition("=")
+        if teacher.startswith("timm:"):
+            name = teacher.removeprefix("timm:")
+            _check_timm(name)
+            check_pretrained(name, data)
+            continue
+        check_network(arch, data)
         if file and not Path(file).is_file():
             raise ConfigError(f"relabel.teachers: no file {file}")
-        if teacher.startswith("timm:"):
-            _check_timm(teacher.removeprefix("timm:"))
-        else:
-            check_network(arch, data)
+        if file:
+            load_checkpoint(arch, file, data)
+
+
+def _check_schedule(config: RunConfig, generator: Generator) -> None:
+    from otdd.distill.denoising import noise_levels
+
+    try:
+        scheduler = generator.scheduler(config.sample.scheduler, config.sample.steps)
+    except ValueError as error:
+        raise ConfigError(f"sample.steps: {error}") from None
+    try:
+        noise_levels(scheduler)
+    except ValueError as error:
+        raise ConfigError(f"generator: {error}") from None
+
+
+def _checkpoints(config: RunConfig) -> dict[str, list[str]]:
+    """What soft labels depend on beside the names of their teachers: the files among these."""
+    found = (teacher.partition("=")[2] for teacher in config.relabel.teachers)
+    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in found if file]
+    return {"relabel.teachers_sha256": hashes} if hashes else {}
 
 
 def _check_terms(config: RunConfig, data: ImageData) -> dict[str, str]:
@@ -168,9 +195,11 @@ def _load_data(config: RunConfig, only_sample: bool) -> ImageData:
     return Latents(config.latents).data(config.data, **wanted)
 
 
-def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents:
+def _load_latents(config: RunConfig, data: ImageData, generator: Generator) -> Latents | None:
+    if config.latents is None:
+        return None
     from otdd.distill.latents import Latents
 
-    latents = Latents(config.latents or "")
+    latents = Latents(config.latents)
     latents.check(data, generator.codec)
     return latents

@@ -6,11 +6,13 @@ whoever loads a checkpoint cannot disagree about it.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,22 +136,40 @@ def make_network(name: str, data: ImageData, seed: int) -> Normalized:
 
 def check_network(name: str, data: ImageData) -> None:
     """Raise `ConfigError` when the architecture is unknown or cannot take these images."""
-    if name in OWN:
-        return
-    network = make_network(name, data, seed=0).eval()
+    if name not in OWN:
+        _check_fit(lambda: make_network(name, data, seed=0), name, data)
+
+
+def check_pretrained(name: str, data: ImageData) -> None:
+    """The same for a pretrained timm model, of which no weights are fetched."""
+    what = f"relabel.teachers: timm:{name}"
+    _check_fit(lambda: pretrained(name, data, weights=False), what, data)
+
+
+def _check_fit(make: Callable[[], Normalized], what: str, data: ImageData) -> None:
     try:
+        network = make().eval()
         with torch.no_grad():
-            network(torch.zeros(1, *data.image_shape))
-    except (RuntimeError, ValueError, AssertionError) as error:
+            seen = tuple(network(torch.zeros(1, *data.image_shape)).shape)
+    except ConfigError:
+        raise
+    except Exception as error:  # of many kinds, by whoever wrote the network
         shape = "x".join(map(str, data.image_shape))
-        raise ConfigError(f"{name} cannot take images of {shape}: {_line(error)}") from None
+        raise ConfigError(f"{what} cannot take images of {shape}: {_line(error)}") from None
+    if seen != (1, data.num_classes):
+        raise ConfigError(
+            f"{what} gives {seen} for an image; expected logits (1, {data.num_classes})"
+        )
 
 
-def pretrained(name: str, data: ImageData) -> Normalized:
-    """A pretrained timm model with its own normalisation and the classes of the data."""
+def pretrained(name: str, data: ImageData, *, weights: bool = True) -> Normalized:
+    """A pretrained timm model with its own normalisation and the classes of the data.
+
+    Without `weights` it is the same network with others, for checks.
+    """
     timm = import_timm()
     try:
-        body = timm.create_model(name, pretrained=True, in_chans=data.image_shape[0])
+        body = timm.create_model(name, pretrained=weights, in_chans=data.image_shape[0])
     except Exception as error:
         raise ConfigError(f"relabel.teachers: timm:{name} cannot be had: {_line(error)}") from error
     if body.num_classes != len(data.classes):
@@ -166,17 +186,20 @@ def pretrained(name: str, data: ImageData) -> Normalized:
 def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
     """A network of this architecture with the weights of a safetensors or torch file.
 
-    Torch files are read with `weights_only=True`: no code in them is run.
+    Torch files are read with `weights_only=True`: no code in them is run. Teachers of otdd carry
+    the names of their classes, which must be those of the data.
 
     Raises:
         ConfigError: the file cannot be read or does not fit.
     """
     network = make_network(arch, data, seed=0)
+    classes = None
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
             state = load_file(path)
+            classes = _classes_of(path)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of a pickle that is refused then
@@ -184,6 +207,11 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
             state = state.get("state_dict", state.get("model", state))
     except Exception as error:
         raise ConfigError(f"relabel.teachers: cannot read {path}: {_line(error)}") from error
+    if classes not in (None, list(data.classes)):
+        raise ConfigError(
+            f"relabel.teachers: {path} knows the classes {_some(classes)}; "
+            f"{data.name} has {_some(data.classes)}"
+        )
     # A file of ours carries the normalisation; others hold the bare network.
     target = network if "mean" in state else network.body
     try:
@@ -191,7 +219,22 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
     except (RuntimeError, AttributeError) as error:
         message = f"relabel.teachers: {path} does not hold a {arch}: {_line(error)}"
         raise ConfigError(message) from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+        raise ConfigError(f"relabel.teachers: {path} holds weights that are not finite")
     return network
+
+
+def _classes_of(path: str | Path) -> Any:
+    """Class names that otdd has put into a file of weights; None in files of others."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {}).get("otdd", "null"))
+    return about.get("classes") if isinstance(about, dict) else None
+
+
+def _some(classes: Sequence[str]) -> str:
+    return ", ".join(map(repr, classes[:5])) + ", ..." * (len(classes) > 5)
 
 
 def _norm(width: int, size: tuple[int, int]) -> nn.Module:

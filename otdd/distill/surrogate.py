@@ -155,6 +155,11 @@ def _epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    if not math.isfinite(value := loss.item()):
+        raise ConfigError(
+            f"lr: {config.lr} makes the training diverge: the loss is {value} in epoch "
+            f"{epoch + 1}; expected a smaller one"
+        )
 
 
 def _name(number: int) -> str:

@@ -111,6 +111,9 @@ def group_classes(class_labels: Tensor) -> tuple[list[int], Tensor]:
 
 def check_latents(latents: Tensor, class_labels: Tensor, name: str) -> None:
     """Refuses latents and labels that do not belong together; values are looked at on the CPU."""
+    for value, key in ((latents, name), (class_labels, "class_labels")):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} must be a tensor, got {type(value).__name__}")
     if latents.ndim < 2 or len(latents) == 0 or not latents.is_floating_point():
         raise ValueError(
             f"{name} must be a floating tensor (B, ...) with B >= 1, got {latents.dtype} "

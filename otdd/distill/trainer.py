@@ -73,7 +73,11 @@ class Trainer:
         self.loss_of = DiffusionLoss(scheduler, config.min_snr)
 
     def train_step(self) -> None:
-        """One step of AdamW and of the average."""
+        """One step of AdamW and of the average.
+
+        Raises:
+            ConfigError: the training diverges.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * _warm_cosine(self.step, self.config.steps)
         loss = self.loss_of(self.model, *self._batch())
@@ -87,7 +91,10 @@ class Trainer:
         torch._foreach_lerp_(list(self.average.values()), new, 1 - decay)
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {self.step}; try a lower lr")
+            raise ConfigError(
+                f"lr: {self.config.lr} makes the training diverge: the loss is {value} after step "
+                f"{self.step}; expected a smaller one"
+            )
         self.loss = 0.99 * self.loss + 0.01 * value if self.step > 1 else value
 
     @contextlib.contextmanager
@@ -283,11 +290,6 @@ def run(
                 progress("fit", trainer.step, config.steps, note)
             trainer.train_step()
             step = trainer.step
-            if not math.isfinite(trainer.loss):
-                raise ConfigError(
-                    f"lr: {config.lr} makes the training diverge: the loss is {trainer.loss} after "
-                    f"step {step}; expected a smaller one"
-                )
             if config.grid_every and (step % config.grid_every == 0 or step == config.steps):
                 with trainer.averaged():
                     made = picture(generator, step)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from otdd.distill.augment import Batch, generator
-from otdd.distill.config import TrainConfig
+from otdd.distill.config import ConfigError, TrainConfig
 
 # Of a student's logits (B, K), mixed hard labels (B, K), hard labels of the base images (B,) and
 # teacher logits (B, K): the loss, and its unweighted terms by name.
@@ -74,7 +74,7 @@ class Training:
         seed: int = 0,
     ) -> None:
         self.student, self.loss, self.config, self.total = student, loss, config, total
-        self.per_epoch, self.seed = per_epoch or total, seed
+        self.per_epoch, self.seed, self.arch = per_epoch or total, seed, arch
         self.lr = learning_rate(config, arch)
         self.optimizer = _optimizer(student, config, self.lr)
         self.average = _Average(student, config.ema)
@@ -104,7 +104,11 @@ class Training:
         return self.number % (every * self.per_epoch) == 0 or self.number == self.total
 
     def step(self, images: Tensor, labels: Tensor, step: Step) -> None:
-        """One step on `images` (N, C, H, W), uint8 or in [0, 1], of `labels` (N,)."""
+        """One step on `images` (N, C, H, W), uint8 or in [0, 1], of `labels` (N,).
+
+        Raises:
+            ConfigError: the training has diverged, and the loss takes finite logits only.
+        """
         if self.number % self.per_epoch == 0:
             torch.manual_seed(generator("student", self.seed, self.epochs).initial_seed())
         rate = self.lr * factor(self.config, self.number, self.total)
@@ -119,7 +123,12 @@ class Training:
         base = labels[step.batch.index].to(device)
         mixed = step.batch.targets(labels, logits.shape[1], size).to(device)
         teacher = None if step.teacher is None else step.teacher.to(device)
-        value, parts = self.loss(logits, mixed, base, teacher)
+        try:
+            value, parts = self.loss(logits, mixed, base, teacher)
+        except ValueError:  # of transport, which takes finite numbers only
+            if bool(torch.isfinite(logits).all()):
+                raise
+            raise self._diverged("its logits are not finite") from None
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
@@ -132,10 +141,16 @@ class Training:
         self.scores.append((self.number, accuracy))
 
     def end_epoch(self) -> None:
-        """Closes the row of the log."""
+        """Closes the row of the log.
+
+        Raises:
+            ConfigError: the training has diverged.
+        """
         sums, seen = self._sums.tolist(), self._seen
         test = [score for number, score in self.scores if number > self._first]
         means = [value / self._steps for value in sums[:-1]]
+        if not math.isfinite(means[0]):
+            raise self._diverged(f"the loss is {means[0]}")
         row = [len(self.rows) + 1, self._rate, *means, 100 * sums[-1] / seen]
         row += [test[-1] if test else math.nan, time.perf_counter() - self._since]
         self.rows.append([float(value) for value in row])
@@ -170,6 +185,13 @@ class Training:
         self.scores = [(int(number), score) for number, score in tensors["scores"].tolist()]
         self.number, self.columns = int(meta["steps"]), tuple(meta["columns"])
         self._start()
+
+    def _diverged(self, what: str) -> ConfigError:
+        name = self.arch or "a network"
+        return ConfigError(
+            f"train.lr: {self.lr} makes {name} diverge, in epoch {len(self.rows) + 1} {what}; "
+            "expected a smaller one"
+        )
 
     def _start(self) -> None:
         self._sums, self._seen, self._steps, self._rate = torch.zeros(()), 0, 0, 0.0

@@ -10,6 +10,8 @@ from scipy import stats
 from otdd.distill.compare import comparisons, holm, interval, paired
 from otdd.distill.ddranking import normalised, scores
 
+SAME = "the same difference for every seed: no interval, no test"
+
 
 def row(name, runs, loss="ce", seeds=None):
     seeds = list(range(len(runs))) if seeds is None else seeds
@@ -50,12 +52,14 @@ def test_paired_by_seed():
     [
         ({0: 1.0}, {0: 2.0}, "1 seed in common: a test needs 2"),
         ({0: 1.0}, {1: 2.0}, "no seeds in common: a test needs 2"),
-        ({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}, "the same difference for every seed: no test"),
+        ({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}, SAME),
+        ({0: 57.14, 1: 71.43}, {0: 42.86, 1: 57.14}, SAME),  # of 14 images, 2 in both; rounded
     ],
 )
 def test_too_little_to_test_is_said(one, other, note):
     made = paired(one, other)
-    assert (made["p"], made["p_wilcoxon"], made["note"]) == (None, None, note)
+    assert (made["p"], made["p_wilcoxon"], made["ci95"]) == (None, None, None)
+    assert made["note"] == note
 
 
 def test_holm():

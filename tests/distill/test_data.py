@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from otdd.distill.config import ConfigError
 from otdd.distill.data import DataError, DataWarning, load_data
 from otdd.distill.inputs.pictures import decode, header
+from otdd.distill.prepare import outside
 
 
 def picture(path, value: int = 0, size: tuple = (8, 8), mode: str = "L") -> None:
@@ -203,6 +205,35 @@ def test_folders_of_other_kinds_are_pointed_at(tmp_path):
     (tmp_path / "hub" / "data" / "train.parquet").write_bytes(b"")
     with pytest.raises(DataError, match="give it as hf:"):
         load_data(tmp_path / "hub")
+
+
+@pytest.mark.parametrize(
+    "parts", [("Testing", "Training"), ("Test", "Train"), ("training", "validation"), ("val",)]
+)
+def test_parts_of_other_names_are_no_classes(tmp_path, parts):
+    for part in parts:
+        folder(tmp_path / part, split=False)
+    with pytest.raises(DataError, match=f"where classes are expected: {', '.join(parts)}; call"):
+        load_data(tmp_path)
+
+
+def test_folders_beside_the_parts_are_told_as_not_used(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "labels").mkdir()
+    load_data(tmp_path)  # without a word
+    folder(tmp_path / "valid", split=False)
+    folder(tmp_path / "test", split=False)
+    with pytest.warns(DataWarning, match="beside train/ and val/ are not used: test, valid"):
+        load_data(tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    folder(tmp_path, split=False, classes=("bus", "train"))
+    data = load_data(tmp_path)
+    assert data.classes == ["bus", "train"]
+    outside(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ConfigError, match="lies among the classes"):
+        outside(tmp_path / "bus" / "run", tmp_path)
 
 
 def made(path, image, **options):

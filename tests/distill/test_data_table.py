@@ -190,6 +190,18 @@ def test_parquet_files_of_images_or_no_texts(tmp_path):
     pq.write_table(pa.table({"image": rows, "label": pa.array([0])}), tmp_path / "t.parquet")
     with pytest.raises(DataError, match="holds images, not their paths; give its folder as hf:"):
         load_data(tmp_path / "t.parquet")
+    rows = pa.array([b"a.png"])
+    pq.write_table(pa.table({"image": rows, "label": pa.array([0])}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="column image holds bytes; expected paths of images"):
+        load_data(tmp_path / "t.parquet")
+
+
+def test_other_columns_of_a_parquet_file_may_hold_anything(tmp_path):
+    folder(tmp_path, split=False)
+    paths = [f"{name}/{n}.png" for name in "ab" for n in range(4)]
+    columns = {"path": paths, "label": [path[0] for path in paths], "box": [{"x": 1}] * 8}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert load_data(tmp_path / "t.parquet").classes == ["a", "b"]
 
 
 def test_names_with_commas_are_names(tmp_path):

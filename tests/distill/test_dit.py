@@ -208,6 +208,10 @@ def test_files_round_trip_with_names(tmp_path):
     [
         ({"class_labels": [3]}, "class_labels: 3 is not accepted; expected 0 to 2"),
         ({"class_labels": [0.5]}, "class_labels: .* expected integers"),
+        (
+            {"class_labels": ["bee"]},
+            r"class_labels: \['bee'\] is not .* get_label_ids has for names",
+        ),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
         ({"output_type": "jpg"}, "output_type 'jpg'; accepted: pil, np, pt, latent"),
         ({"guidance": [3]}, "guidance: int is not accepted"),
@@ -236,6 +240,13 @@ def test_schedulers_that_cannot_be_guided():
     made.scheduler = diffusers.DPMSolverMultistepScheduler(variance_type="learned_range")
     with pytest.raises(ValueError, match=r"variance_type 'learned_range' keeps three channels"):
         run(made)
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    for kind in (diffusers.DDIMScheduler, diffusers.DDPMScheduler):
+        made.scheduler = kind(**settings)
+        with pytest.raises(ValueError, match="rescale_betas_zero_snr with prediction_type 'epsil"):
+            run(made, guidance=ot())
+        made.scheduler = kind(**settings, prediction_type="v_prediction")
+        assert torch.isfinite(run(made, guidance=ot())).all()
 
 
 def test_importing_the_package_stays_light():

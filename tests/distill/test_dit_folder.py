@@ -1,6 +1,7 @@
 """A DiT saved by diffusers, from Python and from the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,6 +48,33 @@ def test_names_that_diffusers_lost_are_asked_for(root, tmp_path, capsys):
     with pytest.raises(GeneratorError, match="expected a list of 3 names"):
         Generator.load(root / "dit")
     (root / "dit/classes.json").unlink()
+
+
+def test_a_noise_schedule_that_cannot_be_guided_is_refused_before_any_work(root, tmp_path, capsys):
+    copy = shutil.copytree(root / "dit", tmp_path / "dit")
+    (copy / "classes.json").write_text(json.dumps(NAMES))
+    file = copy / "scheduler/scheduler_config.json"
+    changed = {**json.loads(file.read_text()), "rescale_betas_zero_snr": True}
+    file.write_text(json.dumps(changed | {"_use_default_values": []}))
+    assert call(*command(root, tmp_path / "o", "--generator", copy)) == 2
+    assert "generator: scheduler: rescale_betas_zero_snr with" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_inputs_of_a_run_are_found_from_any_folder(root, tmp_path, monkeypatch):
+    shutil.copytree(root / "dit", tmp_path / "dit")
+    (tmp_path / "dit/classes.json").write_text(json.dumps(NAMES))
+    monkeypatch.chdir(tmp_path)
+    encode = ["encode", "--data", root / "data", "--generator", "dit", "--out", "lat", "--quiet"]
+    assert call(*encode) == 0
+    assert call(*command(root, "run", "--generator", "dit", "--latents", "lat")) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for sets in ("otg", "unguided", "random"):  # and sets that no latents decide may be added
+        assert call("sample", "--out", "../run", "--sets", sets, "--quiet") == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["generator"] == str(tmp_path.resolve() / "dit")
+    assert config["latents"] == str(tmp_path.resolve() / "lat")
 
 
 def test_command_and_pipeline_make_the_same_images(root, tmp_path):

@@ -229,7 +229,7 @@ def test_learned_variances_get_the_bound_of_the_true_step(kind):
 def test_a_loss_that_is_no_number_stops_the_training():
     made = trainer()
     made.latents[:] = torch.nan
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1; try a lower lr"):
+    with pytest.raises(ConfigError, match="the loss is nan after step 1; expected a smaller"):
         made.train_step()
 
 

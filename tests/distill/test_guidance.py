@@ -285,6 +285,8 @@ def test_refusals():
         guidance(torch.randn(2, 1, 5, 5), 0, labels)
     with pytest.raises(ValueError, match="NaN or infinity"):
         guidance(torch.full((2, 1, 4, 4), torch.nan), 0, labels)
+    with pytest.raises(ValueError, match="class_labels must be a tensor, got list"):
+        guidance.set_reference(torch.zeros(2, 3), [0, 1])
     with pytest.raises(ValueError, match="class_labels must be int64"):
         guidance(latents(labels), 0, torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="latents must be a floating tensor"):

@@ -86,6 +86,24 @@ def test_teachers_that_were_given_go_with_the_folder(tmp_path, checkpoint, monke
     assert torch.equal(first.logits, expected.half().float())
 
 
+def test_a_teacher_of_other_weights_is_refused_before_any_work(tmp_path):
+    """Else labels of one set would be of other teachers than those of the next."""
+    file, out = tmp_path / "given.pt", tmp_path / "run"
+    torch.save(students.make_network("convnet-3", DATA, 5).body.state_dict(), file)
+    given = {**TEACHER, "teachers": [f"convnet-3={file}"]}
+    finished_run(out, sets=["random"], relabel=given)
+    before = (out / TEACHERS).read_bytes()
+    torch.save(students.make_network("convnet-3", DATA, 6).body.state_dict(), file)
+    with pytest.raises(StoreError, match=r"relabel\.teachers_sha256: \['\w+'\] there"):
+        run_stages(settings(out, sets=["random", "kmeans"], relabel=given), ("sample", "relabel"))
+    assert (out / TEACHERS).read_bytes() == before
+    assert not (out / "sets/kmeans").exists()
+    torch.save({"x": torch.zeros(1)}, file)
+    with pytest.raises(ConfigError, match="does not hold a convnet-3"):
+        run_stages(settings(tmp_path / "new", relabel=given), ("sample",))
+    assert not (tmp_path / "new").exists()
+
+
 def test_finished_teachers_are_not_made_again(folder, monkeypatch):
     def never(*_, **__):
         raise AssertionError("teachers are there")

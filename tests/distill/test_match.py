@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from otdd.distill.augment import Augmentation, generator
-from otdd.distill.config import TrainConfig
+from otdd.distill.config import ConfigError, TrainConfig
 from otdd.distill.data import ImageData, LabeledImages
 from otdd.distill.match import accuracy, make_loss, reproducible, train_student
 from otdd.distill.students import make_network
@@ -49,6 +49,17 @@ def test_learns(loss, settings):
     student, outcome = train(loss, **settings)
     assert outcome.accuracy == accuracy(student, DATA.test) >= 95
     assert outcome.best >= outcome.accuracy
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "mse", "otm"])
+def test_a_student_that_diverges_is_no_result(loss):
+    """Else it would count with the accuracy of chance, or stop the run at its geometry."""
+    config = TrainConfig(lr=1e30, optimizer="sgd")
+    student, per_epoch = make_network("convnet", DATA, 0), 10
+    training = Training(student, make_loss(loss, config), config, 30, per_epoch, arch="convnet")
+    drawn = steps(soft=loss != "ce")
+    with pytest.raises(ConfigError, match=r"train\.lr: 1e\+30 makes convnet diverge, in epoch 1 "):
+        train_student(training, DATA.train.images, DATA.train.labels, drawn, test=DATA.test)
 
 
 def test_same_seed_same_bytes():

@@ -6,7 +6,15 @@ from safetensors.torch import save_file
 
 from otdd.distill.config import ConfigError
 from otdd.distill.data import ImageData, LabeledImages
-from otdd.distill.students import OWN, check_network, load_checkpoint, make_network
+from otdd.distill.store import Store
+from otdd.distill.students import (
+    OWN,
+    check_network,
+    check_pretrained,
+    import_timm,
+    load_checkpoint,
+    make_network,
+)
 
 
 def toy_data(size=8, channels=1, classes=3):
@@ -67,9 +75,43 @@ def test_checkpoints(tmp_path, suffix, whole):
     assert torch.equal(loaded.body.head.weight, source.body.head.weight)
 
 
+def test_teacher_of_other_classes_is_refused(tmp_path):
+    state, store = make_network("convnet", toy_data(), seed=5).state_dict(), Store(tmp_path)
+    for name, classes in (("same", ["c0", "c1", "c2"]), ("turned", ["c2", "c1", "c0"])):
+        about = {"arch": "convnet", "classes": classes}
+        store.write_tensors(f"{name}.safetensors", state, about)
+    load_checkpoint("convnet", tmp_path / "same.safetensors", toy_data())
+    with pytest.raises(
+        ConfigError, match=r"knows the classes 'c2', 'c1', 'c0'; toy has 'c0', 'c1'"
+    ):
+        load_checkpoint("convnet", tmp_path / "turned.safetensors", toy_data())
+
+
+def test_pretrained_networks_are_checked_without_their_weights():
+    with pytest.raises(ConfigError, match="timm:test_resnet knows 1000 classes, toy has 3"):
+        check_pretrained("test_resnet", toy_data(32, 3))
+    data = toy_data(32, 3, classes=1000)
+    check_pretrained("test_resnet", data)
+    with pytest.raises(
+        ConfigError, match=r"timm:vit_tiny_patch16_224 cannot take images of 3x32x32: .*224"
+    ):
+        check_pretrained("vit_tiny_patch16_224", data)
+
+
+def test_networks_without_logits_are_refused(monkeypatch):
+    monkeypatch.setattr(import_timm(), "create_model", lambda *_, **__: torch.nn.Identity())
+    with pytest.raises(ConfigError, match=r"resnet18 gives \(1, 1, 8, 8\) for an image; expected"):
+        check_network("resnet18", toy_data())
+
+
 def test_checkpoints_that_do_not_fit_or_hold_code(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="does not hold a convnet"):
+        load_checkpoint("convnet", tmp_path / "x.safetensors", toy_data())
+    broken = {**make_network("convnet", toy_data(), 0).body.state_dict()}
+    broken["head.bias"] = torch.full((3,), torch.nan)
+    save_file(broken, tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="holds weights that are not finite"):
         load_checkpoint("convnet", tmp_path / "x.safetensors", toy_data())
     torch.save({"x": print}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match="cannot read"):

@@ -45,6 +45,15 @@ def test_checkpoints_over_the_training(folder):
     assert SurrogateConfig(epochs=4).marks() == [1, 2, 3, 4]
 
 
+def test_training_that_diverges_leaves_no_surrogate(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"lr: 1e\+30 makes the training diverge: the loss is nan"
+    ):
+        fit_surrogate(tiny.images(), dataclasses.replace(TINY, lr=1e30), tmp_path)
+    with pytest.raises(ConfigError, match="holds no finished surrogate"):
+        load_surrogates(tmp_path, tiny.images())
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_interrupted_training_ends_with_the_same_bytes(tmp_path, folder, at):
     def stop(_, epoch, __):

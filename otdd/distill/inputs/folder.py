@@ -2,6 +2,8 @@
 
 Classes are in the order of their names. Hidden files and those of the system are ignored, and so
 is what is no image; images in a format that otdd does not read are problems. Links are followed.
+Parts of other names (`Training/`, `valid/`) are refused where there is no `train/`, and told as not
+used beside it. A folder `train/` of images alone, beside other folders of images, is a class.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from otdd.distill.inputs.listing import Files, Listing, Part
 from otdd.distill.inputs.pictures import EXTENSIONS
 from otdd.distill.inputs.problems import DataError, check_names, normal
+from otdd.distill.inputs.table import SPLITS
 
+PARTS = (*SPLITS, "testing")  # how parts of data sets are called, in any case
 IGNORED = ("__MACOSX", "@eaDir", "lost+found")
 OTHER_IMAGES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw")
 OF_DATASETS = ("dataset_dict.json", "dataset_info.json", "*.parquet", "data/*.parquet", "*.arrow")
@@ -27,10 +31,7 @@ def list_folder(root: Path) -> Listing:
     Raises:
         DataError: it does not hold at least two class folders.
     """
-    train_root = root / "train" if (root / "train").is_dir() else root
-    test_root = next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
-    if train_root is root:
-        test_root = None
+    train_root, test_root = _roots(root)
     problems: list[str] = []
     train = _class_files(root, train_root, problems)
     test = _class_files(root, test_root, problems) if test_root else None
@@ -45,8 +46,50 @@ def list_folder(root: Path) -> Listing:
         test=parts[1] if test is not None else None,
         test_name=f"{test_root.name}/" if test_root else "test",
         problems=problems,
-        notes=notes,
+        notes=[*_unused(root, train_root, test_root), *notes],
     )
+
+
+def in_parts(root: Path) -> bool:
+    """Whether the folders of a data folder are its parts; else they are its classes."""
+    if not (root / "train").is_dir():
+        return False
+    others = [folder for folder in _folders(root) if folder.name.casefold() not in PARTS]
+    return bool(_folders(root / "train")) or not any(map(_has_images, others))
+
+
+def _roots(root: Path) -> tuple[Path, Path | None]:
+    """Folders of the training classes, and of the test classes if they have one."""
+    if in_parts(root):
+        return root / "train", next(
+            (root / n for n in ("val", "test") if (root / n).is_dir()), None
+        )
+    names = [folder.name for folder in _folders(root)]
+    if names and all(name.casefold() in PARTS for name in names):
+        raise DataError(
+            f"{root} has parts of a data set where classes are expected: {', '.join(names)}; "
+            f"call them train and val, or train and test{_hint(root)}"
+        )
+    return root, None
+
+
+def _unused(root: Path, train_root: Path, test_root: Path | None) -> list[str]:
+    """A note of the images that are in neither part."""
+    if train_root == root:
+        return []
+    used = [train_root, *([test_root] if test_root else [])]
+    left = [f.name for f in _folders(root) if f not in used and _has_images(f)]
+    beside = " and ".join(f"{folder.name}/" for folder in used)
+    return [f"folders beside {beside} are not used: {', '.join(left)}"] if left else []
+
+
+def _folders(where: Path) -> list[Path]:
+    inside = (p for p in where.iterdir() if p.is_dir() and p.name[0] != ".")
+    return sorted(p for p in inside if p.name not in IGNORED)
+
+
+def _has_images(folder: Path) -> bool:
+    return any(p.suffix.lower() in EXTENSIONS for p in folder.rglob("*"))
 
 
 def _part(root: Path, classes: list[str], files: dict[str, list[Path]]) -> Part:
@@ -57,8 +100,7 @@ def _part(root: Path, classes: list[str], files: dict[str, list[Path]]) -> Part:
 
 def _class_files(root: Path, where: Path, problems: list[str]) -> dict[str, list[Path]]:
     """Class name -> sorted image files; adds to the problems."""
-    inside = (p for p in where.iterdir() if p.is_dir() and p.name[0] != ".")
-    folders = sorted(p for p in inside if p.name not in IGNORED)
+    folders = _folders(where)
     if not folders:
         loose = sum(p.suffix.lower() in EXTENSIONS for p in where.iterdir())
         raise DataError(

@@ -123,6 +123,12 @@ def _rows(table: Path, options: Mapping[str, str], where: str) -> tuple[list[Row
     text = table.suffix.lower() != ".parquet"
     columns, records = (_read_text if text else _read_parquet)(table, where)
     image = pick(columns, IMAGE, "image_column", options.get("image_column"), where)
+    kinds = {type(record.get(image)) for _, record in records}
+    if dict in kinds:
+        place = f"give its folder as hf:{table.parent}"
+        raise DataError(f"{where}: column {image} holds images, not their paths; {place}")
+    if bytes in kinds:
+        raise DataError(f"{where}: column {image} holds bytes; expected paths of images as texts")
     label = pick(columns, LABEL, "label_column", options.get("label_column"), where)
     split = options.get("split_column")
     if split is not None or any(c.strip().lower() in SPLIT for c in columns):
@@ -166,10 +172,6 @@ def _read_parquet(table: Path, where: str) -> Read:
         records = read.to_pylist()
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{where} cannot be read ({' '.join(str(error).split())})") from None
-    if any(pa.types.is_struct(field.type) for field in read.schema):
-        raise DataError(
-            f"{where} holds images, not their paths; give its folder as hf:{table.parent}"
-        )
     return read.schema.names, list(enumerate(records, start=1))
 
 
