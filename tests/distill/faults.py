@@ -196,7 +196,7 @@ def contents(root: Path) -> dict[str, str]:
 
 
 def _lasting(path: Path) -> bytes:
-    """Content of a file, without seconds and without the whole path of the data."""
+    """Content of a file, without seconds and without the whole paths of inputs."""
     data = path.read_bytes()
     if path.name == "SHA256SUMS":
         other = (*TIMED, "config.json")
@@ -212,7 +212,10 @@ def _lasting(path: Path) -> bytes:
             return json.dumps(value).encode()
         if path.name == "config.json":
             value = json.loads(data)
-            return json.dumps({**value, "data": Path(value["data"]).name}).encode()
+            groups = (value, "data"), (value, "generator"), (value, "latents")
+            for group, key in (*groups, (value["sample"]["influence"], "surrogate")):
+                group[key] = Path(group[key]).name
+            return json.dumps(value).encode()
     return data
 
 
