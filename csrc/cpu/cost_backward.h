@@ -161,11 +161,8 @@ void few_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, 
     while (j + 4 <= end) tile(Constant<4>{});
     while (j < end) tile(Constant<1>{});
     for (i64 i = 0; i < rows; ++i)
-      for (i64 d = 0; d < depth; d += kWidth<T>) {
-        T* out = dx + i * A.D + d;
-        const Vec<T> s = load(sums[i] + d), sum = kMetric == kL1 ? s : s + s;
-        store_some(out, j0 == 0 ? sum : sum + load_some(out, depth - d), depth - d);
-      }
+      for (i64 d = 0; d < depth; d += kWidth<T>)
+        add_rows<T, kMetric>(sums[i] + d, 1, depth - d, j0 == 0, dx + i * A.D + d, A.D);
   }
 }
 

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otdd import __version__
 from otdd.distill.config import ConfigError, RunConfig
 from otdd.distill.inputs.problems import warn
-from otdd.distill.prepare import SAMPLED, prepare
+from otdd.distill.prepare import SAMPLED, found_again, prepare
 from otdd.distill.setfiles import CONFIG, DATA, TEACHERS, describe
 from otdd.distill.settings import to_dict
 from otdd.distill.store import Store
@@ -370,7 +369,7 @@ def _open_store(
 ) -> Store:
     if workers.first:
         store = Store.open(config.out, known, lock=True)
-        store.write_json(CONFIG, _found_again(config))
+        store.write_json(CONFIG, found_again(config))
         if not store.has(DATA):  # of the same data: the store has compared its hash
             store.write_json(DATA, describe(data))
     workers.wait()
@@ -379,19 +378,6 @@ def _open_store(
         store.check(known)
         store.sums.keep(f"{workers.rank}-{uuid.uuid4().hex[:8]}")
     return store
-
-
-def _found_again(config: RunConfig) -> dict[str, Any]:
-    """Settings for config.json, but `out`, with inputs that are found from any folder."""
-    from otdd.distill.inputs.spec import absolute
-
-    made = {k: v for k, v in to_dict(config).items() if k != "out"}
-    made["data"] = absolute(config.data)
-    groups = (made, "generator"), (made, "latents"), (made["sample"]["influence"], "surrogate")
-    for group, key in groups:
-        if group[key] is not None:
-            group[key] = str(Path(group[key]).resolve())
-    return made
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from otdd.distill.config import ConfigError, RunConfig, require
 from otdd.distill.logs import check_tensorboard
-from otdd.distill.settings import identity
+from otdd.distill.settings import identity, to_dict
 from otdd.distill.store import Store
 
 if TYPE_CHECKING:
@@ -64,6 +64,19 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
             latents = _load_latents(config, data, generator)
             known["latents_sha256"] = latents.digest if latents is not None else None
     return Prepared(data, generator, latents, known)
+
+
+def found_again(config: RunConfig) -> dict[str, Any]:
+    """Settings for config.json, but `out`, with inputs that are found from any folder."""
+    from otdd.distill.inputs.spec import absolute
+
+    made = {k: v for k, v in to_dict(config).items() if k != "out"}
+    made["data"] = absolute(config.data)
+    groups = (made, "generator"), (made, "latents"), (made["sample"]["influence"], "surrogate")
+    for group, key in groups:
+        if group[key] is not None:
+            group[key] = str(Path(group[key]).resolve())
+    return made
 
 
 def outside(out: str | os.PathLike[str], spec: str | os.PathLike[str]) -> None:
@@ -143,8 +156,11 @@ def _check_schedule(config: RunConfig, generator: Generator) -> None:
 
 def _checkpoints(config: RunConfig) -> dict[str, list[str]]:
     """What soft labels depend on beside the names of their teachers: the files among these."""
-    found = (teacher.partition("=")[2] for teacher in config.relabel.teachers)
-    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in found if file]
+    hashes = []
+    for teacher in config.relabel.teachers:
+        if name := teacher.partition("=")[2]:
+            with open(name, "rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return {"relabel.teachers_sha256": hashes} if hashes else {}
 
 

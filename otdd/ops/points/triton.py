@@ -61,12 +61,13 @@ def _softmin(
     scratch: Tensor | None = None,
 ) -> None:
     """Row potentials into `out`, ``(B, N)``; without `scratch` the logarithms of their sums."""
-    B, shape = len(potential), tiles.shape
-    cuts = 1 if scratch is None else _cuts(tiles, B, potential.device)
-    parts = out
-    if scratch is not None and cuts > 1:
+    B, parts = len(potential), out
+    programs, cuts = _grid(tiles, B, potential.device)
+    if scratch is None:
+        cuts = 1
+    elif cuts > 1:
         parts = scratch[: cuts * B * tiles.N].view(cuts, B, tiles.N)
-    kernels.softmin_kernel[(B * -(-tiles.N // shape["BLOCK_N"]), cuts)](
+    kernels.softmin_kernel[(programs, cuts)](
         parts,
         potential,
         log2_weight,
@@ -83,17 +84,17 @@ def _softmin(
         _merge(parts, out, scales, damp, stops)
 
 
-def _cuts(tiles: Tiles, B: int, device: torch.device) -> int:
-    """Parts that the columns are cut in, so that every processor has something to do."""
+def _grid(tiles: Tiles, B: int, device: torch.device) -> tuple[int, int]:
+    """Programs, and the parts that columns are cut in, so that every processor has some work."""
     shape = tiles.shape
     programs = B * -(-tiles.N // shape["BLOCK_N"])
-    return splits(programs, -(-tiles.M // shape["BLOCK_M"]), _processors(device))
+    return programs, splits(programs, -(-tiles.M // shape["BLOCK_M"]), _processors(device))
 
 
 def _scratch(like: Tensor, *passes: Tiles) -> Tensor:
     """Memory for the parts of any of these passes."""
-    sizes = [_cuts(tiles, len(like), like.device) * len(like) * tiles.N for tiles in passes]
-    return like.new_empty(max(sizes))
+    B = len(like)
+    return like.new_empty(max(_grid(some, B, like.device)[1] * B * some.N for some in passes))
 
 
 def _merge(parts: Tensor, out: Tensor, scales: _Scales, damp: Tensor, stops: bool) -> None:
