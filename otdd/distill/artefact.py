@@ -84,6 +84,7 @@ class DistilledSet(Dataset[tuple[Any, int]]):
     def normalise(self, images: Tensor) -> Tensor:
         """Images uint8 or in [0, 1], (..., C, H, W), to mean 0 and deviation 1 of the real ones."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images
+        require(x.is_floating_point(), "images", x.dtype, "uint8, or floats in [0, 1]")
         mean, std = (torch.tensor(v).to(x).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
 
@@ -116,13 +117,13 @@ class DistilledSet(Dataset[tuple[Any, int]]):
             StoreError: the set has no soft labels, or not all of them, and no teachers.
             ConfigError: epochs that there are not, or a device that is not there or has no use.
         """
-        require(workers >= 0, "workers", workers, "an integer >= 0")
+        require(isinstance(workers, int) and workers >= 0, "workers", workers, "an integer >= 0")
         require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
         ok = device == "cpu" or (self.files.live and workers == 0)
         require(ok, "device", device, "cpu, unless teachers in the folder label without workers")
         epochs = self.epochs
         stop = epochs if stop is None else stop
-        ok = 0 <= start < stop <= epochs
+        ok = isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= epochs
         require(ok, "start, stop", (start, stop), f"epochs of 0 to {epochs}, start < stop")
         soft = self._live(local_device(device, "device")) if self.files.live else self._shards
         steps = range(start * soft.steps_per_epoch, stop * soft.steps_per_epoch)

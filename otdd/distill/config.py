@@ -19,6 +19,7 @@ from otdd.distill.guidance_config import (
     ModeConfig,
     printable,
     require,
+    require_kinds,
 )
 from otdd.distill.presets import PRESETS
 from otdd.distill.protocols import PROTOCOLS
@@ -126,6 +127,7 @@ class SampleConfig:
     """mode guidance of the set otg"""
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require(self.starts >= 1, "starts", self.starts, "an integer >= 1")
         require(self.steps >= 1, "steps", self.steps, "an integer >= 1")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "a number >= 0")
@@ -181,6 +183,7 @@ class RelabelConfig:
     """Patches along a side of the image that change places before the crop; 1: none (RDED: 2)."""
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
         alone = "auto:measured" not in self.teachers or len(self.teachers) == 1
         require(alone, "teachers", self.teachers, "auto:measured alone")
@@ -260,6 +263,7 @@ class TrainConfig:
     """Log for TensorBoard too, in logs/tensorboard."""
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_some(self.losses, "losses", f"some of {', '.join(LOSSES)}")
         require_some(self.archs, "archs", "at least one architecture")
         require(self.epochs >= 1, "epochs", self.epochs, "an integer >= 1")
@@ -340,6 +344,7 @@ class RunConfig:
     """stage 3, students"""
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require(bool(self.data), "data", self.data, "a data set name or a folder")
         require(bool(self.out), "out", self.out, "a folder")
         for key in ("data", "out", "generator", "latents"):

@@ -72,13 +72,19 @@ class Denoiser:
         Args:
             z: noisy latents, (B, c, h, w).
             t: timestep, a number or (B,).
-            class_labels: (B,), below `num_classes`.
+            class_labels: (B,), below `num_classes`, which itself is "no class".
             guidance_scale: 1 is the plain conditional model.
             batch: most latents in one call of the model.
 
         Returns:
             Prediction (B, c, h, w), and the variance channels or None.
+
+        Raises:
+            ValueError: labels or a scale this model cannot take; values of labels are looked at
+                on the CPU.
         """
+        self._check_rows(z, class_labels)
+        self._require_null(guidance_scale)
         t = torch.as_tensor(t, device=z.device).expand(len(z))
         size = batch or len(z)
         calls = list(zip(z.split(size), t.split(size), class_labels.split(size), strict=True))
@@ -93,11 +99,21 @@ class Denoiser:
 
     def check(self, class_labels: Tensor, guidance_scale: float) -> None:
         """Raises `ValueError`, before any work, for labels or a scale this model cannot take."""
-        wrong = [k for k in class_labels.tolist() if not 0 <= k < self.num_classes]
-        if wrong:
-            raise ValueError(
-                f"class_labels: {wrong[0]} is not accepted; expected 0 to {self.num_classes - 1}"
-            )
+        _require_below(class_labels, self.num_classes)
+        self._require_null(guidance_scale)
+
+    def _check_rows(self, z: Tensor, class_labels: Tensor) -> None:
+        """Refuses labels that are no rows of the tables, the one for no class among them."""
+        if not isinstance(class_labels, Tensor):
+            seen = type(class_labels).__name__
+            raise ValueError(f"class_labels must be a tensor, got {seen}")
+        if class_labels.shape != z.shape[:1]:
+            seen = tuple(class_labels.shape)
+            raise ValueError(f"class_labels: shape {seen} is not accepted; expected ({len(z)},)")
+        if class_labels.device.type == "cpu":
+            _require_below(class_labels, self.num_classes + self.null)
+
+    def _require_null(self, guidance_scale: float) -> None:
         if guidance_scale != 1.0 and not self.null:
             raise ValueError(
                 f"guidance_scale: {guidance_scale} needs a row for no class (null=True)"
@@ -132,6 +148,12 @@ class Denoiser:
             frozen = {name: p.detach() for name, p in named.items()}
             return torch.func.functional_call(self.model, frozen, (model_input,), arguments).sample
         return self.model(model_input, **arguments).sample
+
+
+def _require_below(class_labels: Tensor, end: int) -> None:
+    wrong = [k for k in class_labels.tolist() if not 0 <= k < end]
+    if wrong:
+        raise ValueError(f"class_labels: {wrong[0]} is not accepted; expected 0 to {end - 1}")
 
 
 def _tables(conditions: Conditions, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otdd.distill.terms import Guidance, Memory
+from otdd.distill.terms import Guidance, Memory, check_latents
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(z_t (B, ...), t) to the prediction (B, ...) and the variances learned beside it, or None."""
@@ -46,11 +46,21 @@ class Guides:
         terms: each acts within its own window; their corrections add up.
         class_labels: (B,), as the terms know the classes.
         memory: finished latents and their labels.
+
+    Raises:
+        ValueError: terms that are no sequence of `Guidance` objects.
     """
 
     terms: Sequence[Guidance]
     class_labels: Tensor
     memory: Memory | None = None
+
+    def __post_init__(self) -> None:
+        seen = self.terms if isinstance(self.terms, Sequence) else [self.terms]
+        wrong = [type(term).__name__ for term in seen if not isinstance(term, Guidance)]
+        if wrong or seen is not self.terms:
+            found = wrong[0] if wrong else f"{type(self.terms).__name__}, which is no list,"
+            raise ValueError(f"guidance: {found} is not accepted; expected Guidance objects")
 
 
 @torch.no_grad()
@@ -68,15 +78,20 @@ def denoise(
 
     Args:
         predict: the denoiser, as `Denoiser.predict` with labels and scale filled in.
-        scheduler: of diffusers, with its timesteps set; for guidance one of the families DDIM,
-            DDPM, DPM++ (UniPC, DEIS) and Euler.
+        scheduler: of diffusers, with its timesteps set anew by `set_timesteps`; for guidance one of
+            the families DDIM, DDPM, DPM++ (UniPC, DEIS) and Euler. Where DDIM clips x0_hat, guided
+            steps go on with the noise that belongs to the clipped one.
         x: unit Gaussian noise, (B, ...).
         guides: terms of the update.
         clamp: keep x0_hat in [-1, 1], for latents that are pixels.
         advance: (output, t, x) to the next x; by default `scheduler.step` without a generator.
         on_step: called with (step, t, x) after each step; returns the x to go on with.
+
+    Raises:
+        ValueError: the terms, the scheduler or what `predict` returns do not fit.
     """
-    terms = guides.terms if guides is not None else ()
+    terms = _checked(guides, x)
+    _require_fresh(scheduler)
     steps = len(scheduler.timesteps)
     levels = noise_levels(scheduler) if terms or clamp else [Level(1.0)] * (steps + 1)
     advance = advance or stepper(scheduler)
@@ -94,7 +109,7 @@ def denoise(
                 move = corrector.correct(active, guides)
             output, rest = corrector.output(always=clamp)
         else:
-            output, rest = predict(z, t)
+            output, rest = _predicted(predict, z, t)
         if variances and rest is not None:
             output = torch.cat([output, rest], 1)
         x = advance(output, t, x)
@@ -103,6 +118,43 @@ def denoise(
         if on_step is not None:
             x = on_step(step, t, x)
     return x
+
+
+def _checked(guides: Guides | None, x: Tensor) -> Sequence[Guidance]:
+    """The terms, which take latents of this shape and these classes."""
+    if guides is None:
+        return ()
+    if not isinstance(guides, Guides):
+        raise ValueError(f"guides: {type(guides).__name__} is not accepted; expected Guides")
+    if guides.terms:
+        check_latents(x, guides.class_labels, "x")
+    for term in guides.terms:
+        term.check(guides.class_labels, tuple(x.shape[1:]))
+    return guides.terms
+
+
+def _require_fresh(scheduler: Any) -> None:
+    """Schedulers that count their steps, and keep outputs of earlier ones, go on where they are."""
+    steps = getattr(scheduler, "step_index", None), getattr(scheduler, "counter", None)
+    if steps[0] is not None or steps[1]:  # PNDM has the latter alone
+        raise ValueError(
+            f"scheduler: {type(scheduler).__name__} has made steps; call set_timesteps before each "
+            "sampling"
+        )
+
+
+def _predicted(predict: Predict, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What `predict` returns; a tensor of two images would pass for a pair."""
+    made = predict(z, t)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ValueError(
+            f"predict: it returned {type(made).__name__}; expected a pair of the prediction and "
+            "the variances learned beside it, or None"
+        )
+    if made[0].shape != z.shape:
+        seen, wanted = tuple(made[0].shape), tuple(z.shape)
+        raise ValueError(f"predict: it returned a prediction of {seen}; expected {wanted}")
+    return made
 
 
 class _Corrector:
@@ -115,7 +167,7 @@ class _Corrector:
         """The only call of the denoiser; it keeps a graph only if a term needs it."""
         with torch.set_grad_enabled(grad):
             self.z = z.detach().requires_grad_(grad)
-            self.prediction, rest = predict(self.z, self.t)
+            self.prediction, rest = _predicted(predict, self.z, self.t)
             self.free = _x0_of(
                 self.z.float(), self.prediction.float(), self.level.alpha_bar, self.kind
             )
@@ -223,9 +275,10 @@ def _prediction_type(scheduler: Any) -> str:
 
 
 def _limit(scheduler: Any) -> float | None:
-    """Where the scheduler itself will clip x0_hat."""
-    clips = scheduler.config.get("clip_sample", False)
-    return float(scheduler.config.get("clip_sample_range", 1.0)) if clips else None
+    """Where the scheduler itself will clip x0_hat; it does not where it takes thresholds."""
+    config = scheduler.config
+    clips = config.get("clip_sample", False) and not config.get("thresholding", False)
+    return float(config.get("clip_sample_range", 1.0)) if clips else None
 
 
 def _x0_of(z: Tensor, predicted: Tensor, alpha_bar: float, kind: str) -> Tensor:

@@ -7,7 +7,9 @@ ask for. As in the original, `generator` gives the first noise; the noise of ste
 comes from torch's global generator.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -104,10 +106,12 @@ class OTDiTPipeline(DiTPipeline):
         else:
             terms = list(guidance) if isinstance(guidance, Sequence) else [guidance]
         denoiser = Denoiser(self.transformer)
-        scale = guidance_scale if guidance_scale > 1 else 1.0
+        scale = _scale(guidance_scale)
         labels = _labels(class_labels).to(self._execution_device)
+        memory = _memory(memory, self.transformer.config)
+        guides = Guides(terms, labels, memory)
         self._check(labels, denoiser, num_inference_steps, output_type, terms)
-        _check_memory(memory, self.transformer.config)
+        _check_generator(generator, len(labels))
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             seen = type(callback_on_step_end).__name__
             raise ValueError(f"callback_on_step_end: {seen} is not accepted; expected a function")
@@ -126,7 +130,7 @@ class OTDiTPipeline(DiTPipeline):
                     lambda z, t: denoiser.predict(z, t, labels, scale),
                     self.scheduler,
                     noise,
-                    Guides(terms, labels, memory),
+                    guides,
                     advance=_doubled(self.scheduler) if scale > 1 else None,
                     on_step=self._after_step(bar, callback_on_step_end),
                 )
@@ -145,16 +149,11 @@ class OTDiTPipeline(DiTPipeline):
         terms: list[Guidance],
     ) -> None:
         """Refuses what cannot be sampled; sets the timesteps of the scheduler."""
-        if labels.dtype != torch.int64 or not len(labels):
-            raise ValueError(f"class_labels: {labels.tolist()} is not accepted; expected integers")
         denoiser.check(labels, 1.0)
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type {output_type!r}; accepted: {', '.join(OUTPUTS)}")
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, Integral) or steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps!r}")
-        wrong = [type(term).__name__ for term in terms if not isinstance(term, Guidance)]
-        if wrong:
-            raise ValueError(f"guidance: {wrong[0]} is not accepted; expected Guidance objects")
         self.scheduler.set_timesteps(steps)
         keeps_variances(self.scheduler)
         if terms:
@@ -166,7 +165,7 @@ class OTDiTPipeline(DiTPipeline):
     def _after_step(self, bar: Any, callback: Callable[..., Any] | None) -> Callable[..., Tensor]:
         def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:
             if callback is not None:
-                x = (callback(self, step, t, {"latents": x}) or {}).get("latents", x)
+                x = _latents_of(callback(self, step, t, {"latents": x}), x)
             bar.update()
             if self._interrupt:
                 raise _Interrupted(x)
@@ -190,14 +189,49 @@ class _Interrupted(Exception):
 
 
 def _labels(class_labels: Sequence[int] | Tensor) -> Tensor:
-    """Labels (B,) as a tensor; what is in it is checked later."""
+    """Labels int64 (B,), of integers of any size."""
     try:
-        return torch.as_tensor(class_labels).reshape(-1)
+        labels = torch.as_tensor(class_labels).reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"class_labels: {class_labels!r} is not accepted; expected integers, which "
             "get_label_ids has for names"
         ) from None
+    kind = labels.dtype
+    if not len(labels) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise ValueError(f"class_labels: {labels.tolist()} is not accepted; expected integers")
+    return labels.long()
+
+
+def _scale(guidance_scale: Any) -> float:
+    """The factor of classifier-free guidance; 1 where there is none."""
+    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: {guidance_scale!r} is not accepted; expected a number")
+    return max(float(guidance_scale), 1.0)
+
+
+def _check_generator(generator: Any, count: int) -> None:
+    """One generator, or a list with one for each image."""
+    given = generator if isinstance(generator, list) else [generator]
+    if wrong := [g for g in given if not isinstance(g, torch.Generator | None)]:
+        accepted = "a torch.Generator, such as torch.Generator().manual_seed(0), or a list of them"
+        raise ValueError(f"generator: {wrong[0]!r} is not accepted; expected {accepted}")
+    if len(given) not in (1, count):
+        raise ValueError(f"generator: {len(given)} are not accepted; expected 1 or {count}")
+
+
+def _latents_of(returned: Any, x: Tensor) -> Tensor:
+    """The latents to go on with: those that a callback returns, if it does."""
+    if not isinstance(returned, Mapping | None):
+        seen = type(returned).__name__
+        raise ValueError(f"callback_on_step_end: it returned {seen}; expected a dict or None")
+    latents = x if returned is None else returned.get("latents", x)
+    if not isinstance(latents, Tensor) or latents.shape != x.shape:
+        of = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(
+            f"callback_on_step_end: it returned latents of {of}; expected {tuple(x.shape)}"
+        )
+    return latents
 
 
 def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -209,17 +243,29 @@ def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda output, t, x: step(torch.cat([output] * 2), t, torch.cat([x] * 2))[: len(x)]
 
 
-def _check_memory(memory: Memory | None, config: Any) -> None:
-    if memory is not None:
-        check_latents(memory[0], memory[1], "memory")
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        if tuple(memory[0].shape[1:]) != shape:
-            seen = tuple(memory[0].shape[1:])
-            raise ValueError(f"memory: latents of {seen} are not accepted; expected {shape}")
+def _memory(memory: Memory | None, config: Any) -> Memory | None:
+    """The finished latents and their labels; None where there are none yet."""
+    if memory is None:
+        return None
+    if not isinstance(memory, Sequence) or len(memory) != 2:
+        raise ValueError(
+            f"memory: {type(memory).__name__} is not accepted; expected a pair of latents and "
+            "their labels"
+        )
+    latents, labels = memory
+    if isinstance(latents, Tensor) and isinstance(labels, Tensor) and not len(latents):
+        return None
+    check_latents(latents, labels, "memory")
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    if tuple(latents.shape[1:]) != shape:
+        seen = tuple(latents.shape[1:])
+        raise ValueError(f"memory: latents of {seen} are not accepted; expected {shape}")
+    return latents, labels
 
 
 def _check_callback(wanted: Sequence[str], known: Sequence[str]) -> None:
-    wrong = [name for name in wanted if name not in known]
+    named = [wanted] if isinstance(wanted, str) else wanted
+    wrong = [name for name in named if name not in known]
     if wrong:
         raise ValueError(
             f"callback_on_step_end_tensor_inputs: {wrong[0]!r} is not accepted; known: "

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from otdd.distill.config import DiversityConfig
-from otdd.distill.terms import Guidance, Memory, check_latents, group_classes
+from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, settings_of
 
 
 class DiversityGuidance(Guidance):
@@ -27,7 +27,7 @@ class DiversityGuidance(Guidance):
     """
 
     def __init__(self, config: DiversityConfig | None = None) -> None:
-        self.config = config or DiversityConfig(strength=50.0)
+        self.config = settings_of(config, DiversityConfig(strength=50.0))
 
     def check(self, class_labels: Tensor, shape: tuple[int, ...]) -> None:
         """Takes any latents."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from otdd.distill.config import GuidanceConfig
 from otdd.distill.detail import Detail
-from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, rng
+from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, rng, settings_of
 from otdd.ops import cost_matrix, sinkhorn
 from otdd.ops.moves import scaled_eps, transport_moves
 
@@ -109,7 +109,7 @@ class OTGuidance(Guidance):
     """
 
     def __init__(self, config: GuidanceConfig | None = None, *, seed: int = 0) -> None:
-        self.config = config or GuidanceConfig()
+        self.config = settings_of(config, GuidanceConfig())
         self.seed = seed
         self._classes: list[int] = []
         self._reference: tuple[Tensor, Tensor] | None = None
@@ -171,6 +171,7 @@ class OTGuidance(Guidance):
 
     def transport_cost(self, x: Tensor, class_labels: Tensor) -> Tensor:
         """Cost <P, C> of each class present, in the order of their labels; (K,)."""
+        check_latents(x, class_labels, "x")
         flight = self._in_flight(x, class_labels)
         a, b = flight.padding.weights, flight.b
         C = cost_matrix(flight.padding.of(x), flight.real, self.config.metric)

@@ -6,8 +6,11 @@ nothing and needs nothing.
 
 from __future__ import annotations
 
+import math
+import types
+import typing
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -60,7 +63,7 @@ class GuidanceConfig:
     """Most finished latents of a class kept in a sequential problem."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        require_kinds(self)
         require(self.lambda_1 > 0, "lambda_1", self.lambda_1, "a number > 0")
         require(self.max_iter >= 1, "max_iter", self.max_iter, "an integer >= 1")
         require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
@@ -86,7 +89,7 @@ class DiversityConfig:
     image)."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        require_kinds(self)
         _require_term(self.strength, self.window)
         require(self.memory >= 1, "memory", self.memory, "an integer >= 1")
 
@@ -109,7 +112,7 @@ class InfluenceConfig:
     image)."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        require_kinds(self)
         _require_term(self.strength, self.window)
         require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
 
@@ -125,16 +128,47 @@ class ModeConfig:
     image)."""
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _require_term(self.strength, self.window)
 
 
-def _require_choices(config: object) -> None:
-    """Refuses what is none of the words that a field takes."""
+def require_kinds(config: object) -> None:
+    """Raise a `ConfigError` for a field whose value is not of its type, as annotated."""
     for name, kind in get_type_hints(type(config)).items():
-        choices = get_args(kind)
-        if choices and all(isinstance(choice, str) for choice in choices):
-            value = getattr(config, name)
-            require(value in choices, name, value, f"one of {', '.join(choices)}")
+        value = getattr(config, name)
+        require(_fits(kind, value), name, value, _named(kind))
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type; lists pass for tuples, and integers for numbers."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in args
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(arg, value) for arg in args)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(kinds) and all(map(_fits, kinds, value))
+    if kind in (int, float):
+        right = isinstance(value, int if kind is int else int | float)
+        return right and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _named(kind: Any) -> str:
+    """An annotated type in words."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(args)}" if len(args) > 1 else str(args[0])
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_named(arg) for arg in args)
+    if get_origin(kind) is tuple:
+        count = "" if args[-1] is Ellipsis else f" of {len(args)}"
+        return f"a tuple{count}, each {_named(args[0])}"
+    words = {int: "an integer", float: "a finite number", str: "a text", bool: "True or False"}
+    return words.get(kind) or ("None" if kind is type(None) else f"a {kind.__name__}")
 
 
 def _require_term(strength: float, window: tuple[float, float]) -> None:

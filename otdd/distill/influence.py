@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from otdd.distill.config import InfluenceConfig
 from otdd.distill.guidance import pick_reference
-from otdd.distill.terms import Guidance, Memory, check_latents, group_classes
+from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, settings_of
 
 CHUNK = 64
 
@@ -45,7 +45,7 @@ class InfluenceGuidance(Guidance):
     ) -> None:
         if not surrogates:
             raise ValueError("surrogates: an empty list is not accepted; expected at least one")
-        self.config = config or InfluenceConfig(strength=5.0)
+        self.config = settings_of(config, InfluenceConfig(strength=5.0))
         self.decode, self.seed = decode, seed
         self.surrogates = [network.eval() for network in surrogates]
         self._wanted: dict[int, list[Tensor]] = {}

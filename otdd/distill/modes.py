@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from otdd.distill.config import ModeConfig
-from otdd.distill.terms import Guidance, Memory, check_latents, group_classes
+from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, settings_of
 
 
 class ModeGuidance(Guidance):
@@ -27,7 +27,7 @@ class ModeGuidance(Guidance):
     """
 
     def __init__(self, config: ModeConfig | None = None, *, seed: int = 0) -> None:
-        self.config = config or ModeConfig(strength=0.1)
+        self.config = settings_of(config, ModeConfig(strength=0.1))
         self.seed = seed
         self._modes: dict[int, Tensor] = {}
 

@@ -97,6 +97,14 @@ class Guidance(ABC):
         return self.config.strength * rho * move
 
 
+def settings_of(config: Any, default: Any) -> Any:
+    """The settings that a term is given, or its default ones, of the same class."""
+    if not isinstance(config, type(default) | None):
+        seen, accepted = type(config).__name__, type(default).__name__
+        raise ValueError(f"config: {seen} is not accepted; expected {accepted}")
+    return default if config is None else config
+
+
 def rng(*key: object) -> torch.Generator:
     """A generator that depends on the key alone, whatever ran before or elsewhere."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()

@@ -58,6 +58,8 @@ def test_normalise_is_that_of_the_students(folder):
     x = loaded.images.float() / 255
     assert torch.equal(loaded.normalise(loaded.images), (x - network.mean) / network.std)
     assert torch.equal(loaded.normalise(loaded.images), loaded.normalise(x))
+    with pytest.raises(ConfigError, match=r"images: torch.int64 is not accepted; expected uint8"):
+        loaded.normalise(loaded.images.long())  # which gave NaN
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -128,6 +130,10 @@ def test_replay_of_some_epochs(folder):
     assert all(same(a, b) for a, b in zip(every[3:6], some, strict=True))
     with pytest.raises(ConfigError, match=r"start, stop: \(2, 9\) .* epochs of 0 to 3"):
         loaded.replay(start=2, stop=9)
+    with pytest.raises(ConfigError, match=r"start, stop: \(0\.5, 3\) is not accepted"):
+        loaded.replay(start=0.5)
+    with pytest.raises(ConfigError, match="workers: '2' is not accepted; expected an integer"):
+        loaded.replay(workers="2")
 
 
 def test_soft_labels_are_mean_logits_of_unmixed_views(folder):

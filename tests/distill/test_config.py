@@ -11,7 +11,11 @@ from otdd.distill.config import (
     DiversityConfig,
     GuidanceConfig,
     InfluenceConfig,
+    ModeConfig,
+    RelabelConfig,
     RunConfig,
+    SampleConfig,
+    TrainConfig,
 )
 from otdd.distill.settings import identity, load_yaml, merge, resolve, to_dict
 
@@ -148,3 +152,27 @@ def test_numbers_lists_and_exponents(tmp_path):
 def test_words_are_checked_from_python_too(kind, field, value):
     with pytest.raises(ConfigError, match=f"{field}: '{value}' is not accepted; expected one of "):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (TrainConfig, {"losses": "kl"}, "losses: 'kl' is not accepted; expected a tuple, each one"),
+        (TrainConfig, {"losses": ("CE",)}, r"losses: \('CE',\) is not .* each one of ce, ce-plain"),
+        (TrainConfig, {"lr": float("inf")}, "lr: inf is not accepted; expected a finite number"),
+        (TrainConfig, {"epochs": True}, "epochs: True is not accepted; expected an integer"),
+        (RelabelConfig, {"teachers": "convnet"}, "teachers: 'convnet' .* a tuple, each a text"),
+        (RelabelConfig, {"store_labels": "no"}, "store_labels: 'no' .* expected True or False"),
+        (SampleConfig, {"scheduler": "euler"}, "scheduler: 'euler' .* one of ddim, ddpm, dpm"),
+        (SampleConfig, {"guidance": {}}, r"guidance: \{\} is not .* a GuidanceConfig"),
+        (SampleConfig, {"batch_images": "all"}, "batch_images: 'all' .* an integer or auto"),
+        (GuidanceConfig, {"strength": "1"}, "strength: '1' is not .* a finite number"),
+        (GuidanceConfig, {"window": (0, 0.5, 1)}, "a tuple of 2, each a finite number"),
+        (ModeConfig, {"strength": None}, "strength: None is not accepted"),
+        (RunConfig, {**BASE, "sets": "otg"}, "sets: 'otg' is not accepted; expected a tuple"),
+        (RunConfig, {**BASE, "ipc": "1"}, "ipc: '1' is not accepted; expected an integer"),
+    ],
+)
+def test_types_are_checked_from_python_too(kind, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**settings)

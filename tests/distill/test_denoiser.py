@@ -208,3 +208,70 @@ def test_refusals():
         free.check(torch.tensor([3]), 2.0)
     with pytest.raises(ValueError, match="class_labels: 4 is not accepted; expected 0 to 3"):
         free.check(torch.tensor([4]), 1.0)
+    labels, z = torch.tensor([0, 3]), random(2, *SHAPE)
+    with pytest.raises(ValueError, match=r"guidance_scale: 2\.0 needs a row for no class"):
+        free.predict(z, 1, labels, 2.0)
+    with pytest.raises(ValueError, match="class_labels: 9 is not accepted; expected 0 to 3"):
+        free.predict(z, 1, torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match=r"class_labels: shape \(1,\) is not .* \(2,\)"):
+        free.predict(z, 1, labels[:1])
+    with pytest.raises(ValueError, match="class_labels must be a tensor, got list"):
+        free.predict(z, 1, [0, 3])
+
+
+SCHEDULERS = ("PNDM", "DPMSolverMultistep", "EulerDiscrete", "DDIM")
+
+
+@pytest.mark.parametrize("name", [f"{name}Scheduler" for name in SCHEDULERS])
+def test_a_scheduler_is_used_again_after_set_timesteps(name):
+    """PNDM went on from what it remembered, and others ended in an error of their own."""
+    scheduler, x = getattr(diffusers, name)(), random(1, *SHAPE)
+    predict = lambda z, t: (0.5 * z, None)  # noqa: E731
+    scheduler.set_timesteps(4)
+    first = denoise(predict, scheduler, x)
+    if name == "DDIMScheduler":  # which remembers nothing
+        assert torch.equal(denoise(predict, scheduler, x), first)
+    else:
+        with pytest.raises(ValueError, match=f"scheduler: {name} has made steps; call set_tim"):
+            denoise(predict, scheduler, x)
+    scheduler.set_timesteps(4)
+    assert torch.equal(denoise(predict, scheduler, x), first)
+
+
+def test_a_loop_of_ones_own_is_checked_before_any_work():
+    labels, x = torch.tensor([0, 1]), random(2, *SHAPE)
+    guidance = OTGuidance(GuidanceConfig(window=(0.5, 1.0)))
+    with pytest.raises(ValueError, match="guidance: OTGuidance, which is no list, is not acc"):
+        Guides(guidance, labels)
+    with pytest.raises(ValueError, match="guidance: str is not accepted; expected Guidance"):
+        Guides(["ot"], labels)
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(2)
+
+    def work(*_):
+        pytest.fail("work was done")
+
+    with pytest.raises(RuntimeError, match="call set_reference first"):
+        denoise(work, scheduler, x, Guides([guidance], labels))
+    guidance.set_reference(random(4, *SHAPE), torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"classes \[2\] have no reference"):
+        denoise(work, scheduler, x, Guides([guidance], labels + 1))
+    with pytest.raises(ValueError, match="class_labels must be a tensor, got list"):
+        denoise(work, scheduler, x, Guides([guidance], [0, 1]))
+    with pytest.raises(ValueError, match="guides: list is not accepted; expected Guides"):
+        denoise(work, scheduler, x, [guidance])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_what_a_denoiser_of_ones_own_returns(guided):
+    """A tensor of two images was taken for a prediction and its variances."""
+    x, labels = random(2, *SHAPE), torch.tensor([0, 1])
+    guidance = OTGuidance()
+    guidance.set_reference(random(4, *SHAPE), torch.tensor([0, 0, 1, 1]))
+    guides = Guides([guidance], labels) if guided else None
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="predict: it returned Tensor; expected a pair"):
+        denoise(lambda z, t: z, scheduler, x, guides)
+    with pytest.raises(ValueError, match=r"prediction of \(1, 4, 8, 8\); expected \(2, 4, 8, 8\)"):
+        denoise(lambda z, t: (z[:1], None), scheduler, x, guides)

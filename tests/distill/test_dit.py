@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from distill.tiny import dit_pipeline
@@ -212,6 +213,11 @@ def test_files_round_trip_with_names(tmp_path):
             {"class_labels": ["bee"]},
             r"class_labels: \['bee'\] is not .* get_label_ids has for names",
         ),
+        ({"class_labels": [True]}, r"class_labels: \[True\] is not accepted; expected integers"),
+        ({"guidance_scale": "4"}, "guidance_scale: '4' is not accepted; expected a number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: nan is not accepted"),
+        ({"generator": 5}, "generator: 5 is not accepted; expected a torch.Generator"),
+        ({"generator": [torch.Generator()] * 2}, "generator: 2 are not accepted; expected 1 or 3"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
         ({"output_type": "jpg"}, "output_type 'jpg'; accepted: pil, np, pt, latent"),
         ({"guidance": [3]}, "guidance: int is not accepted"),
@@ -222,6 +228,7 @@ def test_files_round_trip_with_names(tmp_path):
             r"memory: latents of \(4, 8, 8\) are not accepted; expected \(4, 4, 4\)",
         ),
         ({"memory": (torch.zeros(1, 4, 4, 4), torch.tensor([0, 1]))}, "class_labels must be int64"),
+        ({"memory": torch.zeros(1, 4, 4, 4)}, "memory: Tensor is not accepted; expected a pair"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "'prompt' is not accepted; known"),
     ],
 )
@@ -230,6 +237,42 @@ def test_refusals_before_any_work(arguments, message):
     made.transformer.register_forward_pre_hook(lambda *_: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         made(**{"class_labels": LABELS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(3, 4, 4, 4), "it returned Tensor; expected a dict or None"),
+        (
+            {"latents": torch.zeros(1, 4, 4, 4)},
+            r"latents of \(1, 4, 4, 4\); expected \(3, 4, 4, 4\)",
+        ),
+        ({"latents": None}, "latents of NoneType"),
+    ],
+)
+def test_callbacks_that_return_something_else(returned, message):
+    with pytest.raises(ValueError, match=f"callback_on_step_end: .*{message}"):
+        run(pipe(), callback_on_step_end=lambda *_: returned)
+
+
+def test_integers_of_any_kind_and_memory_without_latents():
+    made, want = pipe(), run(pipe(), guidance=ot())
+    nothing = torch.zeros(0, 4, 4, 4), torch.zeros(0, dtype=torch.int64)
+    for labels in (np.array(LABELS, dtype=np.int32), torch.tensor(LABELS, dtype=torch.uint8)):
+        generator = torch.Generator().manual_seed(0)
+        got = made(
+            labels, np.float32(1), generator, np.int64(5), "latent", guidance=ot(), memory=nothing
+        )
+        assert torch.equal(got.images, want)
+
+
+def test_clipped_by_thresholds_x0_is_not_clipped_beside():
+    made = pipe()
+    made.scheduler = diffusers.DDPMScheduler(thresholding=True, sample_max_value=50.0)
+    still = Still(GuidanceConfig(target="x0", reference_size=8))
+    still.__dict__.update({k: v for k, v in ot().__dict__.items() if k != "config"})
+    run(made, guidance=still)
+    assert max(x0.abs().max() for x0 in still.seen) > 1
 
 
 def test_schedulers_that_cannot_be_guided():

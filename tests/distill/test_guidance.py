@@ -291,5 +291,9 @@ def test_refusals():
         guidance(latents(labels), 0, torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="latents must be a floating tensor"):
         guidance.set_reference(torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="class_labels must be a tensor, got list"):
+        guidance.transport_cost(latents(labels), [0, 1])
+    with pytest.raises(ValueError, match="config: dict is not accepted; expected GuidanceConfig"):
+        OTGuidance({"strength": 0.3})
     with pytest.raises(ConfigError, match="lambda_1"):
         GuidanceConfig(lambda_1=0)
