@@ -183,6 +183,8 @@ def _run(command: str, flags: list[str]) -> int:
         joblog.write("metrics", out=config.out, **kept)
     if first and command in ("run", "train", "evaluate"):
         print_metrics(metrics, config.out)
+    elif first:  # there is no table yet
+        sys.stdout.write(f"written to {config.out}\n")
     return 0
 
 

@@ -193,15 +193,19 @@ def fit(flags: list[str]) -> int:
         sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
         return 0
+    finished = Path(given.out).exists()  # of another training it is refused
     since, cpu = time.perf_counter(), time.process_time()
     with shown(given.log, given.quiet, {"fit": "steps"}) as progress:
         made = train(given.out, progress)
     wall, cpu = time.perf_counter() - since, time.process_time() - cpu
     loss, trained, weights = (made.info[k] for k in ("loss", "trained", "weights"))
+    what = f"loss {loss:.4f}; {trained:,} of {weights:,} weights trained"
+    if finished:
+        sys.stdout.write(f"{given.out} is finished already: {what}\n")
+        return 0
     sys.stdout.write(
-        f"written to {given.out}: loss {loss:.4f}; {trained:,} of {weights:,} weights trained in "
-        f"{wall / 60:.1f} min, {cpu / 60:.1f} min of processor time, "
-        f"peak memory {costs.peak_memory() / 2**30:.2f} GiB\n"
+        f"written to {given.out}: {what} in {wall / 60:.1f} min, {cpu / 60:.1f} min of processor "
+        f"time, peak memory {costs.peak_memory() / 2**30:.2f} GiB\n"
     )
     return 0
 

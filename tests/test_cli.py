@@ -224,7 +224,7 @@ def test_stages_one_by_one_then_run_finds_all_done(capsys, tmp_path):
     out = tmp_path / "o"
     code, _, err = call(capsys, "evaluate", *TINY, "--out", out)
     assert (code, err) == (2, f"otdd: {out} holds no images yet; run `otdd sample` first\n")
-    assert call(capsys, "sample", *TINY, "--out", out)[0] == 0
+    assert call(capsys, "sample", *TINY, "--out", out)[:2] == (0, f"written to {out}\n")
     code, _, err = call(capsys, "train", "--out", out)
     assert code == 2
     assert "no soft labels yet; run `otdd relabel` first" in err
@@ -241,6 +241,16 @@ def test_stages_one_by_one_then_run_finds_all_done(capsys, tmp_path):
     assert f"written to {out}" in printed
     if shutil.which("sha256sum"):  # the same is in Python's hands in test_store
         subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=out, check=True)
+
+
+def test_a_finished_generator_is_not_told_as_trained(capsys, tmp_path):
+    small = ("--steps", "1", "--width", "32", "--layers", "1", "--batch", "4")
+    command = ("fit", "--data", "digits", "--out", tmp_path / "g.safetensors", *small)
+    assert "weights trained in 0.0 min" in call(capsys, *command)[1]
+    code, printed, _ = call(capsys, *command)
+    assert code == 0
+    assert printed.startswith(f"{tmp_path / 'g.safetensors'} is finished already: loss ")
+    assert "min" not in printed
 
 
 def test_files_of_a_run(capsys, tmp_path):

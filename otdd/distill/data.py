@@ -181,7 +181,11 @@ def check_settings(
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     if spec in SIDES and resolution not in (None, SIDES[str(spec)]):
-        raise DataError(f"resolution={resolution} does not fit the built-in data {spec!r}")
+        side = SIDES[str(spec)]
+        raise DataError(
+            f"resolution={resolution} does not fit the built-in data {spec!r}, whose images are "
+            f"{side}x{side}"
+        )
 
 
 def check_ipc(data: ImageData, ipc: int) -> None:

@@ -63,6 +63,7 @@ class Guides:
             raise ValueError(f"guidance: {found} is not accepted; expected Guidance objects")
 
 
+@torch.inference_mode(False)  # where gradients can be had, for terms that take some
 @torch.no_grad()
 def denoise(
     predict: Predict,

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from otdd.distill.config import GuidanceConfig
 from otdd.distill.detail import Detail
-from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, rng, settings_of
+from otdd.distill.terms import (
+    Guidance,
+    Memory,
+    as_usual,
+    check_latents,
+    group_classes,
+    rng,
+    settings_of,
+)
 from otdd.ops import cost_matrix, sinkhorn
 from otdd.ops.moves import scaled_eps, transport_moves
 
@@ -116,6 +124,7 @@ class OTGuidance(Guidance):
         self._flight: _Flight | None = None
         self._finished: _Finished | None = None
 
+    @as_usual
     def set_reference(self, latents: Tensor, class_labels: Tensor) -> None:
         """Takes the real latents.
 
@@ -150,6 +159,7 @@ class OTGuidance(Guidance):
         if tuple(shape) != tuple(self._shape):
             raise ValueError(f"x has latents of {tuple(shape)}, the reference has {self._shape}")
 
+    @as_usual
     def direction(
         self,
         x: Tensor,
@@ -169,6 +179,7 @@ class OTGuidance(Guidance):
         move = self._move(flight, flight.padding.of(x), y, finished)
         return move.flatten(0, 1)[flight.padding.slots].view_as(x).to(x.dtype)
 
+    @as_usual
     def transport_cost(self, x: Tensor, class_labels: Tensor) -> Tensor:
         """Cost <P, C> of each class present, in the order of their labels; (K,)."""
         check_latents(x, class_labels, "x")
@@ -257,7 +268,12 @@ class OTGuidance(Guidance):
         if alpha_bar is None:
             raise ValueError("alpha_bar is needed by the target 'q_sample'")
         noise = [
-            torch.randn(y.shape[1:], generator=rng(self.seed, "q_sample", label, t))
+            torch.randn(
+                y.shape[1:],
+                generator=rng(self.seed, "q_sample", label, t),
+                dtype=torch.float32,
+                device="cpu",
+            )
             for label in present
         ]
         return alpha_bar**0.5 * y + (1 - alpha_bar) ** 0.5 * torch.stack(noise).to(y.device)
@@ -294,7 +310,7 @@ def pick_reference(class_labels: Tensor, size: int, seed: int) -> Tensor:
     for label in class_labels.unique().tolist():
         own = (class_labels == label).nonzero()[:, 0]
         if len(own) > size:
-            draw = torch.randperm(len(own), generator=rng(seed, "reference", label))
+            draw = torch.randperm(len(own), generator=rng(seed, "reference", label), device="cpu")
             own = own[draw[:size].sort().values.to(own.device)]
         kept.append(own)
     return torch.cat(kept)
@@ -312,6 +328,6 @@ def _padding(groups: Tensor, count: int) -> _Padding:
     first = order[(sizes.cumsum(0) - sizes).clamp_max(len(order) - 1)]  # of none: any row
     index = first[:, None].expand(-1, width).reshape(-1).clone()
     index[slots] = torch.arange(len(groups), device=groups.device)
-    weights = torch.zeros(count * width, device=groups.device)
+    weights = torch.zeros(count * width, dtype=torch.float32, device=groups.device)
     weights[slots] = 1 / sizes[groups].float()
     return _Padding(index, weights.view(count, width), slots)

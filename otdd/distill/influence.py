@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from otdd.distill.config import InfluenceConfig
 from otdd.distill.guidance import pick_reference
-from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, settings_of
+from otdd.distill.terms import Guidance, Memory, as_usual, check_latents, group_classes, settings_of
 
 CHUNK = 64
 
@@ -55,6 +55,7 @@ class InfluenceGuidance(Guidance):
         """Steps are scaled by rho_t."""
         return True
 
+    @as_usual
     def set_reference(self, images: Tensor, class_labels: Tensor) -> None:
         """Takes the mean gradients over real images, on the device of the surrogates.
 
@@ -81,6 +82,7 @@ class InfluenceGuidance(Guidance):
         if missing:
             raise ValueError(f"classes {missing} have no reference images; give them all")
 
+    @as_usual
     def direction(
         self,
         x: Tensor,

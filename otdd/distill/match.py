@@ -101,6 +101,29 @@ def accuracy(network: nn.Module, test: LabeledImages, batch: int = 512) -> float
 
 
 @contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Types, devices and gradients as they are by default, whatever the caller has set.
+
+    A notebook may have float64 as the default type or a GPU as the default device, and loops of
+    others run under `torch.no_grad`, `torch.inference_mode` or autocast: results are the same.
+    """
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
 def reproducible(image_shape: tuple[int, int, int]) -> Iterator[None]:
     """Deterministic kernels, and one thread where more would only cost time (under 16 pixels).
 

@@ -331,6 +331,18 @@ def run_stages(
     Of several processes all sample and train, and the first alone does the rest; the others return
     nothing. `on_stage` is called as on_stage(name, None) before a stage and with its seconds after.
     """
+    from otdd.distill.match import undisturbed
+
+    with undisturbed():
+        return _stages(config, stages, progress, on_stage)
+
+
+def _stages(
+    config: RunConfig,
+    stages: tuple[str, ...],
+    progress: Progress | None,
+    on_stage: Callable[[str, float | None], None] | None,
+) -> dict[str, Any]:
     workers = Workers.join()
     work = Run.open(config, progress, workers, only_sample=stages == ("sample",))
     result = None

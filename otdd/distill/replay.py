@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from otdd.distill.augment import shapes as stacked_shapes
 from otdd.distill.augment import unstack
 from otdd.distill.labels import LabelFormat
-from otdd.distill.match import reproducible
+from otdd.distill.match import reproducible, undisturbed
 from otdd.distill.setfiles import SetFiles
 from otdd.distill.store import StoreError
 from otdd.distill.training import Step
@@ -198,6 +198,10 @@ class Replay(Dataset[Labelled]):
 
     def __getitem__(self, number: int) -> Labelled:
         """The batch of a step."""
+        with undisturbed():
+            return self._batch(number)
+
+    def _batch(self, number: int) -> Labelled:
         batch, logits = (step := self.soft.step(number)).batch, step.teacher
         assert logits is not None
         _, channels, height, width = self.images.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +64,7 @@ class OTDistillationTask(_Base):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
             teachers = [teachers]
-        teachers = list(teachers)
+        teachers = list(teachers) if isinstance(teachers, Iterable) else [teachers]
         for module, name in [(student, "student"), *((t, "teachers") for t in teachers)]:
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: got {type(module).__name__}; accepted: torch.nn.Module")

@@ -9,13 +9,20 @@ denoiser to the noisy latents (`through`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from otdd.ops.checks import outside_autocast
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 RHO = 0.0015
 
@@ -95,6 +102,20 @@ class Guidance(ABC):
         output = torch.as_tensor(output_rms, dtype=move.dtype, device=move.device)
         rho = RHO * output.expand(len(move)).view(shape) * (1 - alpha_bar) ** 0.5 / rms
         return self.config.strength * rho * move
+
+
+def as_usual(body: Callable[P, R]) -> Callable[P, R]:
+    """Arithmetic of a term as it is by default, where `torch.inference_mode` or autocast are on.
+
+    The former would forbid its gradients, the latter take its precision.
+    """
+
+    @functools.wraps(body)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False):
+            return outside_autocast(body)(*args, **kwargs)
+
+    return run
 
 
 def settings_of(config: Any, default: Any) -> Any:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from distill.finished_run import DATA, finished_run, same, seen_in_training, settings
+from distill.surroundings import SURROUNDINGS
 from torch.utils.data import DataLoader
 
 import otdd
@@ -134,6 +135,16 @@ def test_replay_of_some_epochs(folder):
         loaded.replay(start=0.5)
     with pytest.raises(ConfigError, match="workers: '2' is not accepted; expected an integer"):
         loaded.replay(workers="2")
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_whatever_is_set_around_it_the_replay_is_the_same(folder, name):
+    """Batches made inside autocast were others than those that the teachers labelled."""
+    loaded = otdd.load(folder, set="random")
+    wanted = list(loaded.replay(stop=1).dataset)[:3]
+    with SURROUNDINGS[name]():
+        got = [loaded.replay(stop=1).dataset[number] for number in range(3)]
+    assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_soft_labels_are_mean_logits_of_unmixed_views(folder):

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from distill.surroundings import SURROUNDINGS
 from distill.tiny import dit_pipeline
 
 from otdd.distill import (
@@ -132,6 +133,16 @@ def test_half_precision_is_guided_to_about_the_same(target):
     ]
     assert made[1].dtype == torch.bfloat16
     torch.testing.assert_close(made[0], made[1].float(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("target", ["z_t", "x0", "through"])
+@pytest.mark.parametrize("name", ["inference_mode", "float64"])
+def test_it_is_called_as_other_pipelines_are(name, target):
+    """Under `torch.inference_mode` as the documentation of diffusers has it."""
+    made, guidance = pipe(), ot(target=target, form="gradient", strength=5.0)
+    wanted = run(made, guidance=guidance)
+    with SURROUNDINGS[name]():
+        assert torch.equal(run(made, guidance=guidance), wanted)
 
 
 def test_finished_latents_of_earlier_calls_are_looked_at():

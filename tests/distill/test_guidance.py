@@ -3,6 +3,7 @@
 import pytest
 import scipy.fft
 import torch
+from distill.surroundings import SURROUNDINGS
 
 from otdd.distill.config import ConfigError, GuidanceConfig
 from otdd.distill.guidance import OTGuidance, pick_reference, rng
@@ -232,6 +233,25 @@ def test_repulsion_moves_away_from_the_other_class():
     a, b = (g(z, 0, labels).flatten(1).mean(1) for g in (plain, pushed))
     assert (b[:2] < a[:2]).all()  # class 0 lies below class 1
     assert (b[2:] > a[2:]).all()
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.parametrize("settings", [{"detail": 0.5}, {"form": "gradient"}])
+@pytest.mark.parametrize("target", ["x0", "q_sample"])
+def test_whatever_is_set_around_it_the_direction_is_the_same(name, settings, target):
+    labels, real, x = torch.tensor([0, 1, 0]), reference(), latents([0, 1, 0])
+
+    def moved():
+        config = GuidanceConfig(target=target, reference_size=15, repulsion=0.3, **settings)
+        guidance = OTGuidance(config)
+        guidance.set_reference(*real)
+        direction = guidance.direction(x, 3, labels, alpha_bar=0.5)
+        return direction, guidance.transport_cost(x, labels)
+
+    wanted = moved()
+    with SURROUNDINGS[name]():
+        got = moved()
+    assert all(map(torch.equal, got, wanted))
 
 
 def test_noised_references():

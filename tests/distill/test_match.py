@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from distill.finished_run import settings
+from distill.surroundings import SURROUNDINGS
 
+from otdd.distill import pipeline
 from otdd.distill.augment import Augmentation, generator
 from otdd.distill.config import ConfigError, TrainConfig
 from otdd.distill.data import ImageData, LabeledImages
@@ -124,3 +127,42 @@ def test_a_step_mixes_no_devices(loss):
     assert all(p.is_meta and p.grad.is_meta for p in student.parameters())
     tensors, _ = training.state()
     assert tensors["student.body.head.weight"].is_meta
+
+
+def around():
+    """What a run sees of its surroundings: a type, a device, gradients and a product."""
+    x = torch.ones(1)
+    x.requires_grad_()
+    y = x * 2
+    return y.dtype, y.device.type, y.requires_grad, y.is_inference(), (y[None] @ y[None]).dtype
+
+
+def flags():
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_runs_are_not_disturbed_by_their_surroundings(name, monkeypatch, tmp_path):
+    class Seen(Exception):
+        pass
+
+    def opened(*_, **__):
+        raise Seen(around())
+
+    monkeypatch.setattr(pipeline.Run, "open", opened)
+    wanted = torch.float32, "cpu", True, False, torch.float32
+    with SURROUNDINGS[name]():
+        before = (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
+        with pytest.raises(Seen) as seen:
+            pipeline.run(settings(tmp_path / "run"))
+        after = (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
+    assert seen.value.args == (wanted,)
+    assert after == before

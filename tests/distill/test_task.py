@@ -95,6 +95,7 @@ def test_compiled_parts_are_called():
         (lambda s: OTDistillationTask(s, []), ValueError, "teachers: got none"),
         (lambda s: OTDistillationTask(s, s), ValueError, "teachers: got one that shares"),
         (lambda s: OTDistillationTask(s, ["resnet18"]), TypeError, "teachers: got str"),
+        (lambda s: OTDistillationTask(s, None), TypeError, "teachers: got NoneType; accepted: tor"),
         (lambda s: OTDistillationTask(len, s), TypeError, "student: got builtin"),
         (lambda s: OTDistillationTask(s, network(1), nn.MSELoss()), TypeError, "loss: got MSELoss"),
     ],

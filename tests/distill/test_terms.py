@@ -123,6 +123,8 @@ def test_influence_direction_is_its_gradient_and_lowers_it():
     x, wanted = random(3, 1, 4, 4).double(), torch.tensor([1, 0, 1])
     with torch.no_grad():
         move = guidance.direction(x, 0, wanted)
+    with torch.inference_mode():
+        assert torch.equal(guidance.direction(x, 0, wanted), move)
 
     def objective(z, label):
         return float(guidance.objective(z, label).detach())
