@@ -92,7 +92,7 @@ def denoise(
         ValueError: the terms, the scheduler or what `predict` returns do not fit.
     """
     terms = _checked(guides, x)
-    _require_fresh(scheduler)
+    _check_scheduler(scheduler)
     steps = len(scheduler.timesteps)
     levels = noise_levels(scheduler) if terms or clamp else [Level(1.0)] * (steps + 1)
     advance = advance or stepper(scheduler)
@@ -134,8 +134,13 @@ def _checked(guides: Guides | None, x: Tensor) -> Sequence[Guidance]:
     return guides.terms
 
 
-def _require_fresh(scheduler: Any) -> None:
-    """Schedulers that count their steps, and keep outputs of earlier ones, go on where they are."""
+def _check_scheduler(scheduler: Any) -> None:
+    """Refuses one that starts from other noise, and one that goes on from an earlier sampling."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        raise ValueError(
+            f"scheduler: {type(scheduler).__name__} does not say how large the first noise is; "
+            "accepted: schedulers of diffusers with init_noise_sigma, so none of flow matching"
+        )
     steps = getattr(scheduler, "step_index", None), getattr(scheduler, "counter", None)
     if steps[0] is not None or steps[1]:  # PNDM has the latter alone
         raise ValueError(

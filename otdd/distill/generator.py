@@ -229,6 +229,7 @@ class Generator:
                 )
             )
             scheduler = dict(json.loads((folder / wanted[1]).read_text(encoding="utf-8")))
+            _require_betas(scheduler)
         classes = _folder_classes(folder, transformer.config.num_embeds_ada_norm)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         side = transformer.config.sample_size * factor
@@ -254,6 +255,15 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
         raise GeneratorError(
             f"generator {path} cannot be loaded ({type(error).__name__}: {reason})"
         ) from error
+
+
+def _require_betas(scheduler: dict[str, Any]) -> None:
+    """Raises for noise that no betas describe, as that of flow matching: DDIM would sample noise."""
+    if "beta_schedule" not in scheduler or scheduler.get("use_flow_sigmas"):
+        raise GeneratorError(
+            f"its scheduler is {scheduler.get('_class_name')}, whose noise is no schedule of betas; "
+            "accepted: models that were trained as DDPM is"
+        )
 
 
 def _folder_classes(folder: Path, count: int) -> list[str]:

@@ -294,6 +294,9 @@ def test_schedulers_that_cannot_be_guided():
     made.scheduler = diffusers.DPMSolverMultistepScheduler(variance_type="learned_range")
     with pytest.raises(ValueError, match=r"variance_type 'learned_range' keeps three channels"):
         run(made)
+    made.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not say how large"):
+        run(made)
     settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     for kind in (diffusers.DDIMScheduler, diffusers.DDPMScheduler):
         made.scheduler = kind(**settings)

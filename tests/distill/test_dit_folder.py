@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from otdd import cli
 from otdd.distill import GuidanceConfig, OTDiTPipeline, OTGuidance
+from otdd.distill.codec import import_diffusers
 from otdd.distill.data import load_data
 from otdd.distill.generator import Generator, GeneratorError, load_generator
 from otdd.distill.terms import rng
@@ -48,6 +49,21 @@ def test_names_that_diffusers_lost_are_asked_for(root, tmp_path, capsys):
     with pytest.raises(GeneratorError, match="expected a list of 3 names"):
         Generator.load(root / "dit")
     (root / "dit/classes.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("EDMEulerScheduler", {}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
+    ],
+)
+def test_models_of_other_noise_are_not_sampled_as_ddpm(root, tmp_path, name, settings):
+    copy = shutil.copytree(root / "dit", tmp_path / "dit")
+    getattr(import_diffusers(), name)(**settings).save_pretrained(copy / "scheduler")
+    with pytest.raises(GeneratorError, match=f"its scheduler is {name}, whose noise is no schedul"):
+        Generator.load(copy)
 
 
 def test_a_noise_schedule_that_cannot_be_guided_is_refused_before_any_work(root, tmp_path, capsys):
