@@ -258,11 +258,11 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _require_betas(scheduler: dict[str, Any]) -> None:
-    """Raises for noise that no betas describe, as that of flow matching: DDIM would sample noise."""
+    """Raises for noise that no betas describe, as in flow matching: DDIM would sample noise."""
     if "beta_schedule" not in scheduler or scheduler.get("use_flow_sigmas"):
         raise GeneratorError(
-            f"its scheduler is {scheduler.get('_class_name')}, whose noise is no schedule of betas; "
-            "accepted: models that were trained as DDPM is"
+            f"its scheduler is {scheduler.get('_class_name')}, whose noise is no schedule of "
+            "betas; accepted: models that were trained as DDPM is"
         )
 
 

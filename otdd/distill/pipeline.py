@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from otdd import __version__
-from otdd.distill.config import ConfigError, RunConfig
+from otdd.distill.config import ConfigError, RunConfig, require
 from otdd.distill.inputs.problems import warn
 from otdd.distill.prepare import SAMPLED, found_again, prepare
 from otdd.distill.setfiles import CONFIG, DATA, TEACHERS, describe
@@ -316,7 +316,12 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 
     Returns:
         What `metrics.json` holds.
+
+    Raises:
+        ConfigError, DataError, GeneratorError, StoreError: what is wrong, in one message.
     """
+    accepted = "a RunConfig, which otdd.distill.resolve makes of settings"
+    require(isinstance(config, RunConfig), "config", config, accepted)
     return run_stages(config, STAGES, progress)
 
 

@@ -1,7 +1,9 @@
 """`OTDiTPipeline`: bit for bit DiTPipeline without guidance, and what it adds to it."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +135,20 @@ def test_half_precision_is_guided_to_about_the_same(target):
     ]
     assert made[1].dtype == torch.bfloat16
     torch.testing.assert_close(made[0], made[1].float(), rtol=0.1, atol=0.1)
+
+
+def test_the_term_of_the_documentation():
+    page = (Path(__file__).parents[2] / "docs/how-to/generator.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = [block for block in blocks if "class Calm" in block]
+    names = {}
+    exec(code, names)
+    made = pipe()
+    free, calm = run(made), run(made, guidance=[ot(), names["Calm"]()])
+    assert calm.var((2, 3)).mean() < run(made, guidance=ot()).var((2, 3)).mean()
+    assert not torch.equal(free, calm)
+    with pytest.raises(ValueError, match="expected \\(C, H, W\\)"):
+        names["Calm"]().check(torch.tensor(LABELS), (4,))
 
 
 @pytest.mark.parametrize("target", ["z_t", "x0", "through"])

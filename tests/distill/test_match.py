@@ -166,3 +166,8 @@ def test_runs_are_not_disturbed_by_their_surroundings(name, monkeypatch, tmp_pat
         )
     assert seen.value.args == (wanted,)
     assert after == before
+
+
+def test_settings_that_are_not_resolved():
+    with pytest.raises(ConfigError, match=r"config: \{.* expected a RunConfig, which .*resolve"):
+        pipeline.run({"data": "digits"})
