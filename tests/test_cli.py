@@ -213,6 +213,24 @@ def test_bad_input_is_one_clear_line_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("fast", "unknown OTDD_BACKEND='fast'; choose from"),
+        ("cuda", "cost_matrix: OTDD_BACKEND='cuda' cannot be used"),
+    ],
+)
+def test_a_backend_that_a_run_cannot_use_is_refused(
+    capsys, tmp_path, monkeypatch, backend, message
+):
+    """It was found out when the first transport was solved, after teachers or students."""
+    monkeypatch.setenv("OTDD_BACKEND", backend)
+    code, _, err = call(capsys, "run", *TINY, "--out", tmp_path / "o")
+    assert code == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["run", "sample", "train"])
 def test_an_output_in_a_file_is_a_text(capsys, tmp_path, command):
     (tmp_path / "f.yaml").write_text("{data: digits, ipc: 1, out: [5]}")

@@ -47,6 +47,7 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
     known = {k: v for k, v in identity(config).items() if k != "data"}
     Store(config.out).check(known)
     outside(config.out, config.data)
+    _check_backend(config)
     data = _load_data(config, only_sample)
     known |= {"data": data.name, "data_sha256": data.fingerprint}
     Store(config.out).check(known)
@@ -64,6 +65,26 @@ def prepare(config: RunConfig, *, only_sample: bool = False) -> Prepared:
             latents = _load_latents(config, data, generator)
             known["latents_sha256"] = latents.digest if latents is not None else None
     return Prepared(data, generator, latents, known)
+
+
+def _check_backend(config: RunConfig) -> None:
+    """Raises for an OTDD_BACKEND that the ops of a run cannot use where they run.
+
+    Costs are taken on the CPU, guidance and losses on the devices of their stages.
+    """
+    if not os.environ.get("OTDD_BACKEND"):
+        return
+    import torch
+
+    from otdd.backends import BackendError
+    from otdd.ops import cost_matrix, sinkhorn
+
+    for device in ("cpu", config.sample.device, config.train.device):
+        x = torch.zeros(1, 2, 2, device=device)
+        try:
+            sinkhorn(cost_matrix(x, x, "sqeuclidean"), eps=1.0, max_iter=1)
+        except (BackendError, ValueError) as error:
+            raise ConfigError(f"{error}; unset OTDD_BACKEND to have the ops choose") from None
 
 
 def found_again(config: RunConfig) -> dict[str, Any]:
