@@ -12,6 +12,7 @@ from otdd.distill.config import ConfigError, RunConfig, require
 from otdd.distill.logs import check_tensorboard
 from otdd.distill.settings import identity, to_dict
 from otdd.distill.store import Store
+from otdd.distill.workers import local_device
 
 if TYPE_CHECKING:
     from otdd.distill.codec import Codec
@@ -79,7 +80,8 @@ def _check_backend(config: RunConfig) -> None:
     from otdd.backends import BackendError
     from otdd.ops import cost_matrix, sinkhorn
 
-    for device in ("cpu", config.sample.device, config.train.device):
+    sampling = local_device(config.sample.device)
+    for device in ("cpu", sampling, local_device(config.train.device, "train.device")):
         x = torch.zeros(1, 2, 2, device=device)
         try:
             sinkhorn(cost_matrix(x, x, "sqeuclidean"), eps=1.0, max_iter=1)

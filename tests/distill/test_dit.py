@@ -324,5 +324,6 @@ def test_schedulers_that_cannot_be_guided():
 
 def test_importing_the_package_stays_light():
     code = "import sys, otdd.distill as d; assert 'OTDiTPipeline' in d.__all__\n"
+    code += "assert set(d.__all__) <= set(dir(d))\n"  # which notebooks complete names by
     code += "assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
