@@ -144,6 +144,12 @@ class Denoiser:
     def _call(self, model_input: Tensor, arguments: dict[str, Any]) -> Tensor:
         named = dict(self.model.named_parameters()) if torch.is_grad_enabled() else {}
         if any(p.requires_grad for p in named.values()):
+            if getattr(self.model, "is_gradient_checkpointing", False):
+                raise ValueError(
+                    "model: gradient checkpointing of weights that take gradients is not accepted "
+                    "by a term that goes through it; call disable_gradient_checkpointing(), or "
+                    "requires_grad_(False)"
+                )
             # Gradients are for the latents: nothing is to be kept for those of weights.
             frozen = {name: p.detach() for name, p in named.items()}
             return torch.func.functional_call(self.model, frozen, (model_input,), arguments).sample

@@ -130,7 +130,8 @@ def _checked(guides: Guides | None, x: Tensor) -> Sequence[Guidance]:
     if guides.terms:
         check_latents(x, guides.class_labels, "x")
     for term in guides.terms:
-        term.check(guides.class_labels, tuple(x.shape[1:]))
+        if term.config.strength > 0:  # else it is off and needs nothing
+            term.check(guides.class_labels, tuple(x.shape[1:]))
     return guides.terms
 
 

@@ -160,7 +160,8 @@ class OTDiTPipeline(DiTPipeline):
             noise_levels(self.scheduler)
         config = self.transformer.config
         for term in terms:
-            term.check(labels, (config.in_channels, config.sample_size, config.sample_size))
+            if term.config.strength > 0:
+                term.check(labels, (config.in_channels, config.sample_size, config.sample_size))
 
     def _after_step(self, bar: Any, callback: Callable[..., Any] | None) -> Callable[..., Tensor]:
         def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:

@@ -302,6 +302,20 @@ def test_clipped_by_thresholds_x0_is_not_clipped_beside():
     assert max(x0.abs().max() for x0 in still.seen) > 1
 
 
+def test_a_term_of_no_strength_needs_no_reference():
+    assert torch.equal(run(pipe(), guidance=OTGuidance(GuidanceConfig(strength=0.0))), run(pipe()))
+
+
+def test_gradient_checkpointing_is_for_frozen_weights():
+    made, through = pipe(), ot(target="through", form="gradient", strength=5.0)
+    wanted = run(made, guidance=through)
+    made.transformer.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="model: gradient checkpointing of weights that take grad"):
+        run(made, guidance=through)
+    made.transformer.requires_grad_(False)
+    torch.testing.assert_close(run(made, guidance=through), wanted)
+
+
 def test_schedulers_that_cannot_be_guided():
     made = pipe()
     made.scheduler = diffusers.HeunDiscreteScheduler()
