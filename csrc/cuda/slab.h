@@ -20,10 +20,13 @@ enum Slot { kErrorSlot, kShowSlot, kSumSlot = kShowSlot + 2, kSlots = kSumSlot +
 struct SlabPlan {
   int peers = 1, threads = 256, groups = 1;
   i64 rows = 0, ld = 0, own = 0;  // a block's rows, row length, a block's columns
+  i64 tiles = 0;                  // of four rows and four columns
   // gamma has the place of v and scratch: it is of use while K is made, they while it is there.
   i64 K = 0, v = 0, gamma = 0, scratch = 0, partial = 0, row_states = 0, column_states = 0, sums = 0;
   i64 slots = 0, uniform = 0, shared = 0;
   i64 w_counter = 0, w_partial = 0, w_v = 0, w_gamma = 0, w_lse = 0, w_slots = 0, workspace = 0;
+
+  OTDD_BOTH i64 row_stride() const { return peers * rows + 3; }  // of outer products: four are read from each row on
 };
 
 template <class T, class State>
@@ -45,6 +48,7 @@ inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, i64 s
   SlabPlan s;
   s.peers = peers, s.threads = threads;
   s.rows = (N + peers - 1) / peers, s.ld = fours(M), s.own = (M + peers - 1) / peers;
+  s.tiles = fours(s.rows) / 4 * (s.ld / 4);
   const i64 groups = threads / (s.ld / 4);
   s.groups = int(groups < 1 ? 1 : groups > 8 ? 8 : groups);
   while (s.groups > 1 && s.groups * 4 > s.rows) --s.groups;
@@ -253,16 +257,13 @@ class SlabGrip {
   OTDD_DEVICE void add_outer(const T* rows, const T* columns, i64 terms, T* dC, bool add) {
     meet();
     const i64 quads = S.ld / 4;
-    for (i64 tile = thread_; tile < (S.rows + 3) / 4 * quads; tile += threads_) {
+    for (i64 tile = thread_; tile < S.tiles; tile += threads_) {
       const i64 i0 = tile / quads * 4, j0 = tile % quads * 4;
       T s[4][4] = {};
       for (i64 k = 0; k < terms; ++k) {
-        const T* x = rows + k * row_stride() + row0() + i0;
+        const auto x = fetch4(rows + k * row_stride() + row0() + i0);  // some may be another block's, or nobody's
         const auto y = fetch4(columns + k * column_stride() + j0);
-        const T ys[4] = {y.x, y.y, y.z, y.w};
-        T xs[4];
-        OTDD_UNROLL
-        for (int r = 0; r < 4; ++r) xs[r] = i0 + r < count_ ? chip::fetch_fresh(x + r) : T(0);
+        const T xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
         OTDD_UNROLL
         for (int r = 0; r < 4; ++r) {
           OTDD_UNROLL
@@ -282,7 +283,7 @@ class SlabGrip {
       }
     }
   }
-  OTDD_DEVICE i64 row_stride() const { return S.peers * S.rows; }
+  OTDD_DEVICE i64 row_stride() const { return S.row_stride(); }
   OTDD_DEVICE i64 column_stride() const { return S.ld; }
   OTDD_DEVICE static i64 row_place(i64 i) { return i; }
   OTDD_DEVICE static i64 column_place(i64 j) { return j; }
