@@ -110,7 +110,7 @@ def sinkhorn_divergence(
         checks.weights(a, "a")
         checks.weights(b, "b")
         if not soft:
-            _check_masses(a, b)
+            check_masses(a, b, "equal masses, or penalties rho_a, rho_b")
     pairs = [(x, y), (x, x.expand(x.shape)), (y, y.expand(y.shape))]
     if metric == "cosine":
         pairs, metric = [on_sphere(*pair) for pair in pairs], "sqeuclidean"
@@ -182,7 +182,8 @@ def _again(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.expand(t.shape)
 
 
-def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
+def check_masses(a: Tensor | None, b: Tensor | None, accepted: str) -> None:
+    """Raises unless the weights of each problem have one mass, to 1e-3; None is of mass 1."""
     if a is None and b is None:
         return
     one = torch.ones((), dtype=torch.float64)
@@ -190,7 +191,6 @@ def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
     bad = (mass_a - mass_b).abs() > 1e-3 * torch.maximum(mass_a, mass_b)
     if bool(bad.any()):
         seen = [m.expand(bad.shape)[bad][0].item() for m in (mass_a, mass_b)]
-        accepted = "equal masses, or penalties rho_a, rho_b"
         checks.require(False, "a and b", f"masses of {seen[0]:.6g} and {seen[1]:.6g}", accepted)
 
 
