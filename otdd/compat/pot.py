@@ -13,6 +13,9 @@ POT's; on the way there these differ:
 - Iterations are counted from 1, and ``log["err"]`` holds the last error only.
 - Gradients of everything but ``grad="envelope"`` are those of the optimum (implicit
   differentiation); POT goes back through its iterations. Weights get theirs up to a constant.
+- Between hard marginals a and b must have one mass, to 1e-3. POT meets one of them, which one
+  depends on the method.
+- Half precision is computed, and results are given, in float32.
 - Potentials are logarithms of scalings for every `method` of `solve_batch`.
 - The value of an unbalanced problem is the objective that was minimised. POT 0.9.7 leaves the
   masses out of each ``KL(p | q) = sum p log(p / q) - p + q``; its total is then 0 at every optimum
@@ -96,7 +99,7 @@ def sinkhorn(
             ``sinkhorn_stabilized`` those times `reg`. Only the columns' are used.
 
     Raises:
-        ValueError: An option or a value that is not accepted.
+        ValueError: An option or a value that is not accepted; masses that differ.
         TypeError: Not floating point, different dtypes, arrays mixed with tensors.
     """
     solved, record, give = _entropic(a, b, M, reg, method, numItermax, stopThr, warmstart)
@@ -166,7 +169,8 @@ def solve(
         potentials_init: Potentials to start from, as those of the result.
         tol: L1 marginal error to stop at, 1e-9 by default.
         verbose: Print how the solve ended.
-        grad: ``autodiff``, ``envelope`` (for value only, the plan held fixed) or ``detach``.
+        grad: ``autodiff``, ``envelope`` (of value; of value_linear the plan is held fixed) or
+            ``detach``.
 
     Raises:
         ValueError: As `sinkhorn`.
@@ -216,7 +220,8 @@ def solve_batch(
         inner_iter: Only its default, as the next: for the proximal method.
         inner_reg: Only its default.
         reg_type: ``entropy`` (``sum P log P``) or ``kl`` (against a x b).
-        grad: ``envelope`` (for value), ``autodiff`` or ``detach``.
+        grad: ``envelope`` (of value; of value_linear the plan is held fixed), ``autodiff`` or
+            ``detach``.
 
     Raises:
         ValueError: As `sinkhorn`.

@@ -1,5 +1,6 @@
 """What the functions of `otdd.compat.pot` share: the solve, POT's values, potentials and logs."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,25 @@ from torch import Tensor
 
 from otdd import ops
 from otdd.compat.arguments import Array, named, tensors
-from otdd.ops.checks import as_float, finite, positive, require, same_kind, values_are_checked
+from otdd.ops.checks import (
+    as_float,
+    described,
+    finite,
+    positive,
+    require,
+    same_kind,
+    values_are_checked,
+    weights,
+)
+from otdd.ops.divergence import check_masses
+from otdd.ops.sinkhorn import problem_tensors
 
 OLD_NAMES = {"max_iter": "numItermax", "tol": "stopThr", "init": "warmstart"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OTResult:
-    """Result of `solve` and `solve_batch`, with the attributes of POT's.
+    """Result of `solve` and `solve_batch`, with those attributes of POT's that have a meaning here.
 
     Attributes:
         value: Objective with its regulariser, ``()`` or ``(B,)``.
@@ -34,6 +46,9 @@ class OTResult:
     log: dict[str, Any]
     _solved: ops.SinkhornResult
     _give: Callable[[Tensor], Any]
+
+    def __repr__(self) -> str:
+        return described(self)
 
     @property
     def plan(self) -> Any:
@@ -89,6 +104,10 @@ def run(
         start: Column potentials in the units of M.
         grad: ``autodiff``, ``envelope`` or ``detach``.
         names: The op's argument=the caller's, for errors.
+
+    Raises:
+        ValueError: As the op; or masses that differ where both marginals are to be met.
+        TypeError: As the op.
     """
     if grad == "detach":
         M = M.detach()
@@ -96,6 +115,8 @@ def run(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (M, a, b))
     rho_a, rho_b = rho or (None, None)
     with named(**{"C": "M", "eps": "reg"} | (names or {})):
+        if rho is None or all(map(math.isinf, rho)):
+            _check_weights(M, a, b, reg)
         return ops.sinkhorn(
             M,
             a,
@@ -108,6 +129,16 @@ def run(
             rho_a=rho_a,
             rho_b=rho_b,
         )
+
+
+def _check_weights(M: Tensor, a: Tensor | None, b: Tensor | None, reg: float | None) -> None:
+    """Raises unless a plan can have both as its marginals."""
+    M = as_float(M, "M")
+    _, _, a, b, _ = problem_tensors(M, reg, None, a, b)  # type: ignore[arg-type]  # as in `run`
+    if values_are_checked(M):
+        weights(a, "a")
+        weights(b, "b")
+        check_masses(a, b, "equal masses, or an unbalanced problem")
 
 
 def column_start(

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -227,9 +228,10 @@ def described(result: Any) -> str:
         value = getattr(result, field.name)
         if field.name.startswith("_"):
             continue
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | np.ndarray | np.generic):
             value = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         elif isinstance(value, tuple):
-            value = f"{len(value)} tensors"
+            kind = "tensors" if isinstance(value[0], Tensor) else "arrays"
+            value = f"{len(value)} {kind}"
         shown.append(f"{field.name}={value}")
     return f"{type(result).__name__}({', '.join(shown)})"

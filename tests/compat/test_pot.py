@@ -152,6 +152,15 @@ def test_solve_batch(reg_type, B):
     assert (result.log["n_iter"] > 1) == (B > 0)
 
 
+def test_results_are_shown_in_a_line():
+    M, a, b = single()
+    result = pot.solve(M, a, b, REG)
+    said = "OTResult(value=float64 (), value_linear=float64 (), potentials=2 tensors, log="
+    assert repr(result).startswith(said)
+    arrays = pot.solve(M.numpy(), reg=REG)
+    assert repr(arrays).startswith(said.replace("tensors", "arrays"))
+
+
 def test_solve_batch_gradient_modes():
     M, a, b = problem(2, 5, 6)
     M.requires_grad_()
@@ -248,6 +257,12 @@ CALLS = {
             "^reg_type: got 'entropy'; accepted: kl",
         ),
         ("unbalanced", {"c": 1}, ValueError, "^c: got 1; accepted: None"),
+        (
+            "unbalanced",
+            {"c": np.ones((7, 9))},
+            ValueError,
+            r"^c: got ndarray of shape \(7, 9\); accepted: None: it has no meaning",
+        ),
         ("solve", {"reg": None}, TypeError, "^reg: got NoneType"),
         ("solve", {"reg_type": "L2"}, ValueError, "^reg_type: got 'L2'; accepted: kl, entropy"),
         ("solve", {"unbalanced": 1.0, "reg_type": "entropy"}, ValueError, "^reg_type: .*: kl$"),
@@ -266,6 +281,25 @@ def test_refusals_name_the_argument(call, options, error, message):
     M, a, b = single()
     with pytest.raises(error, match=message):
         CALLS[call](M, a, b, **options)
+
+
+@pytest.mark.parametrize("call", ["sinkhorn", "sinkhorn2", "solve", "batch"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.filterwarnings("ignore:Sinkhorn did not converge")
+def test_masses_that_differ_are_refused(call, kind):
+    """POT meets one marginal, another one with each method."""
+    M, a, b = single() if kind == "torch" else (t.numpy() for t in single())
+    accepted = "^a and b: got masses of 2 and 1; accepted: equal masses, or an unbalanced problem"
+    with pytest.raises(ValueError, match=accepted):
+        CALLS[call](M, 2 * a, b)
+    CALLS[call](M, 3 * a, 3.001 * b)  # to 1e-3
+    with pytest.raises(ValueError, match=accepted):
+        CALLS["unbalanced"](M, 2 * a, b, reg_m=np.inf)
+    CALLS["unbalanced"](M, 2 * a, b, reg_m=(np.inf, 1.0))
+    if call.startswith("sinkhorn"):  # the second of two histograms
+        module = np if kind == "numpy" else torch
+        with pytest.raises(ValueError, match=r"^a and b: got masses of 1 and 2"):
+            CALLS[call](M, a, module.stack([b, 2 * b], 1))
 
 
 @pytest.mark.parametrize("call", CALLS)
