@@ -13,6 +13,7 @@ from otdd.backends import NAMES
 from otdd.ops import cost_matrix, sinkhorn
 from otdd.ops.checks import (
     as_float,
+    finite,
     floating,
     number,
     require,
@@ -33,7 +34,8 @@ class OTLogitLoss(nn.Module):
 
     ``C_ij = |softmax(s_i / tau) - softmax(t_j / tau)|_1`` in [0, 2] and the loss is ``<P, C>`` with
     the Sinkhorn plan over the batch (Cui et al., NeurIPS 2025, "OT logit matching"; cost and
-    normalisation after SinKD, Cui et al., COLING 2024). The teacher is detached.
+    normalisation after SinKD, Cui et al., COLING 2024). The teacher is detached. A logit of -inf
+    masks its class.
 
     Args:
         tau: Temperature > 0 of both softmaxes.
@@ -150,6 +152,8 @@ class OTDistillationLoss(nn.Module):
         ot: The transport term with its options; None: `OTLogitLoss()`.
         gather: Transport over the batches of all processes.
 
+    A logit of -inf masks its class, as in `OTLogitLoss`; but ``mse`` takes finite logits only.
+
     Shape: logits ``(B, K)`` both, labels ``(B,)`` int64 (None only if kappa_1 is 0) -> a scalar;
     with ``parts=True`` also a dict of the detached terms that were computed, unweighted, by name:
     ``ce``, ``mse`` or ``kl``, ``ot``, and the weight ``beta_2``.
@@ -240,6 +244,8 @@ class OTDistillationLoss(nn.Module):
             return F.mse_loss(student, teacher)
         target = F.log_softmax(teacher / self.temperature, dim=1)
         mine = F.log_softmax(student / self.temperature, dim=1)
+        gone = target == -math.inf  # classes that the teacher masks: 0 log 0 is 0
+        mine, target = (t.masked_fill(gone, 0) for t in (mine, target))
         divergence = F.kl_div(mine, target, reduction="batchmean", log_target=True)
         return self.temperature**2 * divergence
 
@@ -259,6 +265,9 @@ class OTDistillationLoss(nn.Module):
         require(full, "student_logits", f"shape {shape}", "(B, K), not empty")
         seen = tuple(teacher.shape)
         require(seen == shape, "teacher_logits", f"shape {seen}", f"that of the student's, {shape}")
+        if self.kappa_2 and self.soft == "mse" and values_are_checked(student):
+            finite(student, "student_logits")
+            finite(teacher, "teacher_logits")
         if labels is None:
             require(not self.kappa_1, "labels", "None", "(B,) int64 unless kappa_1 is 0")
             return

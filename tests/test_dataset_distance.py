@@ -266,6 +266,26 @@ def test_gaussian_labels_have_no_second_derivatives():
         dx.square().sum().backward()
 
 
+@pytest.mark.parametrize("labels", LABELS)
+def test_torch_func_transforms(labels):
+    x, lx, y, ly = both()
+    loss = DatasetDistance(eps=0.5, labels=labels)
+    x.requires_grad_()
+    want = torch.autograd.grad(loss(x, lx, y, ly), x)[0]
+    many = torch.stack([x.detach(), 2 * x.detach()])
+    torch.testing.assert_close(torch.func.grad(lambda z: loss(z, lx, y, ly))(x.detach()), want)
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(lambda z: loss(z, lx, y, ly)))(many)[0], want
+    )
+    values = torch.func.vmap(lambda z: loss(z, lx, y, ly))(many)
+    torch.testing.assert_close(values, torch.stack([loss(z, lx, y, ly) for z in many]))
+    rows = torch.func.jacrev(lambda z: loss(z, lx, y, ly))(many)
+    torch.testing.assert_close(rows[0, 0], want)
+    if labels == "gaussian":
+        with pytest.raises(NotImplementedError, match="'gaussian' has no second derivatives"):
+            torch.func.jacrev(torch.func.grad(lambda z: loss(z, lx, y, ly)))(x.detach())
+
+
 def test_half_precision_and_other_numbers():
     x, lx, y, ly = both()
     loss = DatasetDistance(eps=np.float32(0.5))

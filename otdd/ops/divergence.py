@@ -38,6 +38,9 @@ class Divergence:
     between: PointsResult
     within: tuple[PointsResult, PointsResult]
 
+    def __repr__(self) -> str:
+        return checks.described(self)
+
 
 def sinkhorn_divergence(
     x: Tensor,
@@ -95,8 +98,7 @@ def sinkhorn_divergence(
         TypeError: As these.
     """
     checks.solver_options(max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS))
-    checks.require(not isinstance(eps, Tensor), "eps", "a tensor", "a number")
-    checks.positive(eps, "eps", torch.float64)
+    checks.number(eps, "eps", torch.float64)
     rho_a, rho_b = _penalty(rho_a, "rho_a"), _penalty(rho_b, "rho_b")
     soft = rho_a is not None or rho_b is not None
     x, y = clouds_of(x, y)
