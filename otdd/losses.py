@@ -61,20 +61,22 @@ class SinkhornLoss(nn.Module):
             if rho is not None:
                 number(rho, name, or_inf=True)
         self.metric, self.eps, self.debias = metric, eps, debias
-        self.options: dict[str, Any] = {"eps": eps, "max_iter": max_iter, "tol": tol}
-        self.options |= {"rho_a": rho_a, "rho_b": rho_b, "grad": grad, "backend": backend}
+        self.max_iter, self.tol, self.rho_a, self.rho_b = max_iter, tol, rho_a, rho_b
+        self.grad, self.backend = grad, backend
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
+        options: dict[str, Any] = {"eps": self.eps, "max_iter": self.max_iter, "tol": self.tol}
+        options |= {"rho_a": self.rho_a, "rho_b": self.rho_b, "grad": self.grad}
+        options["backend"] = self.backend
         if self.debias:
-            return sinkhorn_divergence(x, y, a, b, metric=self.metric, **self.options).value
+            return sinkhorn_divergence(x, y, a, b, metric=self.metric, **options).value
         x, y = clouds_of(x, y)
-        backend, kept = placed("SinkhornLoss", x, y, self.options["backend"])
-        options = self.options | {"backend": backend}
+        options["backend"], kept = placed("SinkhornLoss", x, y, self.backend)
         if not kept:
             return sinkhorn_points(x, y, a, b, metric=self.metric, **options).value
-        C = cost_matrix(x, y, self.metric, backend=backend)
+        C = cost_matrix(x, y, self.metric, backend=options["backend"])
         return sinkhorn(C, a, b, **options).value
 
     def extra_repr(self) -> str:

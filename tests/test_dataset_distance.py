@@ -266,6 +266,22 @@ def test_gaussian_labels_have_no_second_derivatives():
         dx.square().sum().backward()
 
 
+def test_options_set_later_count():
+    x, lx, y, ly = both()
+    loss = DatasetDistance(eps=0.1)
+    loss.eps, loss.lambda_x, loss.lambda_y, loss.max_iter, loss.debias_labels = 0.7, 2, 3, 9, False
+    options = {"lambda_x": 2, "lambda_y": 3, "max_iter": 9, "debias_labels": False}
+    assert loss(x, lx, y, ly) == DatasetDistance(0.7, **options)(x, lx, y, ly)
+    loss.labels = "gaussian"
+    assert loss(x, lx, y, ly) == DatasetDistance(0.7, labels="gaussian", **options)(x, lx, y, ly)
+    for name in ("eps", "eps_labels", "lambda_x", "lambda_y", "metric", "max_iter", "labels"):
+        old = getattr(loss, name)
+        setattr(loss, name, -1)
+        with pytest.raises(ValueError, match=f"^{name}: got -1"):
+            loss(x, lx, y, ly)
+        setattr(loss, name, old)
+
+
 @pytest.mark.parametrize("labels", LABELS)
 def test_torch_func_transforms(labels):
     x, lx, y, ly = both()

@@ -53,6 +53,20 @@ def test_temperature_of_kl_is_that_of_the_transport():
     torch.testing.assert_close(loss(STUDENT, TEACHER), kl(STUDENT, TEACHER, 3.0))
 
 
+def test_options_set_later_count():
+    loss = OTDistillationLoss(0.5, 2.0, soft="kl")
+    loss.ot.tau, loss.kappa_1 = 3.0, 0.25  # the temperature is that of the transport
+    ot = OTLogitLoss(tau=3.0)
+    want = OTDistillationLoss(0.25, 2.0, soft="kl", ot=ot)(STUDENT, TEACHER, LABELS)
+    assert loss(STUDENT, TEACHER, LABELS) == want
+    for name in ("kappa_1", "kappa_2", "beta_2", "soft", "temperature"):
+        old = getattr(loss, name)
+        setattr(loss, name, -1)
+        with pytest.raises(ValueError, match=f"^{name}: got -1"):
+            loss(STUDENT, TEACHER, LABELS)
+        setattr(loss, name, old)
+
+
 def test_terms_without_weight_are_not_computed():
     for weights, names in (((1, 0, 0), {"ce"}), ((0, 1, 0), {"mse"}), ((0, 0, 1), {"ot"})):
         _, parts = OTDistillationLoss(*weights)(STUDENT, TEACHER, LABELS, parts=True)
