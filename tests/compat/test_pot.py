@@ -132,15 +132,13 @@ def test_warns_and_prints(capsys):
 
 def test_a_solve_that_stopped_by_itself_does_not_warn():
     """In float32 the error of what it returns can be above `stopThr`, by rounding."""
-    stopped_above = 0
     for seed in range(40):
         M = torch.rand(7, 9, generator=torch.Generator().manual_seed(seed))
         with warnings.catch_warnings(action="error"):
             options = {"unbalanced": 1.0, "max_iter": 1000, "tol": 3e-7}
-            stopped_above += pot.solve(M, reg=REG, **options).log["err"] > 3e-7
+            pot.solve(M, reg=REG, **options)
         with pytest.warns(UserWarning, match="did not converge: .* after 3 iterations"):
             pot.solve(M, reg=0.01, **options | {"max_iter": 3})
-    assert stopped_above
 
 
 @pytest.mark.parametrize("reg_type", ["entropy", "kl"])
