@@ -1,5 +1,6 @@
 """Losses built on the ops, as `nn.Module`s."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from otdd.dataset_distance import DatasetDistance
 from otdd.logit_losses import OTDistillationLoss, OTLogitLoss
 from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence, sinkhorn_points
 from otdd.ops.checks import number, solver_options
+from otdd.ops.divergence import weighted_clouds
 from otdd.ops.points import clouds_of, placed
 from otdd.ops.sinkhorn import GRADS, Grad
 
@@ -35,7 +37,7 @@ class SinkhornLoss(nn.Module):
         backend: As in `otdd.ops.sinkhorn`.
 
     Shape: x ``(..., N, D)``, y ``(..., M, D)``, weights a ``(..., N)`` and b ``(..., M)`` (uniform
-    if None) -> ``(...)``.
+    if None) -> ``(...)``. Without penalties the masses of a and b must be equal, to 1e-3.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class SinkhornLoss(nn.Module):
         if self.debias:
             return sinkhorn_divergence(x, y, a, b, metric=self.metric, **options).value
         x, y = clouds_of(x, y)
+        soft = any(rho is not None and rho < math.inf for rho in (self.rho_a, self.rho_b))
+        _, a, b, _ = weighted_clouds(x, y, a, b, self.eps, soft)
         options["backend"], kept = placed("SinkhornLoss", x, y, self.backend)
         if not kept:
             return sinkhorn_points(x, y, a, b, metric=self.metric, **options).value

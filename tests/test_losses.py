@@ -120,6 +120,20 @@ def test_logits_of_minus_infinity_are_masks():
     torch.testing.assert_close(OTLogitLoss()(*wide), OTLogitLoss()(student, teacher))
 
 
+@pytest.mark.parametrize("debias", [True, False])
+def test_masses_that_differ_are_refused(debias):
+    """Between met marginals the value would depend on the number of iterations."""
+    x, y = torch.rand(2, 6, 3), torch.rand(5, 3)
+    a, b = torch.full((6,), 1 / 6), torch.ones(5)
+    accepted = "^a and b: got masses of 1 and 5; accepted: equal masses, or penalties"
+    for rho in (None, float("inf")):
+        with pytest.raises(ValueError, match=accepted):
+            SinkhornLoss(eps=0.5, debias=debias, rho_a=rho)(x, y, a, b)
+    assert SinkhornLoss(eps=0.5, debias=debias, rho_a=1.0)(x, y, a, b).isfinite().all()
+    with pytest.raises(ValueError, match=r"^a: got shape \(2, 1\); accepted: \(2, 6\)"):
+        SinkhornLoss(debias=debias)(x, y, a[:2, None], b)
+
+
 def test_options_set_later_count():
     """As users set them who anneal; they are checked as those of the start."""
     x, y = torch.rand(5, 2), torch.rand(4, 2)

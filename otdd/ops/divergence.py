@@ -102,17 +102,11 @@ def sinkhorn_divergence(
     rho_a, rho_b = _penalty(rho_a, "rho_a"), _penalty(rho_b, "rho_b")
     soft = rho_a is not None or rho_b is not None
     x, y = clouds_of(x, y)
-    shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the costs of x to y
-    _, _, a, b, strength = problem_tensors(shape, eps, None, a, b, like="x")
+    shape, a, b, strength = weighted_clouds(x, y, a, b, eps, soft)
     rho_x, rho_y = (
         None if rho is None else _per_problem(rho, name, shape, or_inf=True)
         for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
     )
-    if checks.values_are_checked(x):
-        checks.weights(a, "a")
-        checks.weights(b, "b")
-        if not soft:
-            check_masses(a, b, "equal masses, or penalties rho_a, rho_b")
     pairs = [(x, y), (x, x.expand(x.shape)), (y, y.expand(y.shape))]
     if metric == "cosine":
         pairs, metric = [on_sphere(*pair) for pair in pairs], "sqeuclidean"
@@ -182,6 +176,25 @@ def _within(
 def _again(t: Tensor | None) -> Tensor | None:
     """The same once more: Dynamo refuses one tensor in two places of an op."""
     return None if t is None else t.expand(t.shape)
+
+
+def weighted_clouds(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, soft: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """A tensor of the shape of the costs of x to y; weights and eps over the batch, checked.
+
+    Raises:
+        ValueError: As `sinkhorn_divergence`; masses that differ where no marginal is `soft`.
+        TypeError: As these.
+    """
+    shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])
+    _, _, a, b, strength = problem_tensors(shape, eps, None, a, b, like="x")
+    if checks.values_are_checked(x):
+        checks.weights(a, "a")
+        checks.weights(b, "b")
+        if not soft:
+            check_masses(a, b, "equal masses, or penalties rho_a, rho_b")
+    return shape, a, b, strength
 
 
 def check_masses(a: Tensor | None, b: Tensor | None, accepted: str) -> None:
