@@ -13,6 +13,8 @@ POT's; on the way there these differ:
 - Iterations are counted from 1, and ``log["err"]`` holds the last error only.
 - Gradients of everything but ``grad="envelope"`` are those of the optimum (implicit
   differentiation); POT goes back through its iterations. Weights get theirs up to a constant.
+- Under ``grad="envelope"`` gradients are those of `value` in the weights, too. POT's `solve` gives
+  them those of ``entropy`` whatever the `reg_type`, and its `solve_batch` gives them none.
 - Between hard marginals a and b must have one mass, to 1e-3. POT meets one of them, which one
   depends on the method.
 - Half precision is computed, and results are given, in float32.

@@ -445,6 +445,31 @@ def test_solve_agrees_with_pot(ot, reg_type, grad):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("reg_type", ["kl", "entropy"])
+def test_gradients_of_weights_under_envelope_differ_from_pot(ot, reg_type):
+    """Should this fail with a newer POT, the docstring's lines have gone out of date."""
+    M, a, b = single()
+    options = {"reg": REG, "reg_type": reg_type, "tol": 1e-12, "max_iter": 5000}
+
+    def slopes(solve, *problem, **more):
+        costs, *leaves = [t.clone().requires_grad_() for t in problem]
+        value = solve(costs, a=leaves[0], b=leaves[1], **options, **more).value
+        grads = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+        return [g if g is None else (g - g.mean(-1, keepdim=True)) for g in grads]
+
+    exact = slopes(pot.solve, M, a, b, grad="autodiff")
+    seen = slopes(pot.solve, M, a, b, grad="envelope")
+    many = slopes(pot.solve_batch, M[None], a[None], b[None], grad="envelope")
+    theirs = slopes(ot.solve, M, a, b, grad="envelope")
+    for k, w in enumerate((a, b)):
+        torch.testing.assert_close(seen[k], exact[k], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(many[k][0], exact[k], rtol=1e-6, atol=1e-9)
+        of_entropy = (w.log() - w.log().mean()) * (REG if reg_type == "kl" else 0)
+        torch.testing.assert_close(theirs[k], exact[k] + of_entropy, rtol=1e-6, atol=1e-9)
+    for none in slopes(ot.batch.solve_batch, M[None], a[None], b[None], grad="envelope"):
+        assert none is None or float(none.abs().max()) < 1e-9
+
+
 @pytest.mark.parametrize("reg_m", [0.7, (0.3, 2.0), (float("inf"), 0.5)])
 def test_unbalanced_agrees_with_pot(ot, reg_m):
     M, a, b = (t.numpy() for t in single())
