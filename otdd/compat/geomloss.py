@@ -34,6 +34,7 @@ _DENSE = 5000**2  # costs of a problem that are stored under "auto", as in GeomL
 _MAX_ITER = 2000
 _TOL = {torch.float32: 1e-4, torch.float64: 1e-9}  # marginal error over the mass
 _LEVEL_TOL, _LEVEL_ITER = 1e-2, 100
+_ROUND = 10  # iterations of a self-transport between two means of its potentials
 
 
 class SamplesLoss(nn.Module):
@@ -187,8 +188,10 @@ class SamplesLoss(nn.Module):
         solved: ops.SinkhornResult | ops.PointsResult
         with named(C="cost", eps="blur", rho_a="reach", rho_b="reach"):
             if self.cost is None and (large or self.backend == "online"):
-                start = self._anneal(a, x, b, y, metric, rho)
-                solved = ops.sinkhorn_points(x, y, a, b, metric=metric, init=start, **options)
+                options |= {"metric": metric, "init": self._anneal(a, x, b, y, metric, rho)}
+                if a is b and x is y:
+                    options["init"] = _averaged(x, a, **options)
+                solved = ops.sinkhorn_points(x, y, a, b, **options)
             else:
                 C = self._given(x, y) if self.cost else ops.cost_matrix(x, y, metric)
                 options |= {"schedule": self.scaling**self.p, "accelerate": "anderson"}
@@ -224,6 +227,22 @@ class SamplesLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, blur={self.blur}, reach={self.reach}, debias={self.debias}"
+
+
+@torch.no_grad()
+def _averaged(x: Tensor, a: Tensor, init: Any, **options: Any) -> tuple[None, Tensor]:
+    """Where a cloud's transport to itself ends, by rounds from the mean of both potentials.
+
+    A half-step along a direction of the potentials multiplies it by some -t in [-1, 0]. Where t is
+    near 1 iterations are slow; ten of them and the mean leave at most 1 % of any.
+    """
+    options["max_iter"] = _ROUND
+    for _ in range(_MAX_ITER // _ROUND):
+        solved = ops.sinkhorn_points(x, x, a, a, init=init, **options)
+        if bool(solved.converged.all()):
+            break
+        init = None, (solved.f + solved.g) / 2
+    return None, solved.g
 
 
 def _least_mass(a: Tensor) -> float:

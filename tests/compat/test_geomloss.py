@@ -111,6 +111,17 @@ def test_small_blur_converges_whatever_the_scaling(backend, scaling):
     torch.testing.assert_close(loss(*args), oracle(*args, blur=0.1), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("reach", [None, REACH])
+def test_few_streamed_points_converge(reach):
+    """Transports of a cloud to itself, which iterations alone are slow at."""
+    for seed in range(10):
+        _, x, _, y = clouds(B=1, N=4, M=5, D=2, seed=seed)
+        with warnings.catch_warnings(action="error"):
+            got = SamplesLoss(blur=0.2, reach=reach, backend="online")(x, y)
+        want = SamplesLoss(blur=0.2, reach=reach, backend="tensorized")(x, y)
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("reach", [None, REACH])
 def test_potentials_are_slopes_in_the_weights(debias, reach):
