@@ -117,8 +117,8 @@ def test_few_streamed_points_converge(reach):
     for seed in range(10):
         _, x, _, y = clouds(B=1, N=4, M=5, D=2, seed=seed)
         with warnings.catch_warnings(action="error"):
-            got = SamplesLoss(blur=0.2, reach=reach, backend="online")(x, y)
-        want = SamplesLoss(blur=0.2, reach=reach, backend="tensorized")(x, y)
+            got = SamplesLoss(blur=0.1, reach=reach, backend="online")(x, y)
+        want = SamplesLoss(blur=0.1, reach=reach, backend="tensorized")(x, y)
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
 
 
