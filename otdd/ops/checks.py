@@ -202,9 +202,11 @@ def solver_options(
         if seen not in accepted:
             require(False, name, repr(seen), ", ".join(map(str, accepted)))
     whole = _is_number(max_iter, _WHOLE)
-    require(whole and 1 <= max_iter < 2**31, "max_iter", repr(max_iter), "a whole number >= 1")
+    if not (whole and 1 <= max_iter < 2**31):  # Dynamo has no repr of a number it follows
+        require(False, "max_iter", repr(max_iter), "a whole number >= 1")
     real = _is_number(tol, _REAL)
-    require(real and 0 <= tol < math.inf, "tol", repr(tol), "a finite number >= 0")
+    if not (real and 0 <= tol < math.inf):
+        require(False, "tol", repr(tol), "a finite number >= 0")
 
 
 def outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
