@@ -200,9 +200,9 @@ class OTDistillationLoss(nn.Module):
         for name, weight in weights.items():
             if name != "beta_2" or self.beta_2_share is None:
                 _weight(weight, name)
-        given = f"{self.kappa_1}, {self.kappa_2}, {self.beta_2}"
-        others = self.kappa_1 > 0 or self.kappa_2 > 0
-        require(others or bool(self.beta_2), "kappa_1, kappa_2, beta_2", given, "one of them > 0")
+        if not (self.kappa_1 > 0 or self.kappa_2 > 0 or self.beta_2):
+            given = f"{self.kappa_1}, {self.kappa_2}, {self.beta_2}"
+            require(False, "kappa_1, kappa_2, beta_2", given, "one of them > 0")
 
     def forward(
         self,
