@@ -278,4 +278,5 @@ def _result(
     u, v = log_scalings(solved, weighted=rho is None)
     value = objective(solved, reg_type.lower())
     record = {"n_iter": most_iterations(solved), "err": largest_error(solved)}
-    return OTResult(give(value), give(solved.cost), (give(u), give(v)), record, solved, give)
+    potentials = give(u), give(v)
+    return OTResult(give(value), give(solved.cost), give(solved.plan), potentials, record)

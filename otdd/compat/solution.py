@@ -35,6 +35,7 @@ class OTResult:
     Attributes:
         value: Objective with its regulariser, ``()`` or ``(B,)``.
         value_linear: ``<P, M>``.
+        plan: Transport plan P, ``(N, M)`` or ``(B, N, M)``; later changes of M don't reach it.
         potentials: Logarithms (u, v) of the scalings, ``P = exp(u + v - M / reg)``; of unbalanced
             problems ``P = a b exp(u + v - M / reg)``.
         log: ``n_iter``, iterations done at most, and ``err``, the largest marginal error.
@@ -42,18 +43,12 @@ class OTResult:
 
     value: Any
     value_linear: Any
+    plan: Any
     potentials: tuple[Any, Any]
     log: dict[str, Any]
-    _solved: ops.SinkhornResult
-    _give: Callable[[Tensor], Any]
 
     def __repr__(self) -> str:
         return described(self)
-
-    @property
-    def plan(self) -> Any:
-        """Transport plan, made at each access."""
-        return self._give(self._solved.plan)
 
     @property
     def potential_a(self) -> Any:
@@ -66,12 +61,12 @@ class OTResult:
     @property
     def marginal_a(self) -> Any:
         """Row sums of the plan."""
-        return self._give(self._solved.plan.sum(-1))
+        return self.plan.sum(-1)
 
     @property
     def marginal_b(self) -> Any:
         """Column sums of the plan."""
-        return self._give(self._solved.plan.sum(-2))
+        return self.plan.sum(-2)
 
     @property
     def marginals(self) -> tuple[Any, Any]:

@@ -167,10 +167,27 @@ def test_solve_batch(reg_type, B):
 def test_results_are_shown_in_a_line():
     M, a, b = single()
     result = pot.solve(M, a, b, REG)
-    said = "OTResult(value=float64 (), value_linear=float64 (), potentials=2 tensors, log="
+    said = (
+        "OTResult(value=float64 (), value_linear=float64 (), plan=float64 (7, 9), "
+        "potentials=2 tensors, log="
+    )
     assert repr(result).startswith(said)
     arrays = pot.solve(M.numpy(), reg=REG)
     assert repr(arrays).startswith(said.replace("tensors", "arrays"))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_results_stay_when_the_costs_change(kind):
+    """As those of POT do: a loop may fill one M again and again."""
+    M, a, b = single() if kind == "torch" else (t.numpy() for t in single())
+    single_one, many = pot.solve(M, a, b, REG), pot.solve_batch(M[None], REG, a[None], b[None])
+    want = [torch.as_tensor(t).clone() for t in (pot.sinkhorn(a, b, M, REG), a, b)]
+    M *= 0
+    for result in (single_one, many):
+        found = (result.plan, result.marginal_a, result.marginal_b)
+        for seen, exact in zip(found, want, strict=True):
+            seen = torch.as_tensor(seen).reshape(exact.shape)
+            torch.testing.assert_close(seen, exact, rtol=0, atol=1e-5)
 
 
 def test_solve_batch_gradient_modes():
