@@ -90,12 +90,8 @@ class DatasetDistance(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.eps, self.eps_labels, self.lambda_x, self.lambda_y = (
-            eps,
-            eps_labels,
-            lambda_x,
-            lambda_y,
-        )
+        self.eps, self.eps_labels = eps, eps_labels
+        self.lambda_x, self.lambda_y = lambda_x, lambda_y
         self.metric, self.max_iter, self.tol, self.backend = metric, max_iter, tol, backend
         self.debias, self.debias_labels = debias, debias_labels
         self.table: Tensor | None
@@ -103,9 +99,8 @@ class DatasetDistance(nn.Module):
         self.labels = "given" if isinstance(labels, Tensor) else labels
         if isinstance(labels, Tensor):
             self.table = as_float(labels, "labels")
-            _check_table(labels, debias)
             require(num_classes is None, "num_classes", num_classes, "None beside a cost of labels")
-        self.num_classes = _numbers(num_classes)
+        self.num_classes = num_classes
         self._check_options()
 
     def _check_options(self) -> None:
@@ -113,6 +108,7 @@ class DatasetDistance(nn.Module):
         backends = (None, *NAMES)
         choices = {"metric": (self.metric, METRICS), "backend": (self.backend, backends)}
         solver_options(self.max_iter, self.tol, **choices)
+        _numbers(self.num_classes)
         number(self.eps, "eps")
         number(self.lambda_x, "lambda_x")
         if self.eps_labels is not None:
@@ -120,10 +116,14 @@ class DatasetDistance(nn.Module):
         real = isinstance(self.lambda_y, numbers.Real) and not isinstance(self.lambda_y, bool)
         if not (real and self.lambda_y == 0):
             number(self.lambda_y, "lambda_y")
-        if self.labels == "gaussian":
+        if self.table is not None:
+            given = self.labels == "given"
+            require(given, "labels", repr(self.labels), "'given', as the costs of labels were")
+            _check_table(self.table, self.debias)
+        elif self.labels == "gaussian":
             squared = self.metric == "sqeuclidean"
             require(squared, "metric", repr(self.metric), "sqeuclidean with gaussian")
-        elif self.table is None:
+        else:
             known = self.labels == "sinkhorn"
             require(known, "labels", repr(self.labels), "sinkhorn, gaussian or a tensor")
 
@@ -137,8 +137,9 @@ class DatasetDistance(nn.Module):
         lx = labels_of_points(labels_x, "labels_x", tuple(x.shape[:-1]), x.device)
         ly = labels_of_points(labels_y, "labels_y", tuple(y.shape[:-1]), y.device)
         if self.table is None:
-            lx, K = _numbered(lx, "labels_x", self.num_classes[0])
-            ly, L = _numbered(ly, "labels_y", self.num_classes[1])
+            of_x, of_y = _numbers(self.num_classes)
+            lx, K = _numbered(lx, "labels_x", of_x)
+            ly, L = _numbered(ly, "labels_y", of_y)
             tables = self._tables(x, lx, K, y, ly, L)
         else:
             table = as_float(self.table, "labels")

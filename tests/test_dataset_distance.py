@@ -274,12 +274,29 @@ def test_options_set_later_count():
     assert loss(x, lx, y, ly) == DatasetDistance(0.7, **options)(x, lx, y, ly)
     loss.labels = "gaussian"
     assert loss(x, lx, y, ly) == DatasetDistance(0.7, labels="gaussian", **options)(x, lx, y, ly)
-    for name in ("eps", "eps_labels", "lambda_x", "lambda_y", "metric", "max_iter", "labels"):
+    want, loss.num_classes = loss(x, lx, y, ly), 50
+    torch.testing.assert_close(loss(x, lx % 50, y, ly % 50), want)
+    names = ("eps", "eps_labels", "lambda_x", "lambda_y", "metric", "max_iter", "labels")
+    for name in (*names, "num_classes"):
         old = getattr(loss, name)
         setattr(loss, name, -1)
         with pytest.raises(ValueError, match=f"^{name}: got -1"):
             loss(x, lx, y, ly)
         setattr(loss, name, old)
+
+
+def test_options_set_later_beside_given_costs_of_labels():
+    x, lx, y, ly = both()
+    W = torch.rand(9, 8, dtype=torch.float64)
+    loss = DatasetDistance(0.5, labels=W, debias=False)
+    lx, ly = lx % 9, ly % 8
+    assert loss(x, lx, y, ly).isfinite()
+    loss.debias = True
+    with pytest.raises(ValueError, match=r"^labels: got shape \(9, 8\); accepted: \(K, K\), or"):
+        loss(x, lx, y, ly)
+    loss.debias, loss.labels = False, "sinkhorn"
+    with pytest.raises(ValueError, match=r"^labels: got 'sinkhorn'; accepted: 'given', as the"):
+        loss(x, lx, y, ly)
 
 
 @pytest.mark.parametrize("labels", LABELS)
