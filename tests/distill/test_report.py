@@ -373,7 +373,9 @@ def test_pdf(run, tmp_path):
 
 def test_command(sampled, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["report", str(sampled), "--classes", "1", "--quiet", "--out", str(tmp_path / "r")])
+        cli.main(
+            ["report", str(sampled), "--classes", "1", "--quiet", "--out", str(tmp_path / "r")]
+        )
     assert not end.value.code
     assert capsys.readouterr().out == f"written to {tmp_path / 'r' / 'index.html'}\n"
 

@@ -53,7 +53,7 @@ def test_solves(emulated_cuda, team, size, eps, rho, dtype, backend):
     emulated_cuda.set_chip(*TEAMS[team][0])
     C, a, b = problem(size, dtype)
     C[:, :, size[1] // 2] += size[1] > 1  # a column that K loses where eps is small
-    options = {"eps": eps, "max_iter": 5, "rho_a": rho, "rho_b": rho}
+    options = {"eps": eps, "max_iter": 8, "rho_a": rho, "rho_b": rho}
 
     def solve():
         result = sinkhorn(C, a, b, **options, backend=backend)
@@ -77,7 +77,7 @@ def test_solves(emulated_cuda, team, size, eps, rho, dtype, backend):
 @pytest.mark.parametrize(("team", "size"), CASES)
 def test_gradients(emulated_cuda, team, size, grad, eps, dtype, backend):
     emulated_cuda.set_chip(*TEAMS[team][0])
-    max_iter = 4 if grad == "unrolled" else 20  # converged
+    max_iter = 6 if grad == "unrolled" else 20  # converged
 
     def gradients(backend, dtype):
         C, a, b = (t.to(dtype).requires_grad_() for t in problem(size, torch.float32))
