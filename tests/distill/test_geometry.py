@@ -103,7 +103,7 @@ def test_a_report_made_again_of_what_it_said_is_the_same(entropy):
 
 def test_teachers_who_see_other_classes_are_told(tmp_path):
     """On images of other classes; labels of most of them contradict the set."""
-    config = settings(tmp_path / "run", sets=["random"], relabel={"teacher_epochs": 30})
+    config = settings(tmp_path / "run", sets=["random"], relabel={"teacher_epochs": 12})
     run = Run.open(config)
     with run.store:
         run.sample()
