@@ -33,5 +33,5 @@ def quicken() -> None:
         return type_of_any(scalar) if scalar.is_ptr() else type_of_number(scalar)
 
     for name, made in (("_patch_builtin", patch_builtin), ("_get_np_dtype", type_of)):
-        assert callable(getattr(interpreter, name)), f"triton's interpreter has no {name}"
+        assert hasattr(interpreter, name), f"triton's interpreter has no {name}"
         setattr(interpreter, name, made)

@@ -35,7 +35,7 @@ def dense(x, y, lx, ly, W, metric) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 3), (33, 50, 1), (20, 90, 40)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 3), (33, 50, 1), (20, 90, 20)])
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-10), (torch.float32, 5e-5)])
 def test_values_and_gradients(backend, metric, size, dtype, tol):
     *points, lx, ly, W = labelled(2, *size, dtype)
