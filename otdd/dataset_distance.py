@@ -90,36 +90,45 @@ class DatasetDistance(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        solver_options(max_iter, tol, metric=(metric, METRICS), backend=(backend, (None, *NAMES)))
-        number(eps, "eps")
-        number(lambda_x, "lambda_x")
-        if eps_labels is not None:
-            number(eps_labels, "eps_labels")
-        real = isinstance(lambda_y, numbers.Real) and not isinstance(lambda_y, bool)
-        if not (real and lambda_y == 0):
-            number(lambda_y, "lambda_y")
-        options: dict[str, Any] = {"metric": metric, "max_iter": max_iter, "tol": tol}
-        options["backend"] = backend
+        self.eps, self.eps_labels = eps, eps_labels
+        self.lambda_x, self.lambda_y = lambda_x, lambda_y
+        self.metric, self.max_iter, self.tol, self.backend = metric, max_iter, tol, backend
+        self.debias, self.debias_labels = debias, debias_labels
         self.table: Tensor | None
         self.register_buffer("table", None)
-        self.distance: classes.Distance | None = None
+        self.labels = "given" if isinstance(labels, Tensor) else labels
         if isinstance(labels, Tensor):
             self.table = as_float(labels, "labels")
-            _check_table(labels, debias)
             require(num_classes is None, "num_classes", num_classes, "None beside a cost of labels")
-        elif labels == "gaussian":
-            require(metric == "sqeuclidean", "metric", repr(metric), "sqeuclidean with gaussian")
-            self.distance = classes.Gaussian()
+        self.num_classes = num_classes
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Raises for the first that is not accepted; in every call, as users set attributes."""
+        backends = (None, *NAMES)
+        choices = {"metric": (self.metric, METRICS), "backend": (self.backend, backends)}
+        solver_options(self.max_iter, self.tol, **choices)
+        _numbers(self.num_classes)
+        number(self.eps, "eps")
+        number(self.lambda_x, "lambda_x")
+        if self.eps_labels is not None:
+            number(self.eps_labels, "eps_labels")
+        real = isinstance(self.lambda_y, numbers.Real) and not isinstance(self.lambda_y, bool)
+        if not (real and self.lambda_y == 0):
+            number(self.lambda_y, "lambda_y")
+        if self.table is not None:
+            given = self.labels == "given"
+            require(given, "labels", repr(self.labels), "'given', as the costs of labels were")
+            _check_table(self.table, self.debias)
+        elif self.labels == "gaussian":
+            squared = self.metric == "sqeuclidean"
+            require(squared, "metric", repr(self.metric), "sqeuclidean with gaussian")
         else:
-            require(labels == "sinkhorn", "labels", repr(labels), "sinkhorn, gaussian or a tensor")
-            by = eps if eps_labels is None else eps_labels
-            self.distance = classes.Sinkhorn(debias_labels, eps=by, **options)
-        self.num_classes = _numbers(num_classes)
-        self.labels = "given" if isinstance(labels, Tensor) else labels
-        self.eps, self.lambda_x, self.lambda_y, self.debias = eps, lambda_x, lambda_y, debias
-        self.options: dict[str, Any] = {"eps": eps / lambda_x, **options}
+            known = self.labels == "sinkhorn"
+            require(known, "labels", repr(self.labels), "sinkhorn, gaussian or a tensor")
 
     def forward(self, x: Tensor, labels_x: Tensor, y: Tensor, labels_y: Tensor) -> Tensor:
+        self._check_options()
         x, y = clouds_of(x, y)
         require(x.shape[:-2].numel() > 0, "x", f"shape {tuple(x.shape)}", "a batch of at least one")
         if values_are_checked(x):
@@ -128,8 +137,9 @@ class DatasetDistance(nn.Module):
         lx = labels_of_points(labels_x, "labels_x", tuple(x.shape[:-1]), x.device)
         ly = labels_of_points(labels_y, "labels_y", tuple(y.shape[:-1]), y.device)
         if self.table is None:
-            lx, K = _numbered(lx, "labels_x", self.num_classes[0])
-            ly, L = _numbered(ly, "labels_y", self.num_classes[1])
+            of_x, of_y = _numbers(self.num_classes)
+            lx, K = _numbered(lx, "labels_x", of_x)
+            ly, L = _numbered(ly, "labels_y", of_y)
             tables = self._tables(x, lx, K, y, ly, L)
         else:
             table = as_float(self.table, "labels")
@@ -154,31 +164,43 @@ class DatasetDistance(nn.Module):
         start: Tensor | None = None,
     ) -> PointsResult:
         init = None if start is None else (None, start)
-        return sinkhorn_points(
-            x, y, labels_x=lx, labels_y=ly, label_cost=W, init=init, **self.options
-        )
+        labels: dict[str, Any] = {"labels_x": lx, "labels_y": ly, "label_cost": W}
+        eps = self.eps / self.lambda_x
+        return sinkhorn_points(x, y, eps=eps, init=init, **labels, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Of all solves."""
+        options = {"metric": self.metric, "max_iter": self.max_iter, "tol": self.tol}
+        return options | {"backend": self.backend}
+
+    def _distance(self) -> classes.Distance:
+        """How W is made."""
+        if self.labels == "gaussian":
+            return classes.Gaussian()
+        eps = self.eps if self.eps_labels is None else self.eps_labels
+        return classes.Sinkhorn(self.debias_labels, eps=eps, **self._options)
 
     def _tables(
         self, x: Tensor, lx: Tensor, K: int, y: Tensor, ly: Tensor, L: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """W between the data sets, and with `debias` within each: ``(..., K, L)`` and so on."""
-        assert self.distance is not None  # else there is a table
-        batch = x.shape[:-2]
+        distance, batch = self._distance(), x.shape[:-2]
         x, y = (t.reshape(-1, *t.shape[-2:]) for t in (x, y))
         lx, ly = (labels.reshape(-1, labels.shape[-1]) for labels in (lx, ly))
         counts = classes.sizes_of(lx, K), classes.sizes_of(ly, L)
         sizes = torch.cat([count.amax(0).sort().values for count in counts]).tolist()
         sides = (x, lx, counts[0], sizes[:K]), (y, ly, counts[1], sizes[K:])
-        of_x, of_y = (classes.prepared(classes.classes_of(*side), self.distance) for side in sides)
-        between = classes.between_classes(of_x, of_y, self.distance).reshape(*batch, K, L)
+        of_x, of_y = (classes.prepared(classes.classes_of(*side), distance) for side in sides)
+        between = classes.between_classes(of_x, of_y, distance).reshape(*batch, K, L)
         if not self.debias:
             return between, None, None
-        own_x, own_y = (classes.within_classes(side, self.distance) for side in (of_x, of_y))
+        own_x, own_y = (classes.within_classes(side, distance) for side in (of_x, of_y))
         return between, own_x.reshape(*batch, K, K), own_y.reshape(*batch, L, L)
 
     def extra_repr(self) -> str:
         return (
-            f"eps={self.eps}, metric={self.options['metric']!r}, labels={self.labels!r}, "
+            f"eps={self.eps}, metric={self.metric!r}, labels={self.labels!r}, "
             f"lambda_x={self.lambda_x}, lambda_y={self.lambda_y}, debias={self.debias}"
         )
 

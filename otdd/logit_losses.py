@@ -13,6 +13,7 @@ from otdd.backends import NAMES
 from otdd.ops import cost_matrix, sinkhorn
 from otdd.ops.checks import (
     as_float,
+    finite,
     floating,
     number,
     require,
@@ -33,7 +34,8 @@ class OTLogitLoss(nn.Module):
 
     ``C_ij = |softmax(s_i / tau) - softmax(t_j / tau)|_1`` in [0, 2] and the loss is ``<P, C>`` with
     the Sinkhorn plan over the batch (Cui et al., NeurIPS 2025, "OT logit matching"; cost and
-    normalisation after SinKD, Cui et al., COLING 2024). The teacher is detached.
+    normalisation after SinKD, Cui et al., COLING 2024). The teacher is detached. A logit of -inf
+    masks its class.
 
     Args:
         tau: Temperature > 0 of both softmaxes.
@@ -60,20 +62,25 @@ class OTLogitLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        solver_options(
-            max_iter,
-            0.0,
-            reduction=(reduction, ("mean", "sum")),
-            marginals=(marginals, MARGINALS),
-            grad=(grad, GRADS),
-            backend=(backend, (None, *NAMES)),
-        )
-        number(tau, "tau")
-        number(eps, "eps")
         self.tau, self.eps, self.max_iter, self.reduction = tau, eps, max_iter, reduction
         self.marginals, self.grad, self.backend = marginals, grad, backend
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Raises for the first that is not accepted; in every call, as users set attributes."""
+        solver_options(
+            self.max_iter,
+            0.0,
+            reduction=(self.reduction, ("mean", "sum")),
+            marginals=(self.marginals, MARGINALS),
+            grad=(self.grad, GRADS),
+            backend=(self.backend, (None, *NAMES)),
+        )
+        number(self.tau, "tau")
+        number(self.eps, "eps")
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        self._check_options()
         student = floating(student_logits, "student_logits")
         teacher = floating(teacher_logits, "teacher_logits").detach()
         same_kind(teacher, "teacher_logits", student, "student_logits")
@@ -150,6 +157,8 @@ class OTDistillationLoss(nn.Module):
         ot: The transport term with its options; None: `OTLogitLoss()`.
         gather: Transport over the batches of all processes.
 
+    A logit of -inf masks its class, as in `OTLogitLoss`; but ``mse`` takes finite logits only.
+
     Shape: logits ``(B, K)`` both, labels ``(B,)`` int64 (None only if kappa_1 is 0) -> a scalar;
     with ``parts=True`` also a dict of the detached terms that were computed, unweighted, by name:
     ``ce``, ``mse`` or ``kl``, ``ot``, and the weight ``beta_2``.
@@ -168,27 +177,32 @@ class OTDistillationLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        require(soft in SOFT, "soft", repr(soft), ", ".join(SOFT))
         self.ot = OTLogitLoss() if ot is None else ot
         if not isinstance(self.ot, OTLogitLoss):
             raise TypeError(f"ot: got {type(ot).__name__}; accepted: an OTLogitLoss or None")
-        if temperature is not None:
-            require(soft == "kl", "temperature", temperature, "None with soft='mse'")
-            number(temperature, "temperature")
-        if beta_2_share is not None:
-            number(beta_2_share, "beta_2_share")
-            require(beta_2 is None, "beta_2", beta_2, "None beside beta_2_share")
-        elif beta_2 is None:
+        if beta_2_share is None and beta_2 is None:
             beta_2 = BETA_2[self.ot.reduction]
-        for weight, name in ((kappa_1, "kappa_1"), (kappa_2, "kappa_2"), (beta_2, "beta_2")):
-            if weight is not None:
-                _weight(weight, name)
-        given = f"{kappa_1}, {kappa_2}, {beta_2}"
-        others = kappa_1 > 0 or kappa_2 > 0
-        require(others or bool(beta_2), "kappa_1, kappa_2, beta_2", given, "one of them > 0")
         self.kappa_1, self.kappa_2, self.beta_2 = kappa_1, kappa_2, beta_2
         self.beta_2_share, self.soft, self.gather = beta_2_share, soft, gather
-        self.temperature = self.ot.tau if temperature is None else temperature
+        self.temperature = temperature
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Raises for the first that is not accepted; in every call, as users set attributes."""
+        require(self.soft in SOFT, "soft", repr(self.soft), ", ".join(SOFT))
+        if self.temperature is not None:
+            require(self.soft == "kl", "temperature", self.temperature, "None with soft='mse'")
+            number(self.temperature, "temperature")
+        if self.beta_2_share is not None:
+            number(self.beta_2_share, "beta_2_share")
+            require(self.beta_2 is None, "beta_2", self.beta_2, "None beside beta_2_share")
+        weights = {"kappa_1": self.kappa_1, "kappa_2": self.kappa_2, "beta_2": self.beta_2}
+        for name, weight in weights.items():
+            if name != "beta_2" or self.beta_2_share is None:
+                _weight(weight, name)
+        if not (self.kappa_1 > 0 or self.kappa_2 > 0 or self.beta_2):
+            given = f"{self.kappa_1}, {self.kappa_2}, {self.beta_2}"
+            require(False, "kappa_1, kappa_2, beta_2", given, "one of them > 0")
 
     def forward(
         self,
@@ -198,6 +212,7 @@ class OTDistillationLoss(nn.Module):
         *,
         parts: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        self._check_options()
         student = as_float(student_logits, "student_logits")
         teacher = as_float(teacher_logits, "teacher_logits").detach()
         self._check(student, teacher, labels)
@@ -238,10 +253,13 @@ class OTDistillationLoss(nn.Module):
     def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.soft == "mse":
             return F.mse_loss(student, teacher)
-        target = F.log_softmax(teacher / self.temperature, dim=1)
-        mine = F.log_softmax(student / self.temperature, dim=1)
+        T = self.ot.tau if self.temperature is None else self.temperature
+        target = F.log_softmax(teacher / T, dim=1)
+        mine = F.log_softmax(student / T, dim=1)
+        gone = target == -math.inf  # classes that the teacher masks: 0 log 0 is 0
+        mine, target = (t.masked_fill(gone, 0) for t in (mine, target))
         divergence = F.kl_div(mine, target, reduction="batchmean", log_target=True)
-        return self.temperature**2 * divergence
+        return T**2 * divergence
 
     def _share(self, others: Tensor, ot: Tensor, student: Tensor) -> Tensor:
         """The weight that gives the transport its share of the gradient norm."""
@@ -259,6 +277,9 @@ class OTDistillationLoss(nn.Module):
         require(full, "student_logits", f"shape {shape}", "(B, K), not empty")
         seen = tuple(teacher.shape)
         require(seen == shape, "teacher_logits", f"shape {seen}", f"that of the student's, {shape}")
+        if self.kappa_2 and self.soft == "mse" and values_are_checked(student):
+            finite(student, "student_logits")
+            finite(teacher, "teacher_logits")
         if labels is None:
             require(not self.kappa_1, "labels", "None", "(B,) int64 unless kappa_1 is 0")
             return
@@ -278,7 +299,7 @@ class OTDistillationLoss(nn.Module):
         return f"kappa_1={self.kappa_1}, kappa_2={self.kappa_2}, {beta}, soft={self.soft!r}"
 
 
-def _weight(value: float, name: str) -> None:
+def _weight(value: float | None, name: str) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number")
     require(0 <= value < math.inf, name, value, "a finite number >= 0")

@@ -1,5 +1,6 @@
 """Losses built on the ops, as `nn.Module`s."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from otdd.dataset_distance import DatasetDistance
 from otdd.logit_losses import OTDistillationLoss, OTLogitLoss
 from otdd.ops import METRICS, cost_matrix, sinkhorn, sinkhorn_divergence, sinkhorn_points
 from otdd.ops.checks import number, solver_options
+from otdd.ops.divergence import weighted_clouds
 from otdd.ops.points import clouds_of, placed
 from otdd.ops.sinkhorn import GRADS, Grad
 
@@ -35,7 +37,7 @@ class SinkhornLoss(nn.Module):
         backend: As in `otdd.ops.sinkhorn`.
 
     Shape: x ``(..., N, D)``, y ``(..., M, D)``, weights a ``(..., N)`` and b ``(..., M)`` (uniform
-    if None) -> ``(...)``.
+    if None) -> ``(...)``. Without penalties the masses of a and b must be equal, to 1e-3.
     """
 
     def __init__(
@@ -61,20 +63,24 @@ class SinkhornLoss(nn.Module):
             if rho is not None:
                 number(rho, name, or_inf=True)
         self.metric, self.eps, self.debias = metric, eps, debias
-        self.options: dict[str, Any] = {"eps": eps, "max_iter": max_iter, "tol": tol}
-        self.options |= {"rho_a": rho_a, "rho_b": rho_b, "grad": grad, "backend": backend}
+        self.max_iter, self.tol, self.rho_a, self.rho_b = max_iter, tol, rho_a, rho_b
+        self.grad, self.backend = grad, backend
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
+        options: dict[str, Any] = {"eps": self.eps, "max_iter": self.max_iter, "tol": self.tol}
+        options |= {"rho_a": self.rho_a, "rho_b": self.rho_b, "grad": self.grad}
+        options["backend"] = self.backend
         if self.debias:
-            return sinkhorn_divergence(x, y, a, b, metric=self.metric, **self.options).value
+            return sinkhorn_divergence(x, y, a, b, metric=self.metric, **options).value
         x, y = clouds_of(x, y)
-        backend, kept = placed("SinkhornLoss", x, y, self.options["backend"])
-        options = self.options | {"backend": backend}
+        soft = any(rho is not None and rho < math.inf for rho in (self.rho_a, self.rho_b))
+        _, a, b, _ = weighted_clouds(x, y, a, b, self.eps, soft)
+        options["backend"], kept = placed("SinkhornLoss", x, y, self.backend)
         if not kept:
             return sinkhorn_points(x, y, a, b, metric=self.metric, **options).value
-        C = cost_matrix(x, y, self.metric, backend=backend)
+        C = cost_matrix(x, y, self.metric, backend=options["backend"])
         return sinkhorn(C, a, b, **options).value
 
     def extra_repr(self) -> str:

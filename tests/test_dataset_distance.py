@@ -266,6 +266,59 @@ def test_gaussian_labels_have_no_second_derivatives():
         dx.square().sum().backward()
 
 
+def test_options_set_later_count():
+    x, lx, y, ly = both()
+    loss = DatasetDistance(eps=0.1)
+    loss.eps, loss.lambda_x, loss.lambda_y, loss.max_iter, loss.debias_labels = 0.7, 2, 3, 9, False
+    options = {"lambda_x": 2, "lambda_y": 3, "max_iter": 9, "debias_labels": False}
+    assert loss(x, lx, y, ly) == DatasetDistance(0.7, **options)(x, lx, y, ly)
+    loss.labels = "gaussian"
+    assert loss(x, lx, y, ly) == DatasetDistance(0.7, labels="gaussian", **options)(x, lx, y, ly)
+    want, loss.num_classes = loss(x, lx, y, ly), 50
+    torch.testing.assert_close(loss(x, lx % 50, y, ly % 50), want)
+    names = ("eps", "eps_labels", "lambda_x", "lambda_y", "metric", "max_iter", "labels")
+    for name in (*names, "num_classes"):
+        old = getattr(loss, name)
+        setattr(loss, name, -1)
+        with pytest.raises(ValueError, match=f"^{name}: got -1"):
+            loss(x, lx, y, ly)
+        setattr(loss, name, old)
+
+
+def test_options_set_later_beside_given_costs_of_labels():
+    x, lx, y, ly = both()
+    W = torch.rand(9, 8, dtype=torch.float64)
+    loss = DatasetDistance(0.5, labels=W, debias=False)
+    lx, ly = lx % 9, ly % 8
+    assert loss(x, lx, y, ly).isfinite()
+    loss.debias = True
+    with pytest.raises(ValueError, match=r"^labels: got shape \(9, 8\); accepted: \(K, K\), or"):
+        loss(x, lx, y, ly)
+    loss.debias, loss.labels = False, "sinkhorn"
+    with pytest.raises(ValueError, match=r"^labels: got 'sinkhorn'; accepted: 'given', as the"):
+        loss(x, lx, y, ly)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_torch_func_transforms(labels):
+    x, lx, y, ly = both()
+    loss = DatasetDistance(eps=0.5, labels=labels)
+    x.requires_grad_()
+    want = torch.autograd.grad(loss(x, lx, y, ly), x)[0]
+    many = torch.stack([x.detach(), 2 * x.detach()])
+    torch.testing.assert_close(torch.func.grad(lambda z: loss(z, lx, y, ly))(x.detach()), want)
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(lambda z: loss(z, lx, y, ly)))(many)[0], want
+    )
+    values = torch.func.vmap(lambda z: loss(z, lx, y, ly))(many)
+    torch.testing.assert_close(values, torch.stack([loss(z, lx, y, ly) for z in many]))
+    rows = torch.func.jacrev(lambda z: loss(z, lx, y, ly))(many)
+    torch.testing.assert_close(rows[0, 0], want)
+    if labels == "gaussian":
+        with pytest.raises(NotImplementedError, match="'gaussian' has no second derivatives"):
+            torch.func.jacrev(torch.func.grad(lambda z: loss(z, lx, y, ly)))(x.detach())
+
+
 def test_half_precision_and_other_numbers():
     x, lx, y, ly = both()
     loss = DatasetDistance(eps=np.float32(0.5))

@@ -53,10 +53,57 @@ def test_temperature_of_kl_is_that_of_the_transport():
     torch.testing.assert_close(loss(STUDENT, TEACHER), kl(STUDENT, TEACHER, 3.0))
 
 
+def test_options_set_later_count():
+    loss = OTDistillationLoss(0.5, 2.0, soft="kl")
+    loss.ot.tau, loss.kappa_1 = 3.0, 0.25  # the temperature is that of the transport
+    ot = OTLogitLoss(tau=3.0)
+    want = OTDistillationLoss(0.25, 2.0, soft="kl", ot=ot)(STUDENT, TEACHER, LABELS)
+    assert loss(STUDENT, TEACHER, LABELS) == want
+    for name in ("kappa_1", "kappa_2", "beta_2", "soft", "temperature"):
+        old = getattr(loss, name)
+        setattr(loss, name, -1)
+        with pytest.raises(ValueError, match=f"^{name}: got -1"):
+            loss(STUDENT, TEACHER, LABELS)
+        setattr(loss, name, old)
+
+
 def test_terms_without_weight_are_not_computed():
     for weights, names in (((1, 0, 0), {"ce"}), ((0, 1, 0), {"mse"}), ((0, 0, 1), {"ot"})):
         _, parts = OTDistillationLoss(*weights)(STUDENT, TEACHER, LABELS, parts=True)
         assert parts.keys() - {"beta_2"} == names
+
+
+@pytest.mark.parametrize("kappa_1", [0.0, 0.5])
+@pytest.mark.parametrize("beta_2", [0.0, 0.3])
+def test_logits_of_minus_infinity_are_masks(kappa_1, beta_2):
+    """Classes that the teacher masks have no part in the divergence, whatever the student says."""
+    masked = torch.full((6, 1), -torch.inf, dtype=torch.float64)
+    loss = OTDistillationLoss(kappa_1, 1.0, beta_2, soft="kl")
+    narrow, wide = student(), torch.cat([STUDENT, masked], 1).requires_grad_()
+    teacher = torch.cat([TEACHER, masked], 1)
+    want, got = loss(narrow, TEACHER, LABELS), loss(wide, teacher, LABELS)
+    torch.testing.assert_close(got, want)
+    (exact,), (seen,) = (torch.autograd.grad(t, x) for t, x in ((want, narrow), (got, wide)))
+    torch.testing.assert_close(seen[:, :4], exact)
+    assert bool((seen[:, 4] == 0).all())
+    only = TEACHER.clone()
+    only[:, 0] = -torch.inf  # of the teacher alone
+    x = student()
+    value = OTDistillationLoss(0, 1, 0, soft="kl")(x, only)
+    q, p = torch.softmax(x / 2, 1)[:, 1:], torch.softmax(only / 2, 1)[:, 1:]
+    torch.testing.assert_close(value, 4 * (p * (p / q).log()).sum(1).mean())
+    assert torch.autograd.grad(value, x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("beta_2", [0.0, None])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf, torch.inf])
+def test_mse_takes_finite_logits(beta_2, bad):
+    logits = STUDENT.clone()
+    logits[2, 1] = bad
+    loss = OTDistillationLoss(beta_2=beta_2)
+    for args, name in (((logits, TEACHER), "student"), ((STUDENT, logits), "teacher")):
+        with pytest.raises(ValueError, match=rf"^{name}_logits: got {bad} at index \(2, 1\)"):
+            loss(*args, LABELS)
 
 
 @pytest.mark.parametrize("share", [0.1, 2.0])

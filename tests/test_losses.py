@@ -118,3 +118,43 @@ def test_logits_of_minus_infinity_are_masks():
     student, teacher = torch.rand(3, 4), torch.rand(3, 4)
     wide = [torch.cat([t, torch.full((3, 1), -torch.inf)], -1) for t in (student, teacher)]
     torch.testing.assert_close(OTLogitLoss()(*wide), OTLogitLoss()(student, teacher))
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_masses_that_differ_are_refused(debias):
+    """Between met marginals the value would depend on the number of iterations."""
+    x, y = torch.rand(2, 6, 3), torch.rand(5, 3)
+    a, b = torch.full((6,), 1 / 6), torch.ones(5)
+    accepted = "^a and b: got masses of 1 and 5; accepted: equal masses, or penalties"
+    for rho in (None, float("inf")):
+        with pytest.raises(ValueError, match=accepted):
+            SinkhornLoss(eps=0.5, debias=debias, rho_a=rho)(x, y, a, b)
+    assert SinkhornLoss(eps=0.5, debias=debias, rho_a=1.0)(x, y, a, b).isfinite().all()
+    with pytest.raises(ValueError, match=r"^a: got shape \(2, 1\); accepted: \(2, 6\)"):
+        SinkhornLoss(debias=debias)(x, y, a[:2, None], b)
+
+
+def test_options_set_later_count():
+    """As users set them who anneal; they are checked as those of the start."""
+    x, y = torch.rand(5, 2), torch.rand(4, 2)
+    for debias in (True, False):
+        loss = SinkhornLoss(eps=0.05, debias=debias)
+        loss.eps, loss.metric, loss.max_iter, loss.rho_b = 2.0, "l1", 7, 0.5
+        want = SinkhornLoss("l1", 2.0, debias, max_iter=7, rho_b=0.5)(x, y)
+        assert loss(x, y) == want
+        for name in ("eps", "metric", "max_iter", "tol", "rho_a", "grad"):
+            old = getattr(loss, name)
+            setattr(loss, name, -1)
+            with pytest.raises(ValueError, match=f"^{name}: got -1"):
+                loss(x, y)
+            setattr(loss, name, old)
+    logits = torch.rand(3, 4), torch.rand(3, 4)
+    loss = OTLogitLoss()
+    loss.tau, loss.eps, loss.reduction = 0.5, 0.02, "sum"
+    assert loss(*logits) == OTLogitLoss(0.5, 0.02, reduction="sum")(*logits)
+    for name in ("tau", "eps", "max_iter", "reduction", "marginals", "grad", "backend"):
+        old = getattr(loss, name)
+        setattr(loss, name, -1)
+        with pytest.raises(ValueError, match=f"^{name}: got -1"):
+            loss(*logits)
+        setattr(loss, name, old)

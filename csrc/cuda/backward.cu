@@ -91,7 +91,7 @@ Layout unrolled_layout(const Chip& chip, i64 B, i64 N, i64 M) {
 template <class T>
 TeamSpace space_of(const Layout& l, i64 N, i64 M, i64 steps) {
   i64 row = 4 * tile_rows(N), column = 8 * tile_columns(M);
-  if (l.kind == Layout::kSlab) row = l.slab.peers * l.slab.rows, column = l.slab.ld;
+  if (l.kind == Layout::kSlab) row = l.slab.row_stride(), column = l.slab.ld;
   if (l.kind == Layout::kStream) row = l.stream.all_rows(), column = l.stream.all_columns();
   const auto padded = [](i64 bytes) { return (bytes + 127) / 128 * 128; };
   TeamSpace s;

@@ -10,9 +10,8 @@ namespace otdd::cuda {
 
 template <class T>
 struct Unroll {
-  struct Row {
-    double shift = 0;
-    T a = 0, df = 0, da = 0, r_new = 1, u_new = 0, cost = 0;
+  struct Row : HeldRow<T> {
+    T a = 0, df = 0, da = 0;
   };
   struct Column {
     double gamma = -INFINITY;
@@ -200,9 +199,8 @@ class Unrolled {
 // The adjoint of the fixed point by conjugate gradients; see csrc/cpu/backward.h.
 template <class T>
 struct Conjugate {
-  struct Row {
-    double shift = 0;
-    T a = 0, df = 0, over_r = 0, r_new = 1, u_new = 0, cost = 0;
+  struct Row : HeldRow<T> {
+    T a = 0, df = 0, over_r = 0;
   };
   struct Column {
     double gamma = -INFINITY;

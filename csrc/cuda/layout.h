@@ -60,7 +60,7 @@ Layout layout_of(const Chip& chip, i64 B, i64 N, i64 M) {
   const auto slab = [&](Team team, i64 peers) {
     const i64 share = (N + peers - 1) / peers * M;
     const int threads = share < 8192 ? 128 : share < 16384 ? 256 : kMaxThreads;
-    l.team = team, l.slab = plan_slab<T, State>(N, M, team, int(peers), threads);
+    l.team = team, l.slab = plan_slab<T, State>(N, M, team, int(peers), threads, chip.shared);
     return l.slab.shared <= chip.shared;
   };
   const auto worth_more = [&](i64 peers) {

@@ -19,31 +19,43 @@ enum Slot { kErrorSlot, kShowSlot, kSumSlot = kShowSlot + 2, kSlots = kSumSlot +
 // Where things are, in bytes from the start of shared memory and of a group's workspace.
 struct SlabPlan {
   int peers = 1, threads = 256, groups = 1;
-  i64 rows = 0, ld = 0, own = 0;  // a block's rows (a multiple of 4), row length, a block's columns
+  i64 rows = 0, ld = 0, own = 0;  // a block's rows, row length, a block's columns
+  i64 tiles = 0;                  // of four rows and four columns
+  // gamma has the place of v and scratch: it is of use while K is made, they while it is there.
   i64 K = 0, v = 0, gamma = 0, scratch = 0, partial = 0, row_states = 0, column_states = 0, sums = 0;
   i64 slots = 0, uniform = 0, shared = 0;
   i64 w_counter = 0, w_partial = 0, w_v = 0, w_gamma = 0, w_lse = 0, w_slots = 0, workspace = 0;
+
+  OTDD_BOTH i64 row_stride() const { return peers * rows + 3; }  // of outer products: four are read from each row on
 };
 
 template <class T, class State>
-inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads) {
-  SlabPlan s;
-  s.peers = peers, s.threads = threads;
-  s.rows = fours((N + peers - 1) / peers), s.ld = fours(M), s.own = (M + peers - 1) / peers;
-  const i64 groups = threads / (s.ld / 4);
-  s.groups = int(groups < 1 ? 1 : groups > 8 ? 8 : groups);
-  while (s.groups > 1 && s.groups * 4 > s.rows) --s.groups;
+inline void place_slab(SlabPlan& s, Team team) {
   const i64 size = sizeof(T);
-  Pieces m, w;
+  Pieces m;
   s.K = m.take(s.rows * s.ld * size);
-  s.v = m.take(s.ld * size), s.gamma = m.take(s.ld * 8);
-  s.scratch = m.take(s.groups * s.ld * size);
+  s.gamma = s.v = m.take(s.ld * size), s.scratch = m.take(s.groups * s.ld * size);
   s.partial = m.take(team == Team::kCluster ? s.ld * size : 0);
   s.row_states = m.take(s.rows * i64(sizeof(typename State::Row)));
   s.column_states = m.take(s.own * i64(sizeof(typename State::Column)));
   s.sums = m.take(kMostWarps * 8), s.slots = m.take(kSlots * 8), s.uniform = m.take(kUniformBytes);
   s.shared = m.bytes;
+}
+
+// It fits if its `shared` is at most what is given.
+template <class T, class State>
+inline SlabPlan plan_slab(i64 N, i64 M, Team team, int peers, int threads, i64 shared) {
+  SlabPlan s;
+  s.peers = peers, s.threads = threads;
+  s.rows = (N + peers - 1) / peers, s.ld = fours(M), s.own = (M + peers - 1) / peers;
+  s.tiles = fours(s.rows) / 4 * (s.ld / 4);
+  const i64 groups = threads / (s.ld / 4);
+  s.groups = int(groups < 1 ? 1 : groups > 8 ? 8 : groups);
+  while (s.groups > 1 && s.groups * 4 > s.rows) --s.groups;
+  for (place_slab<T, State>(s, team); s.shared > shared && s.groups > 1; place_slab<T, State>(s, team)) --s.groups;
   if (team != Team::kGroup) return s;
+  const i64 size = sizeof(T);
+  Pieces w;
   s.w_counter = w.take(128), s.w_partial = w.take(peers * s.ld * size), s.w_v = w.take(s.ld * size);
   s.w_gamma = w.take(s.ld * 8), s.w_lse = w.take(peers * s.ld * 8), s.w_slots = w.take(peers * kSlots * 8);
   s.workspace = (w.bytes + 127) / 128 * 128;
@@ -68,7 +80,6 @@ class SlabGrip {
     C_ = &args.C, problem_ = problem, inv_eps_ = inv_eps, M_ = int(args.M);
     count_ = int(inside(args.N - row0(), S.rows)), own_ = int(inside(M_ - column0(), S.own));
     meet();  // the problem before is done with, and all blocks have started
-    for (int j = M_ + thread_; j < S.ld; j += threads_) v()[j] = 0, gamma()[j] = -INFINITY;
     for (int i = count_ + thread_; i < S.rows; i += threads_) rows()[i] = Row();
   }
 
@@ -98,6 +109,11 @@ class SlabGrip {
   }
 
   OTDD_DEVICE bool show(Shown what, bool flag) {
+    if (what == kGamma) change_place();
+    for (int j = M_ + thread_; j < S.ld; j += threads_) {  // padding
+      if (what == kV) v()[j] = 0;
+      else gamma()[j] = -INFINITY;
+    }
     for (int j = thread_; j < own_; j += threads_) {
       if (what == kV) show_to_all(v(), S.w_v, column0() + j, columns()[j].v);
       else show_to_all(gamma(), S.w_gamma, column0() + j, columns()[j].gamma);
@@ -144,12 +160,12 @@ class SlabGrip {
         total += chip::shuffle_xor(total, mask);
         spent += chip::shuffle_xor(spent, mask);
       }
-      if (lane == 0) rows()[i].r_new = total, rows()[i].shift = shift, rows()[i].cost = spent;
+      if (lane == 0) rows()[i].r_new = total, rows()[i].shift = shift, rows()[i].cost() = spent;
     }
-    chip::sync();
+    change_place();
   }
 
-  // A warp has four rows at a time.
+  // A warp has four rows at a time; of the last four some may be a row once more.
   OTDD_DEVICE void products() {
     const int lane = thread_ % 32, warps = threads_ / 32;
     for (int i = 4 * (thread_ / 32); i < S.rows; i += 4 * warps) {
@@ -158,12 +174,12 @@ class SlabGrip {
         const Four<T> weights = four(v() + j);
         OTDD_UNROLL
         for (int k = 0; k < 4; ++k) {
-          const Four<T> e = element4(i + k, j);
+          const Four<T> e = element4(i + k < S.rows ? i + k : int(S.rows) - 1, j);
           s[k] += (e.x * weights.x + e.y * weights.y) + (e.z * weights.z + e.w * weights.w);
         }
       }
       const T total = fold4(s, lane);
-      if (lane % 8 == 0) rows()[i + lane / 8].r_new = total;
+      if (lane % 8 == 0 && i + lane / 8 < S.rows) rows()[i + lane / 8].r_new = total;
     }
     chip::sync();
   }
@@ -241,11 +257,11 @@ class SlabGrip {
   OTDD_DEVICE void add_outer(const T* rows, const T* columns, i64 terms, T* dC, bool add) {
     meet();
     const i64 quads = S.ld / 4;
-    for (i64 tile = thread_; tile < S.rows / 4 * quads; tile += threads_) {
+    for (i64 tile = thread_; tile < S.tiles; tile += threads_) {
       const i64 i0 = tile / quads * 4, j0 = tile % quads * 4;
       T s[4][4] = {};
       for (i64 k = 0; k < terms; ++k) {
-        const auto x = fetch4(rows + k * row_stride() + row0() + i0);
+        const auto x = fetch4(rows + k * row_stride() + row0() + i0);  // some may be another block's, or nobody's
         const auto y = fetch4(columns + k * column_stride() + j0);
         const T xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
         OTDD_UNROLL
@@ -267,7 +283,7 @@ class SlabGrip {
       }
     }
   }
-  OTDD_DEVICE i64 row_stride() const { return S.peers * S.rows; }
+  OTDD_DEVICE i64 row_stride() const { return S.row_stride(); }
   OTDD_DEVICE i64 column_stride() const { return S.ld; }
   OTDD_DEVICE static i64 row_place(i64 i) { return i; }
   OTDD_DEVICE static i64 column_place(i64 j) { return j; }
@@ -313,6 +329,12 @@ class SlabGrip {
     if (kTeam == Team::kAlone) chip::sync();
     if (kTeam == Team::kCluster) chip::sync_cluster();
     if (kTeam == Team::kGroup) chip::sync_blocks(in_workspace<unsigned>(S.w_counter), S.peers, meetings_);
+  }
+
+  // From v and scratch to gamma, or back: nobody reads any more what others are about to write over.
+  OTDD_DEVICE void change_place() {
+    if (kTeam == Team::kCluster) meet();
+    else chip::sync();
   }
 
   template <class X>

@@ -26,14 +26,20 @@ namespace otdd::cuda {
 
 constexpr double kLog2e = 1.442695040888963407, kLn2 = 0.693147180559945309417;
 
-// What a grip keeps of each row and column; every `State` has at least shift, r_new, u_new and cost of a
-// row and gamma, v and c of a column.
+// What a grip keeps of each row and column: every `State` has this of a row, and gamma, v and c of a column.
+template <class T>
+struct HeldRow {
+  double shift = 0;
+  T r_new = 1, u_new = 0;
+
+  OTDD_DEVICE T& cost() { return u_new; }  // as `fill` leaves it, when no u is known yet
+};
+
 template <class T>
 struct Iterate {
-  struct Row {
-    double phi = 0, shift = 0;
-    T a = 0, r = 1;                    // r as of the last whole iteration
-    T r_new = 1, u_new = 0, cost = 0;  // of the one at hand
+  struct Row : HeldRow<T> {  // r_new and u_new are of the iteration at hand
+    double phi = 0;
+    T a = 0, r = 1;  // r as of the last whole iteration
   };
   struct Column {
     double gamma = -INFINITY, lse = 0;  // gamma is K's own
@@ -289,7 +295,7 @@ class Solver {
     G.for_rows([&](Row& row, i64, bool counted) {
       if (!counted || !(row.a > 0)) return;
       const double a = row.a, target = U.met ? a : a * ::exp(-row.phi * U.eps / U.rows.rho);
-      error_ += ::fabs(double(row.r_new) - target), cost_ += double(row.cost);
+      error_ += ::fabs(double(row.r_new) - target), cost_ += double(row.cost());
     });
   }
 

@@ -163,7 +163,7 @@ class StreamGrip {
     });
     meet_beside();
     for_rows([&](Row& row, i64 i, bool) {
-      row.r_new = T(of_row(sums, i, 0, Add())), row.cost = T(of_row(costs, i, 0, Add()));
+      row.r_new = T(of_row(sums, i, 0, Add())), row.cost() = T(of_row(costs, i, 0, Add()));
     });
   }
 

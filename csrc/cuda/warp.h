@@ -70,7 +70,7 @@ class WarpGrip {
     for (int c = 0; c < kTC; ++c) gamma[c] = of_column(c, columns_[c % kOwnColumns].gamma);
     // What they were is of no use any more, and so takes no registers from here.
     OTDD_UNROLL
-    for (int k = 0; k < kOwnRows; ++k) rows_[k].r_new = 1, rows_[k].cost = 0;
+    for (int k = 0; k < kOwnRows; ++k) rows_[k].r_new = 1, rows_[k].cost() = 0;
     OTDD_UNROLL
     for (int t = 0; t < kTR; ++t) {
       const int i = 4 * t + p();
@@ -102,7 +102,7 @@ class WarpGrip {
       OTDD_UNROLL
       for (int k = 0; k < kOwnRows; ++k)
         if (t == first_row() + k && i < N_)
-          rows_[k].r_new = total, rows_[k].shift = shift, rows_[k].cost = spent;
+          rows_[k].r_new = total, rows_[k].shift = shift, rows_[k].cost() = spent;
     }
   }
 

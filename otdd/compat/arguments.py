@@ -74,7 +74,9 @@ def without_meaning(where: str, **options: tuple[object, object]) -> None:
     """Raises ``ValueError`` for an option, name=(seen, default), that is not at its default."""
     for name, (seen, default) in options.items():
         same = seen is default or (type(seen) is type(default) and seen == default)
-        require(same, name, repr(seen), f"{default!r}: it has no meaning for {where}")
+        kind, shape = type(seen).__name__, getattr(seen, "shape", None)
+        said = repr(seen) if shape is None else f"{kind} of shape {tuple(shape)}"
+        require(same, name, said, f"{default!r}: it has no meaning for {where}")
 
 
 @contextmanager

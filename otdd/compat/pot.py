@@ -13,6 +13,11 @@ POT's; on the way there these differ:
 - Iterations are counted from 1, and ``log["err"]`` holds the last error only.
 - Gradients of everything but ``grad="envelope"`` are those of the optimum (implicit
   differentiation); POT goes back through its iterations. Weights get theirs up to a constant.
+- Under ``grad="envelope"`` gradients are those of `value` in the weights, too. POT's `solve` gives
+  them those of ``entropy`` whatever the `reg_type`, and its `solve_batch` gives them none.
+- Between hard marginals a and b must have one mass, to 1e-3. POT meets one of them, which one
+  depends on the method.
+- Half precision is computed, and results are given, in float32.
 - Potentials are logarithms of scalings for every `method` of `solve_batch`.
 - The value of an unbalanced problem is the objective that was minimised. POT 0.9.7 leaves the
   masses out of each ``KL(p | q) = sum p log(p / q) - p + q``; its total is then 0 at every optimum
@@ -96,11 +101,11 @@ def sinkhorn(
             ``sinkhorn_stabilized`` those times `reg`. Only the columns' are used.
 
     Raises:
-        ValueError: An option or a value that is not accepted.
+        ValueError: An option or a value that is not accepted; masses that differ.
         TypeError: Not floating point, different dtypes, arrays mixed with tensors.
     """
     solved, record, give = _entropic(a, b, M, reg, method, numItermax, stopThr, warmstart)
-    report(solved, verbose, warn)
+    report(solved, numItermax, verbose, warn)
     many = solved.C.dim() == 3
     found = give(solved.cost if many else solved.plan)
     return (found, record) if log else found
@@ -124,7 +129,7 @@ def sinkhorn2(
     Arguments and errors as `sinkhorn`.
     """
     solved, record, give = _entropic(a, b, M, reg, method, numItermax, stopThr, warmstart)
-    report(solved, verbose, warn)
+    report(solved, numItermax, verbose, warn)
     cost = give(solved.cost)
     return (cost, record) if log else cost
 
@@ -166,7 +171,8 @@ def solve(
         potentials_init: Potentials to start from, as those of the result.
         tol: L1 marginal error to stop at, 1e-9 by default.
         verbose: Print how the solve ended.
-        grad: ``autodiff``, ``envelope`` (for value only, the plan held fixed) or ``detach``.
+        grad: ``autodiff``, ``envelope`` (of value; of value_linear the plan is held fixed) or
+            ``detach``.
 
     Raises:
         ValueError: As `sinkhorn`.
@@ -186,7 +192,7 @@ def solve(
     }
     names = {"rho_a": "unbalanced", "rho_b": "unbalanced", "init": "potentials_init"}
     solved = run(C, p, q, reg, rho, start=start, grad=grad, names=names, **limits)
-    report(solved, verbose, warn=True)
+    report(solved, limits["max_iter"], verbose, warn=True)
     return _result(solved, reg_type, rho, give)
 
 
@@ -216,7 +222,8 @@ def solve_batch(
         inner_iter: Only its default, as the next: for the proximal method.
         inner_reg: Only its default.
         reg_type: ``entropy`` (``sum P log P``) or ``kl`` (against a x b).
-        grad: ``envelope`` (for value), ``autodiff`` or ``detach``.
+        grad: ``envelope`` (of value; of value_linear the plan is held fixed), ``autodiff`` or
+            ``detach``.
 
     Raises:
         ValueError: As `sinkhorn`.
@@ -271,4 +278,5 @@ def _result(
     u, v = log_scalings(solved, weighted=rho is None)
     value = objective(solved, reg_type.lower())
     record = {"n_iter": most_iterations(solved), "err": largest_error(solved)}
-    return OTResult(give(value), give(solved.cost), (give(u), give(v)), record, solved, give)
+    potentials = give(u), give(v)
+    return OTResult(give(value), give(solved.cost), give(solved.plan), potentials, record)

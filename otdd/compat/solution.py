@@ -1,5 +1,6 @@
 """What the functions of `otdd.compat.pot` share: the solve, POT's values, potentials and logs."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,18 +12,30 @@ from torch import Tensor
 
 from otdd import ops
 from otdd.compat.arguments import Array, named, tensors
-from otdd.ops.checks import as_float, finite, positive, require, same_kind, values_are_checked
+from otdd.ops.checks import (
+    as_float,
+    described,
+    finite,
+    positive,
+    require,
+    same_kind,
+    values_are_checked,
+    weights,
+)
+from otdd.ops.divergence import check_masses
+from otdd.ops.sinkhorn import problem_tensors
 
 OLD_NAMES = {"max_iter": "numItermax", "tol": "stopThr", "init": "warmstart"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OTResult:
-    """Result of `solve` and `solve_batch`, with the attributes of POT's.
+    """Result of `solve` and `solve_batch`, with those attributes of POT's that have a meaning here.
 
     Attributes:
         value: Objective with its regulariser, ``()`` or ``(B,)``.
         value_linear: ``<P, M>``.
+        plan: Transport plan P, ``(N, M)`` or ``(B, N, M)``; later changes of M don't reach it.
         potentials: Logarithms (u, v) of the scalings, ``P = exp(u + v - M / reg)``; of unbalanced
             problems ``P = a b exp(u + v - M / reg)``.
         log: ``n_iter``, iterations done at most, and ``err``, the largest marginal error.
@@ -30,15 +43,12 @@ class OTResult:
 
     value: Any
     value_linear: Any
+    plan: Any
     potentials: tuple[Any, Any]
     log: dict[str, Any]
-    _solved: ops.SinkhornResult
-    _give: Callable[[Tensor], Any]
 
-    @property
-    def plan(self) -> Any:
-        """Transport plan, made at each access."""
-        return self._give(self._solved.plan)
+    def __repr__(self) -> str:
+        return described(self)
 
     @property
     def potential_a(self) -> Any:
@@ -51,12 +61,12 @@ class OTResult:
     @property
     def marginal_a(self) -> Any:
         """Row sums of the plan."""
-        return self._give(self._solved.plan.sum(-1))
+        return self.plan.sum(-1)
 
     @property
     def marginal_b(self) -> Any:
         """Column sums of the plan."""
-        return self._give(self._solved.plan.sum(-2))
+        return self.plan.sum(-2)
 
     @property
     def marginals(self) -> tuple[Any, Any]:
@@ -89,6 +99,10 @@ def run(
         start: Column potentials in the units of M.
         grad: ``autodiff``, ``envelope`` or ``detach``.
         names: The op's argument=the caller's, for errors.
+
+    Raises:
+        ValueError: As the op; or masses that differ where both marginals are to be met.
+        TypeError: As the op.
     """
     if grad == "detach":
         M = M.detach()
@@ -96,6 +110,8 @@ def run(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (M, a, b))
     rho_a, rho_b = rho or (None, None)
     with named(**{"C": "M", "eps": "reg"} | (names or {})):
+        if rho is None or all(map(math.isinf, rho)):
+            _check_weights(M, a, b, reg)
         return ops.sinkhorn(
             M,
             a,
@@ -108,6 +124,16 @@ def run(
             rho_a=rho_a,
             rho_b=rho_b,
         )
+
+
+def _check_weights(M: Tensor, a: Tensor | None, b: Tensor | None, reg: float | None) -> None:
+    """Raises unless a plan can have both as its marginals."""
+    M = as_float(M, "M")
+    _, _, a, b, _ = problem_tensors(M, reg, None, a, b)  # type: ignore[arg-type]  # as in `run`
+    if values_are_checked(M):
+        weights(a, "a")
+        weights(b, "b")
+        check_masses(a, b, "equal masses, or an unbalanced problem")
 
 
 def column_start(
@@ -159,13 +185,17 @@ def column_start(
     return torch.where(b > 0, g - reg * torch.where(b > 0, b, 1).log(), 0).detach()
 
 
-def report(solved: ops.SinkhornResult, verbose: bool, warn: bool) -> None:
-    """Prints how a solve ended, and warns if it did not meet its tolerance."""
+def report(solved: ops.SinkhornResult, max_iter: int, verbose: bool, warn: bool) -> None:
+    """Prints how a solve ended, and warns if it did not meet its tolerance.
+
+    One that stopped by itself has met it, though its error, summed up once more, may be above by
+    rounding.
+    """
     if verbose or warn:
         iterations, error = most_iterations(solved), largest_error(solved)
     if verbose:
         print(f"Sinkhorn: {iterations} iterations, marginal error {error:.3e}")
-    if warn and not bool(solved.converged.all()):
+    if warn and not bool((solved.converged | (solved.n_iter < max_iter)).all()):
         warnings.warn(
             f"Sinkhorn did not converge: marginal error {error:.3e} after {iterations} iterations; "
             "more of them or a larger reg helps",

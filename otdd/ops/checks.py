@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,11 +185,13 @@ def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def number(value: float, name: str, *, or_inf: bool = False) -> None:
-    """Raises unless `value` is a number > 0 of float32; a tensor is none."""
+def number(
+    value: float, name: str, dtype: torch.dtype = torch.float32, *, or_inf: bool = False
+) -> None:
+    """Raises unless `value` is a number > 0 of `dtype`; a tensor is none."""
     if not _is_number(value, _REAL):
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number")
-    positive(value, name, torch.float32, or_inf=or_inf)
+    positive(value, name, dtype, or_inf=or_inf)
 
 
 def solver_options(
@@ -199,9 +202,11 @@ def solver_options(
         if seen not in accepted:
             require(False, name, repr(seen), ", ".join(map(str, accepted)))
     whole = _is_number(max_iter, _WHOLE)
-    require(whole and 1 <= max_iter < 2**31, "max_iter", max_iter, "a whole number >= 1")
+    if not (whole and 1 <= max_iter < 2**31):  # Dynamo has no repr of a number it follows
+        require(False, "max_iter", repr(max_iter), "a whole number >= 1")
     real = _is_number(tol, _REAL)
-    require(real and 0 <= tol < math.inf, "tol", tol, "a finite number >= 0")
+    if not (real and 0 <= tol < math.inf):
+        require(False, "tol", repr(tol), "a finite number >= 0")
 
 
 def outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
@@ -227,9 +232,10 @@ def described(result: Any) -> str:
         value = getattr(result, field.name)
         if field.name.startswith("_"):
             continue
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | np.ndarray | np.generic):
             value = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         elif isinstance(value, tuple):
-            value = f"{len(value)} tensors"
+            kinds = {Tensor: "tensors", np.ndarray: "arrays"}
+            value = f"{len(value)} {kinds.get(type(value[0]), 'results')}"
         shown.append(f"{field.name}={value}")
     return f"{type(result).__name__}({', '.join(shown)})"

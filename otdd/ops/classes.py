@@ -199,36 +199,48 @@ class Gaussian:
 
     def between(self, row: Group, group: Group) -> Tensor:
         (m, R, trace), (m_, R_, trace_) = row.tensors, group.tensors
-        shared = _singular_values(matmul(R.expand(-1, m_.shape[1], -1, -1), R_.mT))
+        shared, _ = _singular_values(matmul(R.expand(-1, m_.shape[1], -1, -1), R_.mT))
         return (m - m_).square().sum(-1) + trace + trace_ - 2 * shared
 
 
 class _SingularValues(torch.autograd.Function):
-    """Sum of the singular values ``(...)`` of matrices ``(..., m, n)``.
+    """Sum of the singular values ``(...)`` of matrices ``(..., m, n)``, and its derivative.
 
-    The derivative is ``U V'`` of those above rounding: that of torch's svd divides by their gaps.
+    That is ``U V'`` of those above rounding: that of torch's svd divides by their gaps.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     @checks.outside_autocast
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         unit = torch.finfo(S.dtype).eps * max(matrix.shape[-2:])
         turn = (U * (unit * S[..., :1] < S).unsqueeze(-2)) @ Vh
-        ctx.save_for_backward(matrix, turn)
-        return S.sum(-1)
+        return S.sum(-1), turn
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
         return _no_second(grad, *ctx.saved_tensors)
 
 
 class _NoSecond(torch.autograd.Function):
     """That derivative; it depends on the matrix, and says that it cannot be differentiated."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, matrix: Tensor, turn: Tensor) -> Tensor:
+    def forward(grad: Tensor, matrix: Tensor, turn: Tensor) -> Tensor:
         return grad[..., None, None] * turn
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -237,5 +249,5 @@ class _NoSecond(torch.autograd.Function):
         )
 
 
-_singular_values: Callable[[Tensor], Tensor] = _SingularValues.apply
+_singular_values: Callable[[Tensor], tuple[Tensor, Tensor]] = _SingularValues.apply
 _no_second: Callable[..., Tensor] = _NoSecond.apply

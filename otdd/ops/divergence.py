@@ -38,6 +38,9 @@ class Divergence:
     between: PointsResult
     within: tuple[PointsResult, PointsResult]
 
+    def __repr__(self) -> str:
+        return checks.described(self)
+
 
 def sinkhorn_divergence(
     x: Tensor,
@@ -95,22 +98,15 @@ def sinkhorn_divergence(
         TypeError: As these.
     """
     checks.solver_options(max_iter, tol, metric=(metric, METRICS), grad=(grad, GRADS))
-    checks.require(not isinstance(eps, Tensor), "eps", "a tensor", "a number")
-    checks.positive(eps, "eps", torch.float64)
+    checks.number(eps, "eps", torch.float64)
     rho_a, rho_b = _penalty(rho_a, "rho_a"), _penalty(rho_b, "rho_b")
     soft = rho_a is not None or rho_b is not None
     x, y = clouds_of(x, y)
-    shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])  # of the costs of x to y
-    _, _, a, b, strength = problem_tensors(shape, eps, None, a, b, like="x")
+    shape, a, b, strength = weighted_clouds(x, y, a, b, eps, soft)
     rho_x, rho_y = (
         None if rho is None else _per_problem(rho, name, shape, or_inf=True)
         for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
     )
-    if checks.values_are_checked(x):
-        checks.weights(a, "a")
-        checks.weights(b, "b")
-        if not soft:
-            _check_masses(a, b)
     pairs = [(x, y), (x, x.expand(x.shape)), (y, y.expand(y.shape))]
     if metric == "cosine":
         pairs, metric = [on_sphere(*pair) for pair in pairs], "sqeuclidean"
@@ -182,7 +178,27 @@ def _again(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.expand(t.shape)
 
 
-def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
+def weighted_clouds(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, soft: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """A tensor of the shape of the costs of x to y; weights and eps over the batch, checked.
+
+    Raises:
+        ValueError: As `sinkhorn_divergence`; masses that differ where no marginal is `soft`.
+        TypeError: As these.
+    """
+    shape = x.new_empty(()).expand(*x.shape[:-1], y.shape[-2])
+    _, _, a, b, strength = problem_tensors(shape, eps, None, a, b, like="x")
+    if checks.values_are_checked(x):
+        checks.weights(a, "a")
+        checks.weights(b, "b")
+        if not soft:
+            check_masses(a, b, "equal masses, or penalties rho_a, rho_b")
+    return shape, a, b, strength
+
+
+def check_masses(a: Tensor | None, b: Tensor | None, accepted: str) -> None:
+    """Raises unless the weights of each problem have one mass, to 1e-3; None is of mass 1."""
     if a is None and b is None:
         return
     one = torch.ones((), dtype=torch.float64)
@@ -190,7 +206,6 @@ def _check_masses(a: Tensor | None, b: Tensor | None) -> None:
     bad = (mass_a - mass_b).abs() > 1e-3 * torch.maximum(mass_a, mass_b)
     if bool(bad.any()):
         seen = [m.expand(bad.shape)[bad][0].item() for m in (mass_a, mass_b)]
-        accepted = "equal masses, or penalties rho_a, rho_b"
         checks.require(False, "a and b", f"masses of {seen[0]:.6g} and {seen[1]:.6g}", accepted)
 
 

@@ -94,7 +94,7 @@ def partial(
             tensor that broadcasts to the batch. Not differentiable.
         eps: Regularisation strength, as in `sinkhorn`.
         max_iter: As in `sinkhorn`.
-        tol: As in `sinkhorn`.
+        tol: As in `sinkhorn`; to be small beside `mass`, of which as much may be missing.
         grad: As in `sinkhorn`; gradients flow to C, a and b.
         schedule: As in `sinkhorn`.
         accelerate: As in `sinkhorn`. The potential of what stays moves by about eps an iteration,

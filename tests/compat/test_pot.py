@@ -1,6 +1,7 @@
 """The drop-ins for POT, against the definitions and, where it is installed, against POT."""
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -129,6 +130,17 @@ def test_warns_and_prints(capsys):
     pot.sinkhorn2(a, b, M, 0.01, numItermax=2)  # silent, as in POT
 
 
+def test_a_solve_that_stopped_by_itself_does_not_warn():
+    """In float32 the error of what it returns can be above `stopThr`, by rounding."""
+    for seed in range(40):
+        M = torch.rand(7, 9, generator=torch.Generator().manual_seed(seed))
+        with warnings.catch_warnings(action="error"):
+            options = {"unbalanced": 1.0, "max_iter": 1000, "tol": 3e-7}
+            pot.solve(M, reg=REG, **options)
+        with pytest.warns(UserWarning, match="did not converge: .* after 3 iterations"):
+            pot.solve(M, reg=0.01, **options | {"max_iter": 3})
+
+
 @pytest.mark.parametrize("reg_type", ["entropy", "kl"])
 @pytest.mark.parametrize("B", [0, 1, 3])
 def test_solve_batch(reg_type, B):
@@ -150,6 +162,32 @@ def test_solve_batch(reg_type, B):
     torch.testing.assert_close(result.marginal_b, b)
     torch.testing.assert_close(result.marginal_a, a)
     assert (result.log["n_iter"] > 1) == (B > 0)
+
+
+def test_results_are_shown_in_a_line():
+    M, a, b = single()
+    result = pot.solve(M, a, b, REG)
+    said = (
+        "OTResult(value=float64 (), value_linear=float64 (), plan=float64 (7, 9), "
+        "potentials=2 tensors, log="
+    )
+    assert repr(result).startswith(said)
+    arrays = pot.solve(M.numpy(), reg=REG)
+    assert repr(arrays).startswith(said.replace("tensors", "arrays"))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_results_stay_when_the_costs_change(kind):
+    """As those of POT do: a loop may fill one M again and again."""
+    M, a, b = single() if kind == "torch" else (t.numpy() for t in single())
+    single_one, many = pot.solve(M, a, b, REG), pot.solve_batch(M[None], REG, a[None], b[None])
+    want = [torch.as_tensor(t).clone() for t in (pot.sinkhorn(a, b, M, REG), a, b)]
+    M *= 0
+    for result in (single_one, many):
+        found = (result.plan, result.marginal_a, result.marginal_b)
+        for seen, exact in zip(found, want, strict=True):
+            seen = torch.as_tensor(seen).reshape(exact.shape)
+            torch.testing.assert_close(seen, exact, rtol=0, atol=1e-5)
 
 
 def test_solve_batch_gradient_modes():
@@ -248,6 +286,12 @@ CALLS = {
             "^reg_type: got 'entropy'; accepted: kl",
         ),
         ("unbalanced", {"c": 1}, ValueError, "^c: got 1; accepted: None"),
+        (
+            "unbalanced",
+            {"c": np.ones((7, 9))},
+            ValueError,
+            r"^c: got ndarray of shape \(7, 9\); accepted: None: it has no meaning",
+        ),
         ("solve", {"reg": None}, TypeError, "^reg: got NoneType"),
         ("solve", {"reg_type": "L2"}, ValueError, "^reg_type: got 'L2'; accepted: kl, entropy"),
         ("solve", {"unbalanced": 1.0, "reg_type": "entropy"}, ValueError, "^reg_type: .*: kl$"),
@@ -266,6 +310,25 @@ def test_refusals_name_the_argument(call, options, error, message):
     M, a, b = single()
     with pytest.raises(error, match=message):
         CALLS[call](M, a, b, **options)
+
+
+@pytest.mark.parametrize("call", ["sinkhorn", "sinkhorn2", "solve", "batch"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.filterwarnings("ignore:Sinkhorn did not converge")
+def test_masses_that_differ_are_refused(call, kind):
+    """POT meets one marginal, another one with each method."""
+    M, a, b = single() if kind == "torch" else (t.numpy() for t in single())
+    accepted = "^a and b: got masses of 2 and 1; accepted: equal masses, or an unbalanced problem"
+    with pytest.raises(ValueError, match=accepted):
+        CALLS[call](M, 2 * a, b)
+    CALLS[call](M, 3 * a, 3.001 * b)  # to 1e-3
+    with pytest.raises(ValueError, match=accepted):
+        CALLS["unbalanced"](M, 2 * a, b, reg_m=np.inf)
+    CALLS["unbalanced"](M, 2 * a, b, reg_m=(np.inf, 1.0))
+    if call.startswith("sinkhorn"):  # the second of two histograms
+        module = np if kind == "numpy" else torch
+        with pytest.raises(ValueError, match=r"^a and b: got masses of 1 and 2"):
+            CALLS[call](M, a, module.stack([b, 2 * b], 1))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -397,6 +460,31 @@ def test_solve_agrees_with_pot(ot, reg_type, grad):
         found.append((r.plan, r.value, r.value_linear, *torch.autograd.grad(r.value, leaf)))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("reg_type", ["kl", "entropy"])
+def test_gradients_of_weights_under_envelope_differ_from_pot(ot, reg_type):
+    """Should this fail with a newer POT, the docstring's lines have gone out of date."""
+    M, a, b = single()
+    options = {"reg": REG, "reg_type": reg_type, "tol": 1e-12, "max_iter": 5000}
+
+    def slopes(solve, *problem, **more):
+        costs, *leaves = [t.clone().requires_grad_() for t in problem]
+        value = solve(costs, a=leaves[0], b=leaves[1], **options, **more).value
+        grads = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+        return [g if g is None else (g - g.mean(-1, keepdim=True)) for g in grads]
+
+    exact = slopes(pot.solve, M, a, b, grad="autodiff")
+    seen = slopes(pot.solve, M, a, b, grad="envelope")
+    many = slopes(pot.solve_batch, M[None], a[None], b[None], grad="envelope")
+    theirs = slopes(ot.solve, M, a, b, grad="envelope")
+    for k, w in enumerate((a, b)):
+        torch.testing.assert_close(seen[k], exact[k], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(many[k][0], exact[k], rtol=1e-6, atol=1e-9)
+        of_entropy = (w.log() - w.log().mean()) * (REG if reg_type == "kl" else 0)
+        torch.testing.assert_close(theirs[k], exact[k] + of_entropy, rtol=1e-6, atol=1e-9)
+    for none in slopes(ot.batch.solve_batch, M[None], a[None], b[None], grad="envelope"):
+        assert none is None or float(none.abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("reg_m", [0.7, (0.3, 2.0), (float("inf"), 0.5)])

@@ -24,6 +24,7 @@ TEAMS = {
         [(1, 1), (3, 5), (16, 16), (17, 9), (33, 16), (33, 20), (64, 64), (5, 64)],
     ),
     "block": ((4, SHARED, 16), [(65, 3), (70, 90), (1, 300), (300, 1), (3, 600)]),
+    "block just large enough": ((4, 32_600, 1), [(70, 90)]),
     "cluster": ((132, SHARED, 8), [(90, 100), (67, 129)]),
     "large cluster": ((8, 40 << 10, 16), [(150, 61), (130, 70)]),
     "group": ((4, 30 << 10, 1), [(100, 70), (66, 130)]),
@@ -241,13 +242,20 @@ def test_sizes_take_the_team_of_their_name(emulated_cuda, team, size):
         assert down * across > 1
 
 
+def test_what_an_h200_holds_on_chip(emulated_cuda):
+    emulated_cuda.set_chip(132, SHARED, 16)
+    for batch, n, held in ((132, 231, "block"), (132, 928, "cluster"), (1, 2620, "group")):
+        assert emulated_cuda.team(batch, n, n)[0] == held
+        assert emulated_cuda.team(batch, n + 40, n + 40)[0] != held
+
+
 @pytest.mark.parametrize(
     ("size", "dtype", "grad"),
     [
         ((16, 20_000), torch.float32, "envelope"),
-        ((3, 8200), torch.float32, "unrolled"),
-        ((2, 8193), torch.float64, "unrolled"),
-        ((2, 8193), torch.float32, "implicit"),
+        ((3, 14_001), torch.float32, "unrolled"),
+        ((2, 14_000), torch.float64, "unrolled"),
+        ((2, 14_000), torch.float32, "implicit"),
     ],
 )
 def test_more_columns_than_a_block_can_hold(emulated_cuda, size, dtype, grad):

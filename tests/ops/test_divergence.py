@@ -171,8 +171,9 @@ def test_bad_input(backend):
     x, y, a, b = clouds(3, 4, 2)
     with pytest.raises(ValueError, match="rho_a: got 0"):
         sinkhorn_divergence(x, y, eps=0.1, rho_a=0.0, backend=backend)
-    with pytest.raises(ValueError, match="eps: got a tensor"):
-        sinkhorn_divergence(x, y, eps=torch.ones(2), backend=backend)
+    for eps, kind in ((torch.ones(2), "Tensor"), ([0.1], "list")):
+        with pytest.raises(TypeError, match=f"^eps: got {kind}; accepted: a number$"):
+            sinkhorn_divergence(x, y, eps=eps, backend=backend)
     with pytest.raises(ValueError, match="rho_b: got a tensor; accepted: a number, inf or None"):
         sinkhorn_divergence(x, y, eps=0.1, rho_b=torch.ones(2), backend=backend)
     with pytest.raises(ValueError, match="rho_b: got -1"):
@@ -282,3 +283,10 @@ print(peak() - before)
 def test_memory_is_that_of_the_points(debias):
     """8000 x 8000 costs would be 244 MB, also where only one of the clouds is large."""
     assert printed(MEMORY, 8000, debias) < 60
+
+
+def test_results_are_shown_in_a_line():
+    x, y, a, b = clouds(3, 4, 2)
+    said = repr(sinkhorn_divergence(x, y, a, b, eps=0.1))
+    assert said.startswith(f"Divergence(value=float64 {tuple(x.shape[:-2])}, f=float64 ")
+    assert said.endswith("within=2 results)")

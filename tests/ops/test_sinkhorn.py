@@ -332,6 +332,12 @@ NAN, INF = torch.nan, torch.inf
         ({"eps": "small"}, TypeError, "eps: got str"),
         ({"max_iter": 0}, ValueError, "max_iter: got 0"),
         ({"max_iter": 2.5}, ValueError, "max_iter: got 2.5"),
+        (
+            {"max_iter": torch.tensor(5)},
+            ValueError,
+            r"max_iter: got tensor\(5\); accepted: a whole",
+        ),
+        ({"tol": torch.tensor(0.5)}, ValueError, r"tol: got tensor\(0.5000\); accepted: a finite"),
         ({"tol": -1.0}, ValueError, "tol: got -1.0"),
         ({"tol": NAN}, ValueError, "tol: got nan"),
         ({"grad": "magic"}, ValueError, "grad: got 'magic'.*envelope, unrolled, implicit"),

@@ -5,7 +5,7 @@ import torch
 from references import problem
 
 from otdd.backends import BackendError
-from otdd.losses import OTLogitLoss, SinkhornLoss
+from otdd.losses import OTDistillationLoss, OTLogitLoss, SinkhornLoss
 from otdd.ops import (
     METRICS,
     barycentric,
@@ -135,6 +135,21 @@ def test_losses_inside_autocast_and_compile(backend):
         torch.testing.assert_close(torch.autograd.grad(seen, s), torch.autograd.grad(want, s))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert loss(s, t).dtype == torch.float32
+
+
+def test_compiled_losses_follow_options_that_are_set_later():
+    x, y, labels = torch.rand(2, 5, 4), torch.rand(2, 5, 4), torch.arange(5) % 4
+    both = x[0], y[0]
+    cases = [
+        (SinkhornLoss(eps=0.1), (x, y), "eps"),
+        (OTLogitLoss(), both, "tau"),
+        (OTDistillationLoss(soft="kl"), (*both, labels), "kappa_1"),
+    ]
+    for loss, args, name in cases:
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for value in (0.1, 0.2, 0.7):
+            setattr(loss, name, value)
+            torch.testing.assert_close(compiled(*args), loss(*args))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
