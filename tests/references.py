@@ -250,21 +250,23 @@ def dataset_distance_oracle(
         by = eps if eps_labels is None else eps_labels
         return sinkhorn_oracle(cost_oracle(p, q, metric), eps=by, max_iter=max_iter)["value"]
 
-    def between(p: Tensor, q: Tensor) -> Tensor:
-        if labels == "gaussian":
-            return bures_oracle(p, q)
-        value = transport(p, q)
-        return value - (transport(p, p) + transport(q, q)) / 2 if debias_labels else value
+    def classes(x: Tensor, lx: Tensor) -> list[tuple]:
+        """Of each its label, its points and half of what it costs to take them to themselves."""
+        parts = [(k, x[lx == k]) for k in lx.unique()]
+        debiased = labels == "sinkhorn" and debias_labels
+        return [(k, p, transport(p, p) / 2 if debiased else 0) for k, p in parts]
 
     def distance(x: Tensor, lx: Tensor, y: Tensor, ly: Tensor) -> Tensor:
         W = x.new_zeros(len(x), len(y))
         if isinstance(labels, Tensor):
             W = labels[lx][:, ly]
         else:
-            for k in lx.unique():
-                for m in ly.unique():
+            between = bures_oracle if labels == "gaussian" else transport
+            of_y = classes(y, ly)
+            for k, p, own_p in classes(x, lx):
+                for m, q, own_q in of_y:
                     pairs = ((lx == k)[:, None] & (ly == m)).to(x.dtype)
-                    W = W + pairs * between(x[lx == k], y[ly == m])
+                    W = W + pairs * (between(p, q) - own_p - own_q)
         C = lambda_x * cost_oracle(x, y, metric) + lambda_y * W
         return sinkhorn_oracle(C, eps=eps, max_iter=max_iter)["value"]
 

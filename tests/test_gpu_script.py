@@ -359,7 +359,9 @@ def test_sanitized_problems_cover_every_layout_and_option():
 
 
 @pytest.mark.parametrize(("name", "dtype"), layouts())
-def test_sanitized_problems_agree_on_the_cpu(name, dtype):
+def test_sanitized_problems_agree_on_the_cpu(name, dtype, monkeypatch):
+    if name.startswith("stream, "):  # what is large for a GPU alone
+        monkeypatch.setitem(gpu_small.SHAPES, "stream", {dtype: (1, 700, 701)})
     assert gpu_small.check(name, dtype, "cpu", "cpu").startswith("ok: ")
 
 

@@ -4,12 +4,13 @@ import torch
 
 from otdd.distill import relabel
 from otdd.distill.data import ImageData, LabeledImages, load_data
-from otdd.distill.pipeline import Run
+from otdd.distill.pipeline import STAGES, Run
 from otdd.distill.setfiles import describe
 from otdd.distill.settings import resolve, to_dict
 from otdd.distill.store import Store
 
 DATA = load_data("digits")
+LABELLED = ("sample", "relabel")
 
 
 def settings(out, **changes):
@@ -25,14 +26,14 @@ def settings(out, **changes):
     return resolve({**given, **changes})
 
 
-def finished_run(out, shard_bytes=1, **changes):
+def finished_run(out, shard_bytes=1, stages=STAGES, **changes):
     """Every epoch of labels in a shard of its own; returns the config."""
     config = settings(out, **changes)
     limit, relabel.SHARD_BYTES = relabel.SHARD_BYTES, shard_bytes
     try:
         run = Run.open(config)
         with run.store:
-            for stage in ("sample", "relabel", "train", "evaluate"):
+            for stage in stages:
                 getattr(run, stage)()
     finally:
         relabel.SHARD_BYTES = limit

@@ -1,6 +1,6 @@
 """Helper of test_fit: a training that is killed at a flush to the disk, in a process of its own.
 
-Arguments: the file to write, the signal, and the flush at which it comes (0: never).
+Arguments: the file to write, the signal, and the flush at which it comes.
 """
 
 import os

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401
+import tiny
 import torch
 
 torch.set_num_threads(1)
@@ -23,7 +25,6 @@ from otdd.distill.pipeline import STAGES, run_stages  # noqa: E402
 from otdd.distill.settings import merge, resolve  # noqa: E402
 
 SETTINGS = {
-    "data": "digits",
     "ipc": 2,
     "sets": ["otg", "random", "unguided"],
     "sample": {
@@ -67,8 +68,8 @@ def worker(
         if size > 1:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        generator = str(out.parent / "generator.safetensors")
-        own = {"out": str(out), "generator": generator}
+        generator, data = out.parent / "generator.safetensors", out.parent / "digits.npz"
+        own = {"out": str(out), "generator": str(generator), "data": str(data)}
         run_stages(resolve(merge(merge(SETTINGS, own), given)), stages)
         code = 0
     except BaseException as error:
@@ -111,8 +112,8 @@ def run(
 
 
 def main(root: Path) -> None:
-    tiny = FitConfig(width=32, layers=1, patch_size=4, steps=2)
-    fit(load_data("digits"), tiny, root / "generator.safetensors")
+    config = FitConfig(width=32, layers=1, patch_size=4, steps=2)
+    fit(load_data(tiny.few_digits(root)), config, root / "generator.safetensors")
     ways = {"one": [run(root / "one", 1)]}
     for size in (2, 3):
         ways[f"by-{size}"] = [run(root / f"by-{size}", size)]

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from distill.finished_run import DATA, finished_run, same, seen_in_training, settings
+from distill.finished_run import DATA, LABELLED, finished_run, same, seen_in_training, settings
 from distill.surroundings import SURROUNDINGS
 from torch.utils.data import DataLoader
 
@@ -85,7 +85,7 @@ KEPT = [
 
 @pytest.mark.parametrize("kept", KEPT)
 def test_replay_of_other_labels(tmp_path, kept):
-    config = finished_run(tmp_path / "run", relabel={"teacher_epochs": 1, **kept})
+    config = finished_run(tmp_path / "run", 1, LABELLED, relabel={"teacher_epochs": 1, **kept})
     loaded = otdd.load(tmp_path / "run", set="random")
     expected = list(seen_in_training(Store(tmp_path / "run"), config, "random"))
     for seen, batch in zip(expected, loaded.replay(), strict=True):

@@ -35,7 +35,7 @@ def teachers(errors):
     return [Teacher(f"t{n}", net, str(n), 0.0) for n, net in enumerate(made)]
 
 
-def config(out="x", epochs=30, **relabel):
+def config(out="x", epochs=12, **relabel):
     given = {"teachers": ["auto:measured"], "teacher_epochs": 1, **relabel}
     train = {"epochs": epochs, "batch": 20, "losses": ["ce", "kl"]}
     return settings(out, ipc=5, sets=["random"], relabel=given, train=train)

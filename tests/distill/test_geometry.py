@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from distill.finished_run import DATA, finished_run, settings
+from distill.finished_run import DATA, LABELLED, finished_run, settings
 
 from otdd.distill import geometry
 from otdd.distill.augment import Augmentation
@@ -103,7 +103,7 @@ def test_a_report_made_again_of_what_it_said_is_the_same(entropy):
 
 def test_teachers_who_see_other_classes_are_told(tmp_path):
     """On images of other classes; labels of most of them contradict the set."""
-    config = settings(tmp_path / "run", sets=["random"], relabel={"teacher_epochs": 30})
+    config = settings(tmp_path / "run", sets=["random"], relabel={"teacher_epochs": 12})
     run = Run.open(config)
     with run.store:
         run.sample()
@@ -127,7 +127,7 @@ def test_teachers_who_see_other_classes_are_told(tmp_path):
 
 def test_views_that_are_all_mixed_tell_nothing(tmp_path):
     given = {"teacher_epochs": 1, "cutmix": 1.0}
-    finished_run(tmp_path / "run", sets=["random"], relabel=given)
+    finished_run(tmp_path / "run", 1, LABELLED, sets=["random"], relabel=given)
     store = Store(tmp_path / "run")
     labels = store.read_images("random")["labels"]
     shard = "sets/random/labels/00000.safetensors"

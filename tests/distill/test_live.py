@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from distill.finished_run import DATA, finished_run, same, settings
+from distill.finished_run import DATA, LABELLED, finished_run, same, settings
 
 import otdd
 from otdd.distill import relabel, students
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_replay_is_that_of_stored_labels_to_the_bit(folder, tmp_path, workers):
-    finished_run(tmp_path / "stored", relabel=TEACHER)
+    finished_run(tmp_path / "stored", 1, LABELLED, relabel=TEACHER)
     stored = otdd.load(tmp_path / "stored", set="random").replay(workers=workers)
     live = otdd.load(folder, set="random").replay(workers=workers)
     assert len(live) == len(stored) == 3 * 3
@@ -75,7 +75,7 @@ def test_teachers_that_were_given_go_with_the_folder(tmp_path, checkpoint, monke
     with monkeypatch.context() as patch:
         patch.setattr(timm, "create_model", lambda *_, **__: body)
         given = {**TEACHER, "teachers": names, "store_labels": False}
-        finished_run(tmp_path / "live", sets=["random"], relabel=given)
+        finished_run(tmp_path / "live", 1, LABELLED, sets=["random"], relabel=given)
     teachers = [students.load_checkpoint("convnet-3", checkpoint, DATA).eval()]
     teachers.append(students.Normalized(body, (0.3,), (0.2,)).eval())
     moved = shutil.move(tmp_path / "live", tmp_path / "elsewhere")
@@ -91,7 +91,7 @@ def test_a_teacher_of_other_weights_is_refused_before_any_work(tmp_path):
     file, out = tmp_path / "given.pt", tmp_path / "run"
     torch.save(students.make_network("convnet-3", DATA, 5).body.state_dict(), file)
     given = {**TEACHER, "teachers": [f"convnet-3={file}"]}
-    finished_run(out, sets=["random"], relabel=given)
+    finished_run(out, 1, LABELLED, sets=["random"], relabel=given)
     before = (out / TEACHERS).read_bytes()
     torch.save(students.make_network("convnet-3", DATA, 6).body.state_dict(), file)
     with pytest.raises(StoreError, match=r"relabel\.teachers_sha256: \['\w+'\] there"):

@@ -9,10 +9,17 @@ from distill.finished_run import finished_run, settings
 from PIL import Image
 
 from otdd import cli
+from otdd.distill import costs
 from otdd.distill.pipeline import STAGES
 from otdd.distill.prepare import prepare
 from otdd.distill.preview import denoising_steps, disk_bytes, label_bytes, preview
 from otdd.distill.relabel import SHARD_BYTES
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Only as many steps are timed as a time takes."""
+    monkeypatch.setattr(costs, "BUDGET", 0.0)
 
 
 def call(capsys, *arguments):
@@ -59,10 +66,7 @@ def test_denoising_steps_are_those_of_the_progress(tmp_path):
         assert seen[f"sample {name}"] == denoising_steps(config, made, name)
 
 
-def test_teachers_that_compare_starts_come_before_sampling(tmp_path, monkeypatch):
-    from otdd.distill import costs
-
-    monkeypatch.setattr(costs, "BUDGET", 0.0)
+def test_teachers_that_compare_starts_come_before_sampling(tmp_path):
     told, written = {}, {}
     for judge in ("auto", "latents"):
         sample = {"steps": 6, "judge": judge}
@@ -130,10 +134,7 @@ def test_nothing_is_asked_of_teachers_whose_labels_are_all_there(tmp_path):
     assert not [line for line in preview(config, STAGES) if line.startswith("time ")]
 
 
-def test_costs_are_measured_and_go_with_what_is_done(tmp_path, monkeypatch):
-    from otdd.distill import costs
-
-    monkeypatch.setattr(costs, "BUDGET", 0.0)
+def test_costs_are_measured_and_go_with_what_is_done(tmp_path):
     config = settings(tmp_path / "run", sets=["unguided"], sample={"steps": 6})
     lines = preview(config, STAGES)
     told = [line.removeprefix("time     ") for line in lines if line.startswith("time")]
@@ -152,8 +153,6 @@ def test_costs_are_measured_and_go_with_what_is_done(tmp_path, monkeypatch):
 
 
 def test_the_first_interval_is_not_timed(monkeypatch):
-    from otdd.distill import costs
-
     now = iter([0.0, 10.0, 11.0, 12.0, 13.0, 14.0])
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(now))
     watch = costs.Watch(budget=12.0)
@@ -164,10 +163,7 @@ def test_the_first_interval_is_not_timed(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["fit", "fit-surrogate", "encode"])
-def test_tools_tell_what_they_take_and_write_nothing(tmp_path, capsys, monkeypatch, command):
-    from otdd.distill import costs
-
-    monkeypatch.setattr(costs, "BUDGET", 0.0)
+def test_tools_tell_what_they_take_and_write_nothing(tmp_path, capsys, command):
     out = tmp_path / "out"
     code, told, err = call(capsys, command, "--data", "digits", "--out", out, "--dry-run")
     assert code == 0, err

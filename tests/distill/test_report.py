@@ -37,6 +37,13 @@ def page(run, tmp_path_factory):
     return report(run, tmp_path_factory.mktemp("reports") / "whole")
 
 
+@pytest.fixture(scope="module")
+def sampled(run, tmp_path_factory):
+    """The run as it was before labels: its report has few figures, and takes less."""
+    later = shutil.ignore_patterns("labels", "results", "logs", "geometry", "metrics.json")
+    return shutil.copytree(run, tmp_path_factory.mktemp("runs") / "sampled", ignore=later)
+
+
 @pytest.fixture
 def copy(run, tmp_path):
     return shutil.copytree(run, tmp_path / "copy")
@@ -176,8 +183,8 @@ def test_lines_end_where_the_plan_sends_a_point():
     torch.testing.assert_close(solve.images, solve.points.expand_as(solve.images))
 
 
-def test_first_classes_of_many_are_said_to_be_so(run, tmp_path):
-    page = report(run, tmp_path / "two.html", classes=2)
+def test_first_classes_of_many_are_said_to_be_so(sampled, tmp_path):
+    page = report(sampled, tmp_path / "two.html", classes=2)
     text = Seen(page.read_text(encoding="utf-8")).text
     assert text.count("The first 2 of 5 classes.") == 2
     assert NAMES[1] in text
@@ -310,7 +317,7 @@ def test_what_is_no_run(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_only_reports_are_replaced(run, page, tmp_path):
+def test_only_reports_are_replaced(sampled, page, tmp_path):
     letter, folder = tmp_path / "letter.html", tmp_path / "folder"
     letter.write_text("<!doctype html>\n<p>dear")
     folder.mkdir()
@@ -326,17 +333,17 @@ def test_only_reports_are_replaced(run, page, tmp_path):
         (tmp_path / "plain", "plain is a file that does not end in .html"),
     ):
         with pytest.raises(StoreError, match=message):
-            report(run, out)
+            report(sampled, out)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     (mixed / "thesis.tex").unlink()
     (mixed / "map-00007.png").write_bytes(b"of an earlier report")
-    report(run, mixed, classes=1)
+    report(sampled, mixed, classes=1)
     names = {p.name for p in mixed.iterdir()}
     assert "map-00000.png" in names
     assert not names & {"map-00001.png", "map-00007.png"}
 
 
-def test_a_report_is_there_whole_or_not(run, page, tmp_path, monkeypatch):
+def test_a_report_is_there_whole_or_not(sampled, page, tmp_path, monkeypatch):
     kept = shutil.copytree(page.parent, tmp_path / "kept")
     before = {p.name: p.read_bytes() for p in kept.iterdir()}
     write = Store.write_bytes
@@ -349,7 +356,7 @@ def test_a_report_is_there_whole_or_not(run, page, tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "write_bytes", full)
     for name in ("kept", "new"):
         with pytest.raises(StoreError, match="no space left"):
-            report(run, tmp_path / name, classes=1)
+            report(sampled, tmp_path / name, classes=1)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
     assert before == {p.name: p.read_bytes() for p in kept.iterdir()}
 
@@ -364,9 +371,11 @@ def test_pdf(run, tmp_path):
         report(run, tmp_path / "x.html", pdf=True)
 
 
-def test_command(run, tmp_path, capsys):
+def test_command(sampled, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["report", str(run), "--classes", "1", "--quiet", "--out", str(tmp_path / "r")])
+        cli.main(
+            ["report", str(sampled), "--classes", "1", "--quiet", "--out", str(tmp_path / "r")]
+        )
     assert not end.value.code
     assert capsys.readouterr().out == f"written to {tmp_path / 'r' / 'index.html'}\n"
 

@@ -99,11 +99,12 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_commands_of_the_readme_start_it(runs, tmp_path, launcher):
-    out, generator = tmp_path / "out", runs[0] / "generator.safetensors"
+    root = runs[0]
+    out, generator, data = tmp_path / "out", root / "generator.safetensors", root / "digits.npz"
     starts = {"accelerate": ["-c", ACCELERATE], "torchrun": ["-m", "torch.distributed.run"]}
     command = [sys.executable, *starts[launcher], *LAUNCHERS[launcher].split()]
     command += ["-m", "otdd", "sample"]
-    command += ["--data", "digits", "--ipc", "2", "--generator", str(generator), "--out", str(out)]
+    command += ["--data", str(data), "--ipc", "2", "--generator", str(generator), "--out", str(out)]
     command += ["--sample.steps", "2", "--sample.batch-classes", "2", "--sets", "otg"]
     command += ["--sample.guidance.reference-size", "8", "--sample.judge", "latents"]
     made = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALONE)
@@ -111,7 +112,7 @@ def test_the_commands_of_the_readme_start_it(runs, tmp_path, launcher):
     told = [json.loads(line) for line in made.stderr.splitlines() if line.startswith("{")]
     assert {line.get("rank") for line in told} == {0, 1}
     file = "sets/otg/images.safetensors"
-    assert (out / file).read_bytes() == (runs[0] / "one" / file).read_bytes()
+    assert (out / file).read_bytes() == (root / "one" / file).read_bytes()
 
 
 def results(folder):

@@ -1,11 +1,13 @@
 """Tiny random models of diffusers for the tests."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from otdd.distill.codec import import_diffusers
-from otdd.distill.data import ImageData, LabeledImages
+from otdd.distill.data import ImageData, LabeledImages, load_data
 
 
 def randomise(model, seed: int = 0, scale: float = 0.1):
@@ -64,6 +66,16 @@ def images(counts=(6, 6, 6), side: int = 8, channels: int = 1) -> ImageData:
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     part = LabeledImages(pixels, labels)
     return ImageData("toy", [f"c{k}" for k in range(len(counts))], part, part)
+
+
+def few_digits(folder: Path, train: int = 10, test: int = 2) -> str:
+    """A file of the first so many digits of each class, as arrays."""
+    arrays, data = {}, load_data("digits")
+    for name, part, count in (("train", data.train, train), ("test", data.test, test)):
+        rows = torch.cat([(part.labels == k).nonzero()[:count, 0] for k in range(10)])
+        arrays |= {f"x_{name}": part.images[rows].numpy(), f"y_{name}": part.labels[rows].numpy()}
+    np.savez(folder / "digits.npz", **arrays)
+    return str(folder / "digits.npz")
 
 
 class Constant(torch.nn.Module):

@@ -4,6 +4,7 @@ That of Triton is its own interpreter (see tests/conftest.py).
 """
 
 import emulated
+import interpreter
 import pytest
 
 from otdd import backends
@@ -116,3 +117,5 @@ def _emulated_where_asked_for(request):
             reason = "these tensors are on the CPU: set TRITON_INTERPRET=1"
         if reason is not None:
             pytest.skip(reason)
+        if backends.INTERPRETED:
+            interpreter.quicken()

@@ -46,6 +46,8 @@ def test_values(every, metric, size, dtype, tol):
     C = cost_oracle(x.double(), y.double(), metric)
     top = C.max().clamp(min=0.1).item()
     eps = top * torch.tensor([0.5, 0.05, 0.02], dtype=torch.float64)
+    if backend == "triton":  # slow to interpret
+        x, y, a, b, C, eps = (t[::2] for t in (x, y, a, b, C, eps))
     known = metric == "cosine" and size != (5, 7, 64)  # sqeuclidean of points that are scaled
     if backend == "triton" and (known or size[0] * size[1] > 2000):
         pytest.skip("slow to interpret")
@@ -202,9 +204,9 @@ def test_layouts_and_batches(backend):
 
 def test_products_with_the_plan(every):
     backend = every
-    x, y, a, b = clouds(3, 37, 70, 3, torch.float64)
-    result = sinkhorn_points(x, y, a, b, metric="l1", eps=0.5, max_iter=3, backend=backend)
-    z, w = torch.randn(3, 70, 6).double(), torch.randn(37, 1).double()
+    x, y, a, b = clouds(2, 37, 70, 3, torch.float64)
+    result = sinkhorn_points(x, y, a, b, metric="l1", eps=0.5, max_iter=2, backend=backend)
+    z, w = torch.randn(2, 70, 6).double(), torch.randn(37, 1).double()
     torch.testing.assert_close(result.apply(z), result.plan @ z)
     torch.testing.assert_close(result.apply(w, transpose=True), result.plan.mT @ w)
     torch.testing.assert_close(result.barycentric(z), result.plan @ z / a.unsqueeze(-1))
@@ -212,7 +214,7 @@ def test_products_with_the_plan(every):
     (got,) = torch.autograd.grad((result.apply(z) ** 2).sum(), z)
     (want,) = torch.autograd.grad(((result.plan @ z) ** 2).sum(), z)
     torch.testing.assert_close(got, want)
-    with pytest.raises(ValueError, match=r"z: got shape \(36, 1\); accepted: \(3, 37\)"):
+    with pytest.raises(ValueError, match=r"z: got shape \(36, 1\); accepted: \(2, 37\)"):
         result.apply(w[1:], transpose=True)
 
 
@@ -314,9 +316,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("name", "n", "limit"), [("cpu", 8000, 40), ("reference", 6000, 60)])
+@pytest.mark.parametrize(("name", "n", "limit"), [("cpu", 6000, 40), ("reference", 4000, 50)])
 def test_memory_is_that_of_the_points(name, n, limit):
-    """8000 x 8000 costs would be 256 MB, 6000 x 6000 144 MB."""
+    """6000 x 6000 costs would be 144 MB, 4000 x 4000 64 MB."""
     assert printed(MEMORY, n, name) < limit
 
 

@@ -35,7 +35,7 @@ def dense(x, y, lx, ly, W, metric) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 3), (33, 50, 1), (20, 90, 40)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 3), (33, 50, 1), (20, 90, 20)])
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-10), (torch.float32, 5e-5)])
 def test_values_and_gradients(backend, metric, size, dtype, tol):
     *points, lx, ly, W = labelled(2, *size, dtype)
@@ -213,7 +213,8 @@ def test_schedule_starts_nearer_to_the_same_solution(name, metric, monkeypatch):
     x, y, a, b = clouds(3, 30, 40, 3, torch.float64)
     scale = torch.tensor([1.0, 0.3, 1.0], dtype=torch.float64)
     x, y = x * scale[:, None, None], y * scale[:, None, None]
-    eps = torch.tensor([0.04, 0.04, 100.0], dtype=torch.float64)
+    small = 0.2 if metric == "sqeuclidean" else 0.04  # of larger costs
+    eps = torch.tensor([small, small, 100.0], dtype=torch.float64)
     options = {"metric": metric, "eps": eps, "backend": name}
     plain = sinkhorn_points(x, y, a, b, max_iter=20000, tol=1e-8, **options)
     r = sinkhorn_points(x, y, a, b, max_iter=20000, tol=1e-8, schedule=0.3, **options)
@@ -226,7 +227,7 @@ def test_schedule_starts_nearer_to_the_same_solution(name, metric, monkeypatch):
     assert first[1] < first[0] / 3
     assert r.n_iter[2] == plain.n_iter[2]  # above the range of its costs there are no levels
     alone = sinkhorn_points(
-        x[1], y[1], a[1], b[1], max_iter=20000, tol=1e-8, schedule=0.3, **options | {"eps": 0.04}
+        x[1], y[1], a[1], b[1], max_iter=20000, tol=1e-8, schedule=0.3, **options | {"eps": small}
     )
     assert alone.n_iter == r.n_iter[1]  # whatever the other problems of its batch are
     torch.testing.assert_close(alone.f, r.f[1])
