@@ -68,7 +68,7 @@ OTDD_HOST_DEVICE double backward_reach() {
 template <class T>
 OTDD_HOST_DEVICE double within(double tol, double mass) {
   const double rounding = (sizeof(T) == 4 ? 3e-7 : 3e-15) * mass;
-  return tol > 4 * rounding ? tol - rounding : tol;
+  return tol > 4 * rounding ? tol - rounding : 0.75 * tol;
 }
 
 // The penalty rho KL(P 1 | a) of a marginal and what it does to a half-step: the potential becomes

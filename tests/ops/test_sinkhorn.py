@@ -152,6 +152,13 @@ def test_tolerance_stops_each_problem_by_itself(backend):
             assert before["marginal_error"] > 1e-6 * (1 - 1e-6)
 
 
+def test_what_stops_at_a_tolerance_of_a_few_roundings_has_converged():
+    C = torch.rand(1000, 20, 30, generator=torch.Generator().manual_seed(0))
+    result = sinkhorn(C, eps=0.05, max_iter=2000, tol=1e-6, backend="cpu")
+    assert (result.n_iter < 2000).all()
+    assert result.converged.all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_warm_start_goes_on_where_it_was(backend):
     C, a, b = problem(3, 10, 12)
