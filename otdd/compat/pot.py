@@ -105,7 +105,7 @@ def sinkhorn(
         TypeError: Not floating point, different dtypes, arrays mixed with tensors.
     """
     solved, record, give = _entropic(a, b, M, reg, method, numItermax, stopThr, warmstart)
-    report(solved, numItermax, verbose, warn)
+    report(solved, verbose, warn)
     many = solved.C.dim() == 3
     found = give(solved.cost if many else solved.plan)
     return (found, record) if log else found
@@ -129,7 +129,7 @@ def sinkhorn2(
     Arguments and errors as `sinkhorn`.
     """
     solved, record, give = _entropic(a, b, M, reg, method, numItermax, stopThr, warmstart)
-    report(solved, numItermax, verbose, warn)
+    report(solved, verbose, warn)
     cost = give(solved.cost)
     return (cost, record) if log else cost
 
@@ -192,7 +192,7 @@ def solve(
     }
     names = {"rho_a": "unbalanced", "rho_b": "unbalanced", "init": "potentials_init"}
     solved = run(C, p, q, reg, rho, start=start, grad=grad, names=names, **limits)
-    report(solved, limits["max_iter"], verbose, warn=True)
+    report(solved, verbose, warn=True)
     return _result(solved, reg_type, rho, give)
 
 

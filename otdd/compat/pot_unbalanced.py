@@ -63,7 +63,7 @@ def sinkhorn_unbalanced(
     solved, record, give = _unbalanced(
         a, b, M, reg, reg_m, method, reg_type, c, warmstart, numItermax, stopThr
     )
-    report(solved, numItermax, verbose, warn=True)
+    report(solved, verbose, warn=True)
     plan = give(solved.plan)
     return (plan, record) if log else plan
 
@@ -93,7 +93,7 @@ def sinkhorn_unbalanced2(
     solved, record, _ = _unbalanced(
         a, b, M, reg, reg_m, method, reg_type, c, warmstart, numItermax, stopThr
     )
-    report(solved, numItermax, verbose, warn=True)
+    report(solved, verbose, warn=True)
     cost = record["cost" if returnCost.lower() == "linear" else "total_cost"]
     return (cost, record) if log else cost
 

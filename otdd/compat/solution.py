@@ -185,17 +185,13 @@ def column_start(
     return torch.where(b > 0, g - reg * torch.where(b > 0, b, 1).log(), 0).detach()
 
 
-def report(solved: ops.SinkhornResult, max_iter: int, verbose: bool, warn: bool) -> None:
-    """Prints how a solve ended, and warns if it did not meet its tolerance.
-
-    One that stopped by itself has met it, though its error, summed up once more, may be above by
-    rounding.
-    """
+def report(solved: ops.SinkhornResult, verbose: bool, warn: bool) -> None:
+    """Prints how a solve ended, and warns if it did not meet its tolerance."""
     if verbose or warn:
         iterations, error = most_iterations(solved), largest_error(solved)
     if verbose:
         print(f"Sinkhorn: {iterations} iterations, marginal error {error:.3e}")
-    if warn and not bool((solved.converged | (solved.n_iter < max_iter)).all()):
+    if warn and not bool(solved.converged.all()):
         warnings.warn(
             f"Sinkhorn did not converge: marginal error {error:.3e} after {iterations} iterations; "
             "more of them or a larger reg helps",

@@ -339,31 +339,22 @@ def run_stages(
     from otdd.distill.match import undisturbed
 
     with undisturbed():
-        return _stages(config, stages, progress, on_stage)
-
-
-def _stages(
-    config: RunConfig,
-    stages: tuple[str, ...],
-    progress: Progress | None,
-    on_stage: Callable[[str, float | None], None] | None,
-) -> dict[str, Any]:
-    workers = Workers.join()
-    work = Run.open(config, progress, workers, only_sample=stages == ("sample",))
-    result = None
-    with work.store:
-        for stage in stages:
-            if workers.first or stage in SHARED:
-                start = time.perf_counter()
-                if on_stage is not None:
-                    on_stage(stage, None)
-                result = getattr(work, stage)()
-                if on_stage is not None:
-                    on_stage(stage, time.perf_counter() - start)
-        workers.leave()
-        if not workers.first:
-            return {}
-        return result if result is not None else work._write_metrics()
+        workers = Workers.join()
+        work = Run.open(config, progress, workers, only_sample=stages == ("sample",))
+        result = None
+        with work.store:
+            for stage in stages:
+                if workers.first or stage in SHARED:
+                    start = time.perf_counter()
+                    if on_stage is not None:
+                        on_stage(stage, None)
+                    result = getattr(work, stage)()
+                    if on_stage is not None:
+                        on_stage(stage, time.perf_counter() - start)
+            workers.leave()
+            if not workers.first:
+                return {}
+            return result if result is not None else work._write_metrics()
 
 
 @dataclass

@@ -131,7 +131,7 @@ def test_warns_and_prints(capsys):
 
 
 def test_a_solve_that_stopped_by_itself_does_not_warn():
-    """In float32 the error of what it returns can be above `stopThr`, by rounding."""
+    """At a tolerance of a rounding or two its error, summed anew, meets it as well."""
     for seed in range(40):
         M = torch.rand(7, 9, generator=torch.Generator().manual_seed(seed))
         with warnings.catch_warnings(action="error"):
