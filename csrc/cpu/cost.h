@@ -140,10 +140,14 @@ void cost_block(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols
 }
 
 // Many features, or few points on one side, need no panels: here lanes run along the features, and
-// a tile of kSide x kSide points keeps its sums in registers for kStep bytes of each. Sums of whole
-// vectors wait in `parts`, one for every entry of the block.
+// a tile of kSide x kSide points keeps its sums in registers for up to kStep bytes of each. Sums of
+// whole vectors wait in `parts`, one for every entry of the block.
 constexpr int kSide = kBytes == 64 ? 5 : 3;
-constexpr i64 kStep = 2048, kSideRows = 240, kSideCols = 60;
+constexpr i64 kStep = 16384, kSideRows = 240, kSideCols = 480, kFewCols = 60;
+// Points of x are copied kApart lines of the cache apart, modulo its sets: if features are a power of
+// two, the same features of all points share a set and push each other out. The copy is made where
+// kFewCols points of y or more use it and it takes no more than kCopied bytes.
+constexpr i64 kLine = 64, kSets = 64, kApart = 13, kCopied = 1 << 21;
 
 template <int kValue>
 struct Constant {
@@ -189,10 +193,11 @@ inline void feature_tile(const T* x, i64 x_row, const T* y, i64 y_row, i64 depth
 
 // Costs of kCols points of y; `next` more follow, of which the first features are fetched meanwhile.
 template <class T, int kMetric, int kCols>
-void feature_columns(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 next, T* C) {
-  constexpr i64 W = kWidth<T>, step = kStep / i64(sizeof(T));
+void feature_columns(const CostArgs<T>& A, const T* x, i64 x_row, const T* y, i64 rows, i64 next, T* C) {
+  constexpr i64 W = kWidth<T>, longest = kStep / i64(sizeof(T));
+  const i64 steps = (A.D + longest - 1) / longest, step = round_up((A.D + steps - 1) / steps, W);
   Vec<T> parts[kSideRows * kSide + W];
-  const i64 tiles = rows / kSide + rows % kSide;
+  const i64 tiles = rows / kSide + rows % kSide / 2 + rows % kSide % 2;
   for (i64 d = 0; d < A.D; d += step) {
     const bool last = d + step >= A.D;
     const i64 depth = least(step, A.D - d), points = last ? next : kCols;
@@ -200,11 +205,12 @@ void feature_columns(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64
     i64 i = 0, done = 0;
     const auto tile = [&](auto kRows) __attribute__((always_inline)) {
       ahead.begin = points * done / tiles, ahead.end = points * ++done / tiles;
-      feature_tile<T, kMetric, kRows, kCols>(x + i * A.x.row + d, A.x.row, y + d, A.y.row, depth,
-                                             d == 0, ahead, parts + i * kCols);
+      feature_tile<T, kMetric, kRows, kCols>(x + i * x_row + d, x_row, y + d, A.y.row, depth, d == 0,
+                                             ahead, parts + i * kCols);
       i += kRows;
     };
     while (i + kSide <= rows) tile(Constant<kSide>{});
+    while (i + 2 <= rows) tile(Constant<2>{});
     while (i < rows) tile(Constant<1>{});
   }
   for (i64 k = 0; k < W; ++k) parts[rows * kCols + k] = Vec<T>{};
@@ -214,6 +220,32 @@ void feature_columns(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64
     for (i64 l = 0; l < least(W, rows * kCols - k); ++l)
       C[(k + l) / kCols * A.M + (k + l) % kCols] = total[l];
   }
+}
+
+template <class T>
+i64 row_apart(i64 D) {
+  const i64 lines = (D * i64(sizeof(T)) + kLine - 1) / kLine;
+  return (lines + (kApart - lines % kSets + kSets) % kSets) * kLine / i64(sizeof(T));
+}
+
+template <class T, int kMetric>
+void feature_block(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols, T* C) {
+  i64 x_row = A.x.row;
+  const i64 apart = row_apart<T>(A.D), bytes = rows * apart * i64(sizeof(T));
+  const bool copied = cols >= kFewCols && bytes <= kCopied;
+  Scratch scratch(copied ? bytes : 0);
+  if (copied && scratch.ok()) {
+    T* copy = scratch.take<T>(rows * apart);
+    for (i64 i = 0; i < rows; ++i)
+      __builtin_memcpy(copy + i * apart, x + i * x_row, A.D * sizeof(T));
+    x = copy, x_row = apart;
+  }
+  i64 j = 0;
+  for (; j + kSide <= cols; j += kSide)
+    feature_columns<T, kMetric, kSide>(A, x, x_row, y + j * A.y.row, rows,
+                                       least(kSide, cols - j - kSide), C + j);
+  for (; j < cols; ++j)
+    feature_columns<T, kMetric, 1>(A, x, x_row, y + j * A.y.row, rows, least(1, cols - j - 1), C + j);
 }
 
 // |x - y| where its square over- or underflows: differences are divided by the largest.
@@ -255,16 +287,8 @@ bool along_features(const CostArgs<T>& A) {
 
 template <class T, int kMetric>
 void cost_part(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols, T* C) {
-  if (along_features(A)) {
-    i64 j = 0;
-    for (; j + kSide <= cols; j += kSide)
-      feature_columns<T, kMetric, kSide>(A, x, y + j * A.y.row, rows, least(kSide, cols - j - kSide),
-                                         C + j);
-    for (; j < cols; ++j)
-      feature_columns<T, kMetric, 1>(A, x, y + j * A.y.row, rows, least(1, cols - j - 1), C + j);
-  } else {
-    cost_block<T, kMetric>(A, x, y, rows, cols, C);
-  }
+  if (along_features(A)) feature_block<T, kMetric>(A, x, y, rows, cols, C);
+  else cost_block<T, kMetric>(A, x, y, rows, cols, C);
   if (A.metric == kL2)
     for (i64 i = 0; i < rows; ++i)
       take_roots(x + i * A.x.row, y, A.y.row, A.D, cols, C + i * A.M);
@@ -272,11 +296,14 @@ void cost_part(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols,
 
 template <class T>
 int cost(const CostArgs<T>& A) {
-  const bool features = along_features(A);
-  const i64 width = features ? kSideCols : kPanel<T>, cols = (A.M + width - 1) / width;
-  i64 height = features ? kSideRows : kRowBlock;  // an entry's sum is the same in any block
-  while (height > 30 && A.B * cols * ((A.N + height - 1) / height) < 4 * A.threads) height /= 2;
-  const i64 rows = (A.N + height - 1) / height, parts = A.B * rows * cols;
+  const bool features = along_features(A);  // an entry's sum is the same in any block
+  i64 width = features ? kSideCols : kPanel<T>, height = features ? kSideRows : kRowBlock;
+  if (features)
+    while (height > 30 && least(height, A.N) * row_apart<T>(A.D) * i64(sizeof(T)) > kCopied) height /= 2;
+  const auto count = [&] { return A.B * ((A.M + width - 1) / width) * ((A.N + height - 1) / height); };
+  while (features && width > kFewCols && count() < 4 * A.threads) width /= 2;
+  while (height > 30 && count() < 4 * A.threads) height /= 2;
+  const i64 cols = (A.M + width - 1) / width, rows = (A.N + height - 1) / height, parts = count();
   Patience patience;
 #pragma omp parallel for num_threads(A.threads) schedule(dynamic) if (A.threads > 1 && parts > 1)
   for (i64 k = 0; k < parts; ++k) {

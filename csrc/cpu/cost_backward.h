@@ -5,19 +5,21 @@
 // those are few, along the points of y.
 #pragma once
 
-#include <algorithm>
-
 #include "cost.h"
 
 namespace otdd::cpu::OTDD_ISA {
 
-// A tile is kSumRows points of x, one vector of features and up to kSumCols points of y, of which the
-// gradient stays in the first level of the cache while that of x is in registers. Points of y are
-// copied kSumWidth vectors wide: rows of memory are then read in runs.
-constexpr int kSumRows = kBytes == 64 ? 10 : 5;
+// Sums run over blocks of kSumCols points of the other side, for runs of features: of kSumWidth vectors
+// if there are that many.
 constexpr i64 kSumCols = 192, kSumWidth = 16, kColumn = 1024;
-// Up to so many points of x nothing is copied: points of y are read in runs of so many features.
-constexpr i64 kFewSums = 12, kFewWidth = 1024;
+// Both gradients, or that of the side with more points: a tile is kSumRows points of x, one vector of
+// features and points of y, which are copied: rows of memory are then read in runs. Their gradient
+// stays in the first level of the cache while that of x is in registers.
+constexpr int kSumRows = kBytes == 64 ? 10 : 5;
+// That of the side with fewer points: kRunPoints of y wait in registers, read where they lie, while up
+// to kRunHeight of x go by, kRunRows at a time. Runs of few points of x are kFewWidth vectors long.
+constexpr int kRunPoints = kBytes == 64 ? 8 : 4, kRunRows = kBytes == 64 ? 5 : 4;
+constexpr i64 kRunHeight = 60, kFewHeight = 12, kFewWidth = 64;
 
 // The derivative of a difference's cost: its sign, 0 for 0, or half of that of its square.
 template <class T, int kMetric>
@@ -124,54 +126,90 @@ void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G
   }
 }
 
-// sums[0..depth) += what kPoints points of y give, one after the other; G is of the first.
-template <class T, int kMetric, int kPoints>
-inline void few_tile(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 depth,
-                     T* sums) {
-  const auto step = [&](i64 d, i64 count) {
-    const Vec<T> xs = load_some(x + d, count);
-    Vec<T> s = load(sums + d);
-    for (int k = 0; k < kPoints; ++k) {
-      const Vec<T> w = derivative<T, kMetric>(xs - load_some(y + k * A.y.row + d, count));
-      s += G[k * A.G_col] * w;
-    }
-    store(sums + d, s);
-  };
-  constexpr i64 W = kWidth<T>;
-  i64 d = 0;
-  for (; d + W <= depth; d += W) step(d, W);
-  if (d < depth) step(d, depth - d);
+// Points of x by vectors of features, and their sums; weights, an odd number of lines to a row.
+template <class T>
+struct Runs {
+  static constexpr i64 kWeights = kSumCols + 64 / i64(sizeof(T));
+  T *x, *sums, *G;
+  explicit Runs(Scratch& s)
+      : x(s.take<T>(kSumWidth * kRunHeight * kWidth<T>)),
+        sums(s.take<T>(kSumWidth * kRunHeight * kWidth<T>)), G(s.take<T>(kRunHeight * kWeights)) {}
+};
+
+// sums[0..kRows) += what the points `ys` give, one after the other, at one vector of features.
+template <class T, int kMetric, int kRows, int kPoints>
+inline void run_tile(const T* x, const Vec<T> (&ys)[kPoints], const T* G, T* sums) {
+  constexpr i64 W = kWidth<T>, row = Runs<T>::kWeights;
+  Vec<T> s[kRows], xs[kRows];
+  for (int i = 0; i < kRows; ++i) xs[i] = load(x + i * W), s[i] = load(sums + i * W);
+  for (int k = 0; k < kPoints; ++k)
+    for (int i = 0; i < kRows; ++i)
+      s[i] += G[i * row + k] * derivative<T, kMetric>(xs[i] - ys[k]);
+  for (int i = 0; i < kRows; ++i) store(sums + i * W, s[i]);
 }
 
-// As sums_block of x alone, to the bit.
+// The gradient at `depth` features of `rows` points of x, as by sums_block to the bit.
 template <class T, int kMetric>
-void few_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows, i64 depth,
-              T* dx) {
-  alignas(64) T sums[kFewSums][kFewWidth];
+void run_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows, i64 depth,
+              T* dx, const Runs<T>& runs) {
+  constexpr i64 W = kWidth<T>;
+  const auto each = [&](auto part) {  // of a run's vectors: where it begins, its features, its panel
+    for (i64 d = 0; d < depth; d += W) part(d, least(W, depth - d), d * rows);
+  };
+  each([&](i64 d, i64 count, i64 at) {
+    for (i64 i = 0; i < rows; ++i)
+      store(runs.x + at + i * W, load_some(x + i * A.x.row + d, count));
+  });
   for (i64 j0 = 0; j0 < A.M; j0 += kSumCols) {
     const i64 end = j0 + least(kSumCols, A.M - j0);
-    for (i64 i = 0; i < rows; ++i) std::fill(sums[i], sums[i] + round_up(depth, kWidth<T>), T(0));
-    i64 j = j0;
-    const auto tile = [&](auto kPoints) {
+    if (A.G_col == 1)
       for (i64 i = 0; i < rows; ++i)
-        few_tile<T, kMetric, kPoints>(A, x + i * A.x.row, y + j * A.y.row,
-                                      G + i * A.G_row + j * A.G_col, depth, sums[i]);
+        __builtin_memcpy(runs.G + i * runs.kWeights, G + i * A.G_row + j0, (end - j0) * sizeof(T));
+    else
+      for (i64 j = j0; j < end; ++j)
+        for (i64 i = 0; i < rows; ++i)
+          runs.G[i * runs.kWeights + j - j0] = G[i * A.G_row + j * A.G_col];
+    each([&](i64, i64, i64 at) {
+      for (i64 i = 0; i < rows; ++i) store(runs.sums + at + i * W, Vec<T>{});
+    });
+    i64 j = j0;
+    const auto pass = [&](auto kPoints) {
+      const i64 next = least(kPoints, A.M - j - kPoints);  // points to prefetch meanwhile
+      each([&](i64 d, i64 count, i64 at) __attribute__((always_inline)) {
+        const T* p = y + j * A.y.row + d;
+        Vec<T> ys[kPoints];
+        for (int k = 0; k < kPoints; ++k) ys[k] = load_some(p + k * A.y.row, count);
+        for (i64 k = 0; k < next; ++k) __builtin_prefetch(p + (kPoints + k) * A.y.row, 0, 2);
+        i64 i = 0;
+        const auto tile = [&](auto kRows) __attribute__((always_inline)) {
+          run_tile<T, kMetric, kRows>(runs.x + at + i * W, ys, runs.G + i * runs.kWeights + j - j0,
+                                      runs.sums + at + i * W);
+          i += kRows;
+        };
+        while (i + kRunRows <= rows) tile(Constant<kRunRows>{});
+        while (i + 2 <= rows) tile(Constant<2>{});
+        while (i < rows) tile(Constant<1>{});
+      });
       j += kPoints;
     };
-    while (j + 4 <= end) tile(Constant<4>{});
-    while (j < end) tile(Constant<1>{});
-    for (i64 i = 0; i < rows; ++i)
-      for (i64 d = 0; d < depth; d += kWidth<T>)
-        add_rows<T, kMetric>(sums[i] + d, 1, depth - d, j0 == 0, dx + i * A.D + d, A.D);
+    while (j + kRunPoints <= end) pass(Constant<kRunPoints>{});
+    while (j < end) pass(Constant<1>{});
+    each([&](i64 d, i64 count, i64 at) {
+      add_rows<T, kMetric>(runs.sums + at, rows, count, j0 == 0, dx + d, A.D);
+    });
   }
 }
 
-// Features are shared among threads in runs of up to kSumWidth vectors, shorter if there are few.
+// Features are shared among threads in runs, shorter if there are few.
 template <class T, int kMetric, bool kBoth>
 int sums(const CostBackwardArgs<T>& A, Patience& patience) {
-  const bool few = !kBoth && A.N <= kFewSums;
+  const bool runs = !kBoth && A.N <= A.M;
   i64 height = kBoth ? A.N : least(A.N, kRowBlock);  // dx is the same whatever the block
-  i64 width = few ? kFewWidth : kSumWidth * kWidth<T>;
+  if (runs) {
+    const i64 blocks = (A.N + kRunHeight - 1) / kRunHeight;
+    height = (A.N + blocks - 1) / blocks;
+  }
+  i64 width = (runs && A.N <= kFewHeight ? kFewWidth : kSumWidth) * kWidth<T>;
   const auto count = [&] { return A.B * ((A.D + width - 1) / width) * ((A.N + height - 1) / height); };
   while (width > kWidth<T> && count() < 4 * A.threads) width /= 2;
   while (!kBoth && height > 16 && count() < 4 * A.threads) height /= 2;
@@ -179,7 +217,8 @@ int sums(const CostBackwardArgs<T>& A, Patience& patience) {
   const i64 parts = count();
   int status = kOk;
   Scratch needed;
-  Copies<T>{needed};
+  if (runs) Runs<T>{needed};
+  else Copies<T>{needed};
 #pragma omp parallel num_threads(A.threads) if (A.threads > 1 && parts > 1)
   {
     Scratch scratch(needed.used());
@@ -187,7 +226,6 @@ int sums(const CostBackwardArgs<T>& A, Patience& patience) {
 #pragma omp atomic write
       status = kOutOfMemory;
     }
-    const Copies<T> copies(scratch);
 #pragma omp for schedule(dynamic) nowait
     for (i64 k = 0; k < parts; ++k) {
       if (!scratch.ok() || patience.look()) continue;
@@ -198,10 +236,11 @@ int sums(const CostBackwardArgs<T>& A, Patience& patience) {
       const i64 rows = least(height, A.N - i), depth = least(width, A.D - d);
       T* dx = A.dx + (p * A.N + i) * A.D + d;
       T* dy = kBoth ? A.dy + p * A.M * A.D + d : nullptr;
-      if (few)
-        few_sums<T, kMetric>(A, x, y, G, rows, depth, dx);
+      scratch.rewind();
+      if (runs)
+        run_sums<T, kMetric>(A, x, y, G, rows, depth, dx, Runs<T>(scratch));
       else
-        sums_block<T, kMetric, kBoth>(A, x, y, G, rows, depth, dx, dy, copies);
+        sums_block<T, kMetric, kBoth>(A, x, y, G, rows, depth, dx, dy, Copies<T>(scratch));
     }
   }
   return status;
