@@ -146,8 +146,9 @@ constexpr int kSide = kBytes == 64 ? 5 : 3;
 constexpr i64 kStep = 16384, kSideRows = 240, kSideCols = 480, kFewCols = 60;
 // Points of x are copied kApart lines of the cache apart, modulo its sets: if features are a power of
 // two, the same features of all points share a set and push each other out. The copy is made where
-// kFewCols points of y or more use it and it takes no more than kCopied bytes.
+// 2 kFewCols points of y or more use it and it takes no more than kCopied bytes.
 constexpr i64 kLine = 64, kSets = 64, kApart = 13, kCopied = 1 << 21;
+constexpr i64 kUnseen = 1 << 28;  // differences made before patience is asked again
 
 template <int kValue>
 struct Constant {
@@ -222,17 +223,19 @@ void feature_columns(const CostArgs<T>& A, const T* x, i64 x_row, const T* y, i6
   }
 }
 
+// The length of a row in that copy.
 template <class T>
 i64 row_apart(i64 D) {
   const i64 lines = (D * i64(sizeof(T)) + kLine - 1) / kLine;
   return (lines + (kApart - lines % kSets + kSets) % kSets) * kLine / i64(sizeof(T));
 }
 
+// Costs of a block, lanes along the features.
 template <class T, int kMetric>
 void feature_block(const CostArgs<T>& A, const T* x, const T* y, i64 rows, i64 cols, T* C) {
   i64 x_row = A.x.row;
   const i64 apart = row_apart<T>(A.D), bytes = rows * apart * i64(sizeof(T));
-  const bool copied = cols >= kFewCols && bytes <= kCopied;
+  const bool copied = cols >= 2 * kFewCols && bytes <= kCopied;
   Scratch scratch(copied ? bytes : 0);
   if (copied && scratch.ok()) {
     T* copy = scratch.take<T>(rows * apart);
@@ -301,7 +304,9 @@ int cost(const CostArgs<T>& A) {
   if (features)
     while (height > 30 && least(height, A.N) * row_apart<T>(A.D) * i64(sizeof(T)) > kCopied) height /= 2;
   const auto count = [&] { return A.B * ((A.M + width - 1) / width) * ((A.N + height - 1) / height); };
-  while (features && width > kFewCols && count() < 4 * A.threads) width /= 2;
+  while (features && width > kFewCols &&
+         (count() < 4 * A.threads || least(height, A.N) * width * A.D > kUnseen))
+    width /= 2;
   while (height > 30 && count() < 4 * A.threads) height /= 2;
   const i64 cols = (A.M + width - 1) / width, rows = (A.N + height - 1) / height, parts = count();
   Patience patience;

@@ -61,7 +61,7 @@ struct Resident {
   T* partial;  // (parts, ld)
 
   static constexpr i64 kMaxBlock = 64;  // a multiple of every kWidth
-  static constexpr i64 kTogether = kWidth<T> < 4 ? kWidth<T> : 4;
+  static constexpr i64 kTogether = kBytes == 64 ? 8 : least(4, kWidth<T>);
 
   Resident(i64 N, i64 M, Crew& crew, Scratch& scratch, Patience& patience)
       : N(N), M(M), ld(round_up(M, kWidth<T>)), parts(parts_of(N, M)), crew(crew),
@@ -124,6 +124,10 @@ struct Resident {
       case 2: return products_of<2>(i, rows, w, dots);
       case 3: return products_of<3>(i, rows, w, dots);
       case 4: return products_of<4>(i, rows, w, dots);
+      case 5: return products_of<5>(i, rows, w, dots);
+      case 6: return products_of<6>(i, rows, w, dots);
+      case 7: return products_of<7>(i, rows, w, dots);
+      case 8: return products_of<8>(i, rows, w, dots);
       default: return products_of<0>(i, rows, w, dots);
     }
   }
@@ -135,6 +139,10 @@ struct Resident {
       case 2: return add_rows_of<2>(i, rows, c, acc);
       case 3: return add_rows_of<3>(i, rows, c, acc);
       case 4: return add_rows_of<4>(i, rows, c, acc);
+      case 5: return add_rows_of<5>(i, rows, c, acc);
+      case 6: return add_rows_of<6>(i, rows, c, acc);
+      case 7: return add_rows_of<7>(i, rows, c, acc);
+      case 8: return add_rows_of<8>(i, rows, c, acc);
       default: return add_rows_of<0>(i, rows, c, acc);
     }
   }
@@ -152,7 +160,7 @@ struct Resident {
     return s[0] + s[1];
   }
 
-  // Of rows that leave w no room in the first level of the cache: each part of it is read once.
+  // Of rows beside each other: each vector of w is read once for all of them.
   void products_together(const T* r, const T* w, Vec<T>* part) const {
     Vec<T> s[kTogether] = {};
     for (i64 j = 0; j < ld; j += kWidth<T>) {
@@ -167,7 +175,7 @@ struct Resident {
     constexpr i64 W = kWidth<T>;
     const i64 width = kVecs ? kVecs * W : ld;
     const T* r = K + i * width;
-    if (rows == W && kVecs == 0 && ld * i64(sizeof(T)) >= 8192) {
+    if (rows == W && kVecs == 0) {
       Vec<T> part[W];
       for (i64 k = 0; k < W; k += kTogether) products_together(r + k * ld, w, part + k);
       store(dots, sums<T, int(W)>(0, [&](int k) { return part[k]; }));
@@ -205,9 +213,9 @@ struct Resident {
       i64 k = 0;
       for (; k + 4 <= rows; k += 4, r += 4 * ld)
         for (i64 j = 0; j < ld; j += W) {
-          Vec<T> s = load(acc + j) + load(r + j) * c[k] + load(r + ld + j) * c[k + 1];
-          s += load(r + 2 * ld + j) * c[k + 2] + load(r + 3 * ld + j) * c[k + 3];
-          store(acc + j, s);
+          Vec<T> s = load(acc + j) + load(r + j) * c[k], t = load(r + ld + j) * c[k + 1];
+          s += load(r + 2 * ld + j) * c[k + 2], t += load(r + 3 * ld + j) * c[k + 3];
+          store(acc + j, s + t);
         }
       for (; k < rows; ++k, r += ld)
         for (i64 j = 0; j < ld; j += W) store(acc + j, load(acc + j) + load(r + j) * c[k]);

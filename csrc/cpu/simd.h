@@ -482,8 +482,8 @@ class Scratch {
   static i64 padded(i64 bytes) { return (bytes + 63) / 64 * 64 + kGap; }
 };
 
-inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
-inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
-inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
+constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+constexpr i64 least(i64 a, i64 b) { return a < b ? a : b; }
+constexpr i64 most(i64 a, i64 b) { return a > b ? a : b; }
 
 }  // namespace otdd::cpu::OTDD_ISA
