@@ -17,9 +17,10 @@ constexpr i64 kSumCols = 192, kSumWidth = 16, kColumn = 1024;
 // stays in the first level of the cache while that of x is in registers.
 constexpr int kSumRows = kBytes == 64 ? 10 : 5;
 // That of the side with fewer points: kRunPoints of y wait in registers, read where they lie, while up
-// to kRunHeight of x go by, kRunRows at a time. Runs of few points of x are kFewWidth vectors long.
+// to kRunHeight of x go by, kRunRows at a time. Of kPageWidth vectors, a page of memory of each point of
+// y, a run is done after the other, all at once if points of x are few.
 constexpr int kRunPoints = kBytes == 64 ? 8 : 4, kRunRows = kBytes == 64 ? 5 : 4;
-constexpr i64 kRunHeight = 60, kFewHeight = 12, kFewWidth = 64;
+constexpr i64 kRunHeight = 60, kFewHeight = 12, kPageWidth = 4096 / kBytes;
 
 // The derivative of a difference's cost: its sign, 0 for 0, or half of that of its square.
 template <class T, int kMetric>
@@ -126,13 +127,13 @@ void sums_block(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G
   }
 }
 
-// Points of x by vectors of features, and their sums; weights, an odd number of lines to a row.
+// Points of x by vectors of features, and the sums of a run; weights, an odd number of lines to a row.
 template <class T>
 struct Runs {
   static constexpr i64 kWeights = kSumCols + 64 / i64(sizeof(T));
   T *x, *sums, *G;
   explicit Runs(Scratch& s)
-      : x(s.take<T>(kSumWidth * kRunHeight * kWidth<T>)),
+      : x(s.take<T>(kPageWidth * kRunHeight * kWidth<T>)),
         sums(s.take<T>(kSumWidth * kRunHeight * kWidth<T>)), G(s.take<T>(kRunHeight * kWeights)) {}
 };
 
@@ -153,12 +154,14 @@ template <class T, int kMetric>
 void run_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, i64 rows, i64 depth,
               T* dx, const Runs<T>& runs) {
   constexpr i64 W = kWidth<T>;
-  const auto each = [&](auto part) {  // of a run's vectors: where it begins, its features, its panel
-    for (i64 d = 0; d < depth; d += W) part(d, least(W, depth - d), d * rows);
+  // Of the vectors from `begin` to `end`: where they begin, how many features they have.
+  const auto each = [&](i64 begin, i64 end, auto part) __attribute__((always_inline)) {
+    for (i64 d = begin; d < end; d += W) part(d, least(W, end - d));
   };
-  each([&](i64 d, i64 count, i64 at) {
+  const i64 run = rows <= kFewHeight ? depth : kSumWidth * W;
+  each(0, depth, [&](i64 d, i64 count) {
     for (i64 i = 0; i < rows; ++i)
-      store(runs.x + at + i * W, load_some(x + i * A.x.row + d, count));
+      store(runs.x + d * rows + i * W, load_some(x + i * A.x.row + d, count));
   });
   for (i64 j0 = 0; j0 < A.M; j0 += kSumCols) {
     const i64 end = j0 + least(kSumCols, A.M - j0);
@@ -169,34 +172,36 @@ void run_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, 
       for (i64 j = j0; j < end; ++j)
         for (i64 i = 0; i < rows; ++i)
           runs.G[i * runs.kWeights + j - j0] = G[i * A.G_row + j * A.G_col];
-    each([&](i64, i64, i64 at) {
-      for (i64 i = 0; i < rows; ++i) store(runs.sums + at + i * W, Vec<T>{});
-    });
-    i64 j = j0;
-    const auto pass = [&](auto kPoints) {
-      const i64 next = least(kPoints, A.M - j - kPoints);  // points to prefetch meanwhile
-      each([&](i64 d, i64 count, i64 at) __attribute__((always_inline)) {
-        const T* p = y + j * A.y.row + d;
-        Vec<T> ys[kPoints];
-        for (int k = 0; k < kPoints; ++k) ys[k] = load_some(p + k * A.y.row, count);
-        for (i64 k = 0; k < next; ++k) __builtin_prefetch(p + (kPoints + k) * A.y.row, 0, 2);
-        i64 i = 0;
-        const auto tile = [&](auto kRows) __attribute__((always_inline)) {
-          run_tile<T, kMetric, kRows>(runs.x + at + i * W, ys, runs.G + i * runs.kWeights + j - j0,
-                                      runs.sums + at + i * W);
-          i += kRows;
-        };
-        while (i + kRunRows <= rows) tile(Constant<kRunRows>{});
-        while (i + 2 <= rows) tile(Constant<2>{});
-        while (i < rows) tile(Constant<1>{});
+    for (i64 d0 = 0; d0 < depth; d0 += run) {
+      const i64 d1 = least(depth, d0 + run);
+      T* const sums = runs.sums - d0 * rows;
+      for (i64 k = d0 * rows; k < round_up(d1, W) * rows; k += W) store(sums + k, Vec<T>{});
+      i64 j = j0;
+      const auto pass = [&](auto kPoints) {
+        const i64 next = least(kPoints, A.M - j - kPoints);  // points to prefetch meanwhile
+        each(d0, d1, [&](i64 d, i64 count) __attribute__((always_inline)) {
+          const T* p = y + j * A.y.row + d;
+          Vec<T> ys[kPoints];
+          for (int k = 0; k < kPoints; ++k) ys[k] = load_some(p + k * A.y.row, count);
+          for (i64 k = 0; k < next; ++k) __builtin_prefetch(p + (kPoints + k) * A.y.row, 0, 2);
+          i64 i = 0;
+          const auto tile = [&](auto kRows) __attribute__((always_inline)) {
+            const i64 at = d * rows + i * W;
+            run_tile<T, kMetric, kRows>(runs.x + at, ys, runs.G + i * runs.kWeights + j - j0, sums + at);
+            i += kRows;
+          };
+          while (i + kRunRows <= rows) tile(Constant<kRunRows>{});
+          while (i + 2 <= rows) tile(Constant<2>{});
+          while (i < rows) tile(Constant<1>{});
+        });
+        j += kPoints;
+      };
+      while (j + kRunPoints <= end) pass(Constant<kRunPoints>{});
+      while (j < end) pass(Constant<1>{});
+      each(d0, d1, [&](i64 d, i64 count) {
+        add_rows<T, kMetric>(sums + d * rows, rows, count, j0 == 0, dx + d, A.D);
       });
-      j += kPoints;
-    };
-    while (j + kRunPoints <= end) pass(Constant<kRunPoints>{});
-    while (j < end) pass(Constant<1>{});
-    each([&](i64 d, i64 count, i64 at) {
-      add_rows<T, kMetric>(runs.sums + at, rows, count, j0 == 0, dx + d, A.D);
-    });
+    }
   }
 }
 
@@ -209,7 +214,7 @@ int sums(const CostBackwardArgs<T>& A, Patience& patience) {
     const i64 blocks = (A.N + kRunHeight - 1) / kRunHeight;
     height = (A.N + blocks - 1) / blocks;
   }
-  i64 width = (runs && A.N <= kFewHeight ? kFewWidth : kSumWidth) * kWidth<T>;
+  i64 width = (runs ? kPageWidth : kSumWidth) * kWidth<T>;
   const auto count = [&] { return A.B * ((A.D + width - 1) / width) * ((A.N + height - 1) / height); };
   while (width > kWidth<T> && count() < 4 * A.threads) width /= 2;
   while (!kBoth && height > 16 && count() < 4 * A.threads) height /= 2;
