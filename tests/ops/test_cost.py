@@ -137,7 +137,8 @@ def test_empty_batch(backend, metric):
 
 # Across every block, panel, chunk and tail of the native kernels, and both ways to the gradients.
 LARGE = [(50, 130, 300), (7, 150, 70), (1, 130, 4100), (260, 3, 40), (130, 70, 31), (30, 40, 600)]
-LARGE += [(12, 203, 2053), (13, 203, 1030), (2, 390, 1030)]  # few points: nothing is copied
+LARGE += [(12, 203, 2053), (13, 203, 1030), (2, 390, 1030)]  # few points: long runs of features
+LARGE += [(5, 500, 4100), (62, 200, 1030)]  # points copied apart, sums in several steps and blocks
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean"])
