@@ -18,9 +18,10 @@ constexpr i64 kSumCols = 192, kSumWidth = 16, kColumn = 1024;
 constexpr int kSumRows = kBytes == 64 ? 10 : 5;
 // That of the side with fewer points: kRunPoints of y wait in registers, read where they lie, while up
 // to kRunHeight of x go by, kRunRows at a time. Of kPageWidth vectors, a page of memory of each point of
-// y, a run is done after the other, all at once if points of x are few.
+// y, a run is done after the other, longer ones if points of x are few.
 constexpr int kRunPoints = kBytes == 64 ? 8 : 4, kRunRows = kBytes == 64 ? 5 : 4;
-constexpr i64 kRunHeight = 60, kFewHeight = 12, kPageWidth = 4096 / kBytes;
+constexpr i64 kRunHeight = 60, kPageWidth = 4096 / kBytes;
+constexpr i64 kFewHeight = 12, kFewWidth = kSumWidth * kRunHeight / kFewHeight;
 
 // The derivative of a difference's cost: its sign, 0 for 0, or half of that of its square.
 template <class T, int kMetric>
@@ -158,7 +159,7 @@ void run_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, 
   const auto each = [&](i64 begin, i64 end, auto part) __attribute__((always_inline)) {
     for (i64 d = begin; d < end; d += W) part(d, least(W, end - d));
   };
-  const i64 run = rows <= kFewHeight ? depth : kSumWidth * W;
+  const i64 run = (rows <= kFewHeight ? kFewWidth : kSumWidth) * W;
   each(0, depth, [&](i64 d, i64 count) {
     for (i64 i = 0; i < rows; ++i)
       store(runs.x + d * rows + i * W, load_some(x + i * A.x.row + d, count));
