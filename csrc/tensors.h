@@ -18,6 +18,8 @@ struct DLTensor {
   std::uint64_t byte_offset;
 };
 
+constexpr int kDLBfloat = 4;  // of the codes of types
+
 struct DLPackExchangeAPI {
   std::uint32_t major, minor;
   void *earlier, *allocate, *from_tensor, *to_tensor;

@@ -91,19 +91,20 @@ def _of_plain(backward: Callable) -> Callable:
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)
-        for grad in grads:
-            if grad is None:
-                continue
-            if torch._C._functorch.is_legacy_batchedtensor(grad):
-                raise NotImplementedError(
-                    "otdd: batched gradients of torch.autograd (is_grads_batched, vectorize=True) "
-                    "are not implemented; torch.func.vmap, jacrev and grad are"
-                )
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
-                _no_forward_mode(ctx)
-        return backward(ctx, *(None if grad is None else checks.resolved(grad) for grad in grads))
+        return backward(ctx, *[None if grad is None else _plain(grad) for grad in grads])
 
     return run
+
+
+def _plain(grad: Tensor) -> Tensor:
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise NotImplementedError(
+            "otdd: batched gradients of torch.autograd (is_grads_batched, vectorize=True) "
+            "are not implemented; torch.func.vmap, jacrev and grad are"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
+        _no_forward_mode(None)
+    return checks.resolved(grad)
 
 
 def _wants_gradient(args: tuple) -> bool:

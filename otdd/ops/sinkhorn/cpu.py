@@ -24,7 +24,7 @@ def sinkhorn_cpu(
     sinkd: bool,
 ) -> Solution:
     """See `sinkhorn_reference`; the same iterates, by absorption. Looks at all values itself."""
-    out = Solution.empty(C, max_iter, keep_history)
+    out = Solution.empty(C, eps, max_iter, keep_history)
     tensors = pointers.flat(C.dim() - 2, pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
     status = pointers.kernel("sinkhorn", C.dtype)(
@@ -61,7 +61,7 @@ def plan_cpu(
     sinkd: bool,
 ) -> Tensor:
     """``scale * P`` from the potentials."""
-    P = C.new_empty(C.shape)
+    P = torch.empty_like(C, memory_format=torch.contiguous_format)
     tensors = pointers.flat(C.dim() - 2, pointers.with_rows(C), f, g, a, b, eps, scale)
     C, f, g, a, b, eps, scale = tensors
     status = pointers.kernel("plan", C.dtype)(

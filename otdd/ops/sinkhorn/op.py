@@ -35,12 +35,13 @@ def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def triton_refusal(
-    entries: int, grad: str, schedule: float | None = None, accelerate: str | None = None
+    C: Tensor, grad: str, schedule: float | None = None, accelerate: str | None = None
 ) -> str | None:
-    """What the Triton kernels have against problems of so many costs; triton is not imported."""
+    """What the Triton kernels have against these problems; triton is not imported."""
     if schedule is not None or accelerate is not None:
         return "the Triton kernels have neither schedule nor accelerate"
-    if grad == "unrolled" and entries > MOST_ENTRIES:
+    if grad == "unrolled" and C.shape[-2:].numel() > MOST_ENTRIES:
+        entries = C.shape[-2:].numel()
         return f"{entries} costs; the unrolled derivative takes {MOST_ENTRIES}, of one program"
     return None
 
@@ -101,9 +102,10 @@ def _solve(
     return sinkhorn_reference(*problem, g, *options)
 
 
-def _fake_solve(C: Tensor, *options: object) -> Outputs:
+def _fake_solve(C: Tensor, a: Tensor, b: Tensor, eps: Tensor, *options: object) -> Outputs:
     *_, max_iter, _, _, _, grad, _, _ = options
-    return tuple(torch.empty_like(t) for t in Solution.empty(C, max_iter, grad == "unrolled"))
+    room = Solution.empty(C, eps, max_iter, grad == "unrolled")
+    return tuple(torch.empty_like(t) for t in room)
 
 
 def _plan(

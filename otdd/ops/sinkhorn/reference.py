@@ -31,19 +31,20 @@ class Solution(NamedTuple):
     history: Tensor
 
     @classmethod
-    def empty(cls, C: Tensor, max_iter: int, keep_history: bool) -> "Solution":
+    def empty(cls, C: Tensor, eps: Tensor, max_iter: int, keep_history: bool) -> "Solution":
         """Room for the solution of `C`; an early stop leaves some of a history unwritten: zeros."""
         *batch, N, M = C.shape
-        steps, dtype = max_iter + 1 if keep_history else 0, checks.wide(C.dtype)
-        value = C.new_empty(batch, dtype=dtype)
+        dtype, contiguous = checks.wide(C.dtype), torch.contiguous_format
+        value = torch.empty_like(eps, dtype=dtype, memory_format=contiguous)  # half as long as
+        history = eps.new_empty((*batch, max_iter + 1 if keep_history else 0, N + M))  # this
         return cls(
-            C.new_empty((*batch, N), dtype=dtype),
-            C.new_empty((*batch, M), dtype=dtype),
+            value.new_empty((*batch, N)),
+            value.new_empty((*batch, M)),
             value,
             torch.empty_like(value),
             torch.empty_like(value),
             torch.empty_like(value, dtype=torch.int64),
-            C.new_zeros((*batch, steps, N + M), dtype=torch.float64),
+            history.zero_() if keep_history else history,
         )
 
 

@@ -92,7 +92,7 @@ def sinkhorn_triton(
     """
     *batch, N, M = C.shape
     B = math.prod(batch)
-    out = Solution.empty(C, max_iter, keep_history)
+    out = Solution.empty(C, eps, max_iter, keep_history)
     if B == 0:
         return out
     if N * M > MOST_ENTRIES:
