@@ -129,7 +129,7 @@ int backward(bool unrolled, double rtol, Tensor C, Tensor a, Tensor b, Tensor ep
              Tensor rho_b, Tensor f, Tensor g, Tensor history, Tensor n_iter, Tensor df, Tensor dg,
              Tensor dC, Tensor da, Tensor db, int threads) {
   const otdd::cpu::BackwardArgs<T> args{
-      C.batch(2), C.size(2), C.size(1), history.size(2), matrices<T>(C), per_point<T>(a),
+      C.batch(2), C.size(2), C.size(1), history.data ? history.size(2) : 0, matrices<T>(C), per_point<T>(a),
       per_point<T>(b), per_problem<double>(eps), per_problem<double>(rho_a),
       per_problem<double>(rho_b), per_point<T>(f), per_point<T>(g), data<double>(history),
       data<i64>(n_iter), per_point<T>(df), per_point<T>(dg), data<T>(dC), data<T>(da), data<T>(db),

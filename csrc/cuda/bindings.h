@@ -148,7 +148,7 @@ template <class T>
 int backward_(int device, Address stream, bool unrolled, double rtol, Tensor C, Tensor a, Tensor b,
               Tensor eps, Tensor rho_a, Tensor rho_b, Tensor f, Tensor g, Tensor history,
               Tensor n_iter, Tensor df, Tensor dg, Tensor dC, Tensor da, Tensor db, Tensor space) {
-  const i64 steps = history.size(2);
+  const i64 steps = history.data ? history.size(2) : 0;
   const BackwardArgs<T> args{problems<T>(C, a, b, 0, eps, rho_a, rho_b), steps, per_point<T>(f),
                              per_point<T>(g), data<double>(history), data<i64>(n_iter),
                              per_point<T>(df), per_point<T>(dg), data<T>(dC), data<T>(da),

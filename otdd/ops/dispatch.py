@@ -22,7 +22,16 @@ def custom_op(name: str, body: Callable, fake: Callable) -> Callable:
     op where something traces or transforms. Either way it runs outside autocast.
     """
     body = checks.outside_autocast(body)
-    definition = torch.library.custom_op(name, body, mutates_args=())
+
+    @functools.wraps(body)
+    def registered(*args: object) -> Any:
+        out = body(*args)
+        if isinstance(out, Tensor) or all(t is not None for t in out):
+            return out
+        # A schema has a tensor where the body may have nothing.
+        return tuple(made if t is None else t for t, made in zip(out, fake(*args), strict=True))
+
+    definition = torch.library.custom_op(name, registered, mutates_args=())
     definition.register_fake(fake)
     namespace, short = name.split("::")
     op = getattr(getattr(torch.ops, namespace), short).default

@@ -24,7 +24,7 @@ def sinkhorn_cpu(
     sinkd: bool,
 ) -> Solution:
     """See `sinkhorn_reference`; the same iterates, by absorption. Looks at all values itself."""
-    out = Solution.empty(C, eps, max_iter, keep_history)
+    out = Solution.empty(C, a, b, eps, max_iter, keep_history)
     tensors = pointers.flat(C.dim() - 2, pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
     status = pointers.kernel("sinkhorn", C.dtype)(
@@ -40,8 +40,7 @@ def sinkhorn_cpu(
         tol,
         schedule,
         accelerate == "anderson",
-        *out[:-1],
-        out.history if keep_history else None,
+        *out,
         pointers.threads(),
     )
     if status in (2, 4):
@@ -89,8 +88,8 @@ def potentials_backward_cpu(
     rho_b: Tensor,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor,
     dg: Tensor,
     mode: str,
@@ -104,7 +103,7 @@ def potentials_backward_cpu(
         grads = potentials_backward_cpu(*problem, f64, g64, history, n_iter, df64, dg64, mode, rtol)
         return tuple(t.to(C.dtype) for t in grads)
     *batch, N, M = C.shape
-    history, n_iter = history.contiguous(), n_iter.contiguous()
+    kept = (None if t is None else t.contiguous() for t in (history, n_iter))
     dC, da, db = C.new_empty(*batch, N, M), C.new_empty(*batch, N), C.new_empty(*batch, M)
     tensors = pointers.with_rows(C), a, b, eps, rho_a, rho_b, f, g, df, dg
     C, a, b, eps, rho_a, rho_b, f, g, df, dg = pointers.flat(len(batch), *tensors)
@@ -112,7 +111,7 @@ def potentials_backward_cpu(
         mode == "unrolled",
         rtol,
         *(C, a, b, eps, rho_a, rho_b),
-        *(f, g, history, n_iter),
+        *(f, g, *kept),
         *(df, dg),
         *(dC, da, db),
         pointers.threads(),

@@ -33,7 +33,7 @@ def sinkhorn_cuda(
     """See `sinkhorn_reference`; the same iterates, by absorption, in one launch."""
     *batch, N, M = C.shape
     B = math.prod(batch)
-    out = Solution.empty(C, eps, max_iter, keep_history)
+    out = Solution.empty(C, a, b, eps, max_iter, keep_history)
     tensors = pointers.flat(len(batch), pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
     device, stream = pointers.place(C)
@@ -51,8 +51,7 @@ def sinkhorn_cuda(
         g,
         max_iter,
         tol,
-        *out[:-1],
-        out.history if keep_history else None,
+        *out,
         space,
     )
     pointers.check_cuda(status, "sinkhorn")
@@ -101,8 +100,8 @@ def potentials_backward_cuda(
     rho_b: Tensor,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor,
     dg: Tensor,
     mode: str,
@@ -112,13 +111,14 @@ def potentials_backward_cuda(
     B, unrolled = math.prod(batch), mode == "unrolled"
     given, dtype = f.dtype, f.dtype if unrolled else torch.float64
     a, b, f, g, df, dg = (t.to(dtype) for t in (a, b, f, g, df, dg))
-    history, n_iter = history.contiguous(), n_iter.contiguous()
+    history, n_iter = (None if t is None else t.contiguous() for t in (history, n_iter))
+    steps = 0 if history is None else history.shape[-2]
     shapes = C.shape, C.shape[:-1], (*batch, M)
     dC, da, db = (C.new_empty(shape, dtype=dtype) for shape in shapes)
     tensors = pointers.with_rows(C), a, b, eps, rho_a, rho_b, f, g, df, dg
     C, a, b, eps, rho_a, rho_b, f, g, df, dg = pointers.flat(len(batch), *tensors)
     device, stream = pointers.place(C)
-    space = pointers.workspace(dC, "backward", unrolled, B, N, M, history.shape[-2])
+    space = pointers.workspace(dC, "backward", unrolled, B, N, M, steps)
     status = pointers.cuda_kernel("backward", dtype)(
         device,
         stream,

@@ -81,7 +81,10 @@ def _solve(
     sinkd: bool,
     backend: str,
 ) -> Outputs:
-    """One whole batch of solves -> f, g, value, cost, marginal_error, n_iter, history."""
+    """One whole batch of solves -> f, g, value, cost, marginal_error, n_iter, history.
+
+    The history is kept for ``unrolled``; the registered op has one of no step for others.
+    """
     keep_history = grad == "unrolled"
     if backend == "cpu":
         if sinkd:
@@ -104,8 +107,9 @@ def _solve(
 
 def _fake_solve(C: Tensor, a: Tensor, b: Tensor, eps: Tensor, *options: object) -> Outputs:
     *_, max_iter, _, _, _, grad, _, _ = options
-    room = Solution.empty(C, eps, max_iter, grad == "unrolled")
-    return tuple(torch.empty_like(t) for t in room)
+    room = Solution.empty(C, a, b, eps, max_iter, grad == "unrolled")
+    no_step = eps.new_empty(*C.shape[:-2], 0, sum(C.shape[-2:]))
+    return tuple(torch.empty_like(no_step if t is None else t) for t in room)
 
 
 def _plan(
@@ -153,8 +157,8 @@ def _backward(
     rho_b: Tensor | None,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor,
     dg: Tensor,
     dcost: Tensor | None,
