@@ -1,13 +1,13 @@
-// The only file that sees Python. Tensors arrive as raw addresses with sizes and strides.
+// The only file that sees Python, with tensors.h, by which tensors arrive.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
-#include <cstdint>
 #include <string>
 #include <tuple>
 
 #include "cpu/dispatch.h"
 #include "otdd_build.h"  // written by setup.py: what was built, and why
+#include "tensors.h"
 
 #ifdef OTDD_CUDA
 #include "cuda/bindings.h"
@@ -51,17 +51,8 @@ py::dict cuda_devices() {
 }
 #endif
 
-using Address = std::uintptr_t;
+using otdd::Tensor;
 using otdd::cpu::i64;
-
-template <class T>
-const T* in(Address address) {
-  return reinterpret_cast<const T*>(address);
-}
-template <class T>
-T* out(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // The time for signals, asked for by a call that runs without the GIL.
 bool signal_raised() {
@@ -81,113 +72,122 @@ int released(Call call) {
   return status;
 }
 
-// (address, batch stride, row stride) and (address, batch stride, item stride), in elements.
-using Strided = std::tuple<Address, i64, i64>;
-
 template <class T>
-otdd::cpu::Matrices<T> matrices(const Strided& t) {
-  return {in<T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
-}
-template <class T>
-otdd::cpu::Vectors<T> vectors(const Strided& t) {
-  return {in<T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data);
 }
 
-// The same, and one number for all where there is nothing.
+// ``(N, D)`` or ``(B, N, D)`` with contiguous rows.
 template <class T>
-otdd::cpu::Vectors<T> vectors_or(const Strided& t, const T& all) {
-  return std::get<0>(t) ? vectors<T>(t) : otdd::cpu::Vectors<T>{&all, 0, 0};
+otdd::cpu::Matrices<T> matrices(const Tensor& t) {
+  return {data<const T>(t), t.batch_stride(2), t.stride(2)};
+}
+// ``(N)`` or ``(B, N)`` with any strides; without a tensor, one number for all.
+template <class T>
+otdd::cpu::Vectors<T> per_point(const Tensor& t, const T* all = nullptr) {
+  return {t.data ? data<const T>(t) : all, t.batch_stride(1), t.stride(1)};
+}
+// ``()`` or ``(B)``, likewise.
+template <class T>
+otdd::cpu::Vectors<T> per_problem(const Tensor& t, const T* all = nullptr) {
+  return {t.data ? data<const T>(t) : all, t.batch_stride(0), 0};
 }
 
 const double kHard = HUGE_VAL;  // the penalty of a marginal that is met
 
 // a and b may be missing (`each` is then a weight, 0 for 1 over their number), rho_a, rho_b and g0 too.
 template <class T>
-int sinkhorn(i64 B, i64 N, i64 M, Strided C, Strided a, Strided b, double each, Strided eps,
-             Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, double tol, double schedule,
-             bool accelerate, Address f, Address g, Address value, Address cost,
-             Address marginal_error, Address n_iter, Address history, int threads) {
+int sinkhorn(Tensor C, Tensor a, Tensor b, double each, Tensor eps, Tensor rho_a, Tensor rho_b,
+             Tensor g0, i64 max_iter, double tol, double schedule, bool accelerate, Tensor f,
+             Tensor g, Tensor value, Tensor cost, Tensor marginal_error, Tensor n_iter,
+             Tensor history, int threads) {
+  const i64 N = C.size(2), M = C.size(1);
   const T each_a = T(each ? each : 1.0 / N), each_b = T(each ? each : 1.0 / M), zero = 0;
   const otdd::cpu::SinkhornArgs<T> args{
-      B, N, M, matrices<T>(C), vectors_or<T>(a, each_a), vectors_or<T>(b, each_b),
-      vectors<double>(eps), vectors_or<double>(rho_a, kHard), vectors_or<double>(rho_b, kHard),
-      vectors_or<T>(g0, zero), max_iter, tol, schedule, accelerate, out<T>(f), out<T>(g),
-      out<T>(value), out<T>(cost), out<T>(marginal_error), out<i64>(n_iter), out<double>(history),
-      threads};
+      C.batch(2), N, M, matrices<T>(C), per_point<T>(a, &each_a), per_point<T>(b, &each_b),
+      per_problem<double>(eps), per_problem<double>(rho_a, &kHard),
+      per_problem<double>(rho_b, &kHard), per_point<T>(g0, &zero), max_iter, tol, schedule,
+      accelerate, data<T>(f), data<T>(g), data<T>(value), data<T>(cost), data<T>(marginal_error),
+      data<i64>(n_iter), data<double>(history), threads};
   return released([&] { return otdd::cpu::kernels<T>().sinkhorn(args); });
 }
 
 template <class T>
-int plan(i64 B, i64 N, i64 M, Strided C, Strided f, Strided g, Strided a, Strided b, double each,
-         Strided eps, Strided scale, Address P, int threads) {
+int plan(Tensor C, Tensor f, Tensor g, Tensor a, Tensor b, double each, Tensor eps, Tensor scale,
+         Tensor P, int threads) {
+  const i64 N = C.size(2), M = C.size(1);
   const T each_a = T(each ? each : 1.0 / N), each_b = T(each ? each : 1.0 / M), one = 1;
   const otdd::cpu::PlanArgs<T> args{
-      B, N, M, matrices<T>(C), vectors<T>(f), vectors<T>(g), vectors_or<T>(a, each_a),
-      vectors_or<T>(b, each_b), vectors<double>(eps), vectors_or<T>(scale, one), out<T>(P), threads};
+      C.batch(2), N, M, matrices<T>(C), per_point<T>(f), per_point<T>(g), per_point<T>(a, &each_a),
+      per_point<T>(b, &each_b), per_problem<double>(eps), per_problem<T>(scale, &one), data<T>(P),
+      threads};
   return released([&] { return otdd::cpu::kernels<T>().plan(args); });
 }
 
 template <class T>
-int backward(bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps, Strided C, Strided a,
-             Strided b, Strided eps, Strided rho_a, Strided rho_b, Strided f, Strided g,
-             Address history, Address n_iter, Strided df, Strided dg, Address dC, Address da,
-             Address db, int threads) {
+int backward(bool unrolled, double rtol, Tensor C, Tensor a, Tensor b, Tensor eps, Tensor rho_a,
+             Tensor rho_b, Tensor f, Tensor g, Tensor history, Tensor n_iter, Tensor df, Tensor dg,
+             Tensor dC, Tensor da, Tensor db, int threads) {
   const otdd::cpu::BackwardArgs<T> args{
-      B, N, M, steps, matrices<T>(C), vectors<T>(a), vectors<T>(b), vectors<double>(eps),
-      vectors<double>(rho_a), vectors<double>(rho_b), vectors<T>(f), vectors<T>(g),
-      in<double>(history), in<i64>(n_iter), vectors<T>(df), vectors<T>(dg), out<T>(dC), out<T>(da),
-      out<T>(db), rtol, threads};
+      C.batch(2), C.size(2), C.size(1), history.data ? history.size(2) : 0, matrices<T>(C), per_point<T>(a),
+      per_point<T>(b), per_problem<double>(eps), per_problem<double>(rho_a),
+      per_problem<double>(rho_b), per_point<T>(f), per_point<T>(g), data<double>(history),
+      data<i64>(n_iter), per_point<T>(df), per_point<T>(dg), data<T>(dC), data<T>(da), data<T>(db),
+      rtol, threads};
   const auto kernels = otdd::cpu::kernels<T>();
   return released([&] { return unrolled ? kernels.unrolled(args) : kernels.implicit(args); });
 }
 
 template <class T>
-int cost(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Address C, int threads) {
-  const otdd::cpu::CostArgs<T> args{B,      N,         M, D, matrices<T>(x), matrices<T>(y),
-                                    metric, out<T>(C), threads};
+int cost(Tensor x, Tensor y, int metric, Tensor C, int threads) {
+  const otdd::cpu::CostArgs<T> args{
+      x.batch(2), x.size(2), y.size(2), x.size(1), matrices<T>(x), matrices<T>(y), metric,
+      data<T>(C), threads};
   return released([&] { return otdd::cpu::kernels<T>().cost(args); });
 }
 
+// dx and dy may be missing.
 template <class T>
-int cost_backward(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, Strided G,
-                  Address dx, Address dy, int threads) {
+int cost_backward(Tensor x, Tensor y, int metric, Tensor G, Tensor dx, Tensor dy, int threads) {
   const otdd::cpu::CostBackwardArgs<T> args{
-      B, N, M, D, matrices<T>(x), matrices<T>(y), metric, in<T>(std::get<0>(G)), std::get<1>(G),
-      std::get<2>(G), 1, out<T>(dx), out<T>(dy), threads};
+      x.batch(2), x.size(2), y.size(2), x.size(1), matrices<T>(x), matrices<T>(y), metric,
+      data<T>(G), G.batch_stride(2), G.stride(2), 1, data<T>(dx), data<T>(dy), threads};
   return released([&] { return otdd::cpu::kernels<T>().cost_backward(args); });
 }
 
-// Labels of the rows, of the columns, and (address, batch stride, row stride, K, L) of their costs.
-using LabelStrides = std::tuple<Strided, Strided, Strided, i64, i64>;
+// Labels of the rows, of the columns, and their costs; or none.
+using LabelledCosts = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class T>
-otdd::cpu::Labels<T> labels_of(const LabelStrides& t) {
-  return {vectors<i64>(std::get<0>(t)), vectors<i64>(std::get<1>(t)), matrices<T>(std::get<2>(t)),
-          std::get<3>(t), std::get<4>(t)};
+otdd::cpu::Labels<T> labels_of(const LabelledCosts& t) {
+  const auto& [rows, columns, costs] = t;
+  if (!costs.data) return {};
+  return {per_point<i64>(rows), per_point<i64>(columns), matrices<T>(costs), costs.size(2),
+          costs.size(1)};
 }
 
 template <class T>
-int points(i64 B, i64 N, i64 M, i64 D, Strided x, Strided y, int metric, LabelStrides labels,
-           Strided a, Strided b, Strided eps, Strided rho_a, Strided rho_b, Strided g0, i64 max_iter, Strided tol, Address f,
-           Address g, Address value, Address cost, Address marginal_error, Address n_iter,
-           int threads) {
+int points(Tensor x, Tensor y, int metric, LabelledCosts labels, Tensor a, Tensor b, Tensor eps,
+           Tensor rho_a, Tensor rho_b, Tensor g0, i64 max_iter, Tensor tol, Tensor f, Tensor g,
+           Tensor value, Tensor cost, Tensor marginal_error, Tensor n_iter, int threads) {
   const otdd::cpu::PointsArgs<T> args{
-      B, N, M, D, matrices<T>(x), matrices<T>(y), metric, labels_of<T>(labels), vectors<T>(a),
-      vectors<T>(b), vectors<double>(eps), vectors<double>(rho_a), vectors<double>(rho_b),
-      vectors<T>(g0), max_iter, vectors<double>(tol), out<T>(f), out<T>(g), out<T>(value), out<T>(cost),
-      out<T>(marginal_error), out<i64>(n_iter), threads};
+      x.batch(2), x.size(2), y.size(2), x.size(1), matrices<T>(x), matrices<T>(y), metric,
+      labels_of<T>(labels), per_point<T>(a), per_point<T>(b), per_problem<double>(eps),
+      per_problem<double>(rho_a), per_problem<double>(rho_b), per_point<T>(g0), max_iter,
+      per_problem<double>(tol), data<T>(f), data<T>(g), data<T>(value), data<T>(cost),
+      data<T>(marginal_error), data<i64>(n_iter), threads};
   return released([&] { return otdd::cpu::kernels<T>().points(args); });
 }
 
 template <class T>
-int plan_product(i64 B, i64 N, i64 M, i64 D, i64 K, Strided x, Strided y, int metric,
-                 LabelStrides labels, Strided f, Strided g, Strided a, Strided b, Strided eps,
-                 Strided u, Strided v, Strided kappa, Strided z, int mode, bool over_distance,
-                 Address product, int threads) {
+int plan_product(Tensor x, Tensor y, int metric, LabelledCosts labels, Tensor f, Tensor g, Tensor a,
+                 Tensor b, Tensor eps, Tensor u, Tensor v, Tensor kappa, Tensor z, int mode,
+                 bool over_distance, Tensor product, int threads) {
   const otdd::cpu::PlanProductArgs<T> args{
-      B, N, M, D, K, matrices<T>(x), matrices<T>(y), metric, labels_of<T>(labels), vectors<T>(f),
-      vectors<T>(g), vectors<T>(a), vectors<T>(b), vectors<double>(eps), vectors<T>(u), vectors<T>(v),
-      vectors<double>(kappa), matrices<T>(z), mode, over_distance, out<T>(product), threads};
+      x.batch(2), x.size(2), y.size(2), x.size(1), z.size(1), matrices<T>(x), matrices<T>(y),
+      metric, labels_of<T>(labels), per_point<T>(f), per_point<T>(g), per_point<T>(a),
+      per_point<T>(b), per_problem<double>(eps), per_point<T>(u), per_point<T>(v),
+      per_problem<double>(kappa), matrices<T>(z), mode, over_distance, data<T>(product), threads};
   return released([&] { return otdd::cpu::kernels<T>().plan_product(args); });
 }
 

@@ -1,5 +1,5 @@
-// The CUDA kernels for Python: raw device addresses with sizes and strides, the stream, the device.
-// The same functions bind the emulated kernels (tests/emulated), whose arguments must be announced.
+// The CUDA kernels for Python: tensors of the device, its number, the address of the stream. The same
+// functions bind the emulated kernels (tests/emulated), whose arguments must be announced.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,32 +10,38 @@
 #include <tuple>
 
 #include "kernels.h"
+#include "tensors.h"
 
 namespace otdd::cuda::bindings {
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
-// (address, batch stride, row or item stride), in elements; without an address there is nothing.
-using Strided = std::tuple<Address, i64, i64>;
 
-// (address, batch stride, row stride, type) of costs.
-using GivenCosts = std::tuple<Address, i64, i64, int>;
+inline void* address(Address stream) { return reinterpret_cast<void*>(stream); }
 
 template <class T>
-T* address(Address a) {
-  return reinterpret_cast<T*>(a);
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data);
 }
 template <class T>
-Vectors<T> vectors(const Strided& t, T all = T()) {
-  return {address<const T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), all};
+Vectors<T> per_point(const Tensor& t, T all = T()) {
+  return {data<const T>(t), t.batch_stride(1), t.stride(1), all};
 }
 template <class T>
-Matrices<T> matrices(const Strided& t) {
-  return {address<const T>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+Vectors<T> per_problem(const Tensor& t, T all = T()) {
+  return {data<const T>(t), t.batch_stride(0), 0, all};
+}
+template <class T>
+Matrices<T> matrices(const Tensor& t) {
+  return {data<const T>(t), t.batch_stride(2), t.stride(2)};
 }
 
-inline Costs costs(const GivenCosts& t) {
-  return {address<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), Number(std::get<3>(t))};
+inline Number number(const Tensor& t) {
+  if (t.bits == 16) return t.type_code == kDLBfloat ? kBfloat16 : kFloat16;
+  return t.bits == 64 ? kFloat64 : kFloat32;
+}
+inline Costs costs(const Tensor& t) {
+  return {t.data, t.batch_stride(2), t.stride(2), number(t)};
 }
 
 #if defined(OTDD_EMULATED)
@@ -66,6 +72,7 @@ void result(T* p, i64 count) {
   result(p, count, sizeof(T));
 }
 inline void workspace(void* p, i64 bytes) { memory.workspace(p, bytes); }
+inline void workspace(const Tensor& space) { workspace(space.data, space.size(1)); }
 
 // The status of a call; every result must have been written.
 template <class Call>
@@ -87,7 +94,8 @@ template <class... Args>
 void announce(const Args&...) {}
 template <class... Args>
 void result(const Args&...) {}
-inline void workspace(void*, i64) {}
+template <class... Args>
+void workspace(const Args&...) {}
 
 template <class Call>
 int run(Call call) {
@@ -100,118 +108,120 @@ int run(Call call) {
 // The problems: a and b may be missing (`each` is then a weight, 0 for 1 over their number), and the
 // penalties too.
 template <class T>
-Problems<T> problems(i64 B, i64 N, i64 M, const GivenCosts& C, const Strided& a,
-                     const Strided& b, double each, const Strided& eps, const Strided& rho_a,
-                     const Strided& rho_b) {
-  return {B, N, M, costs(C), vectors<T>(a, T(each ? each : 1.0 / double(N))),
-          vectors<T>(b, T(each ? each : 1.0 / double(M))), vectors<double>(eps, 1),
-          vectors<double>(rho_a, HUGE_VAL), vectors<double>(rho_b, HUGE_VAL)};
+Problems<T> problems(const Tensor& C, const Tensor& a, const Tensor& b, double each,
+                     const Tensor& eps, const Tensor& rho_a, const Tensor& rho_b) {
+  const i64 N = C.size(2), M = C.size(1);
+  return {C.batch(2), N, M, costs(C), per_point<T>(a, T(each ? each : 1.0 / double(N))),
+          per_point<T>(b, T(each ? each : 1.0 / double(M))), per_problem<double>(eps, 1),
+          per_problem<double>(rho_a, HUGE_VAL), per_problem<double>(rho_b, HUGE_VAL)};
 }
 
 template <class T>
-int sinkhorn_(int device, Address stream, i64 B, i64 N, i64 M, GivenCosts C, Strided a,
-              Strided b, double each, Strided eps, Strided rho_a, Strided rho_b, Strided g0,
-              i64 max_iter, double tol, Address f, Address g, Address value, Address cost,
-              Address marginal_error, Address n_iter, Address history, Address space, i64 bytes) {
+int sinkhorn_(int device, Address stream, Tensor C, Tensor a, Tensor b, double each, Tensor eps,
+              Tensor rho_a, Tensor rho_b, Tensor g0, i64 max_iter, double tol, Tensor f, Tensor g,
+              Tensor value, Tensor cost, Tensor marginal_error, Tensor n_iter, Tensor history,
+              Tensor space) {
   const SinkhornArgs<T> args{
-      problems<T>(B, N, M, C, a, b, each, eps, rho_a, rho_b), vectors<T>(g0), max_iter, tol,
-      address<T>(f), address<T>(g), address<T>(value), address<T>(cost), address<T>(marginal_error),
-      address<i64>(n_iter), address<double>(history)};
+      problems<T>(C, a, b, each, eps, rho_a, rho_b), per_point<T>(g0), max_iter, tol, data<T>(f),
+      data<T>(g), data<T>(value), data<T>(cost), data<T>(marginal_error), data<i64>(n_iter),
+      data<double>(history)};
+  const auto [B, N, M] = std::tuple(args.B, args.N, args.M);
   announce(static_cast<const Problems<T>&>(args)), announce(args.g0, B, M);
   result(args.f, B * N), result(args.g, B * M), result(args.value, B), result(args.cost, B);
   result(args.marginal_error, B), result(args.n_iter, B);
-  workspace(args.history, B * (max_iter + 1) * (N + M) * 8), workspace(address<void>(space), bytes);
-  return run([&] { return sinkhorn<T>(args, device, address<void>(space), address<void>(stream)); });
+  workspace(args.history, B * (max_iter + 1) * (N + M) * 8), workspace(space);
+  return run([&] { return sinkhorn<T>(args, device, space.data, address(stream)); });
 }
 
 template <class T>
-int plan_(int device, Address stream, i64 B, i64 N, i64 M, GivenCosts C, Strided f, Strided g,
-          Strided a, Strided b, double each, Strided eps, Strided scale, Address P, int P_type) {
-  const Strided none(0, 0, 0);
-  const PlanArgs<T> args{problems<T>(B, N, M, C, a, b, each, eps, none, none), vectors<T>(f),
-                         vectors<T>(g), vectors<T>(scale, T(1)), address<void>(P), Number(P_type)};
+int plan_(int device, Address stream, Tensor C, Tensor f, Tensor g, Tensor a, Tensor b, double each,
+          Tensor eps, Tensor scale, Tensor P) {
+  const PlanArgs<T> args{problems<T>(C, a, b, each, eps, {}, {}), per_point<T>(f), per_point<T>(g),
+                         per_problem<T>(scale, T(1)), P.data, number(P)};
+  const auto [B, N, M] = std::tuple(args.B, args.N, args.M);
   announce(static_cast<const Problems<T>&>(args)), announce(args.f, B, N), announce(args.g, B, M);
   announce(args.scale, B, 1), result(args.P, B * N * M, size_of(args.P_type));
-  return run([&] { return plan<T>(args, device, address<void>(stream)); });
+  return run([&] { return plan<T>(args, device, address(stream)); });
 }
 
 template <class T>
-int backward_(int device, Address stream, bool unrolled, double rtol, i64 B, i64 N, i64 M, i64 steps,
-              GivenCosts C, Strided a, Strided b, Strided eps, Strided rho_a, Strided rho_b,
-              Strided f, Strided g, Address history, Address n_iter, Strided df, Strided dg, Address dC,
-              Address da, Address db, Address space, i64 bytes) {
-  const BackwardArgs<T> args{problems<T>(B, N, M, C, a, b, 0, eps, rho_a, rho_b), steps,
-                             vectors<T>(f), vectors<T>(g), address<double>(history), address<i64>(n_iter),
-                             vectors<T>(df), vectors<T>(dg), address<T>(dC), address<T>(da),
-                             address<T>(db), rtol};
+int backward_(int device, Address stream, bool unrolled, double rtol, Tensor C, Tensor a, Tensor b,
+              Tensor eps, Tensor rho_a, Tensor rho_b, Tensor f, Tensor g, Tensor history,
+              Tensor n_iter, Tensor df, Tensor dg, Tensor dC, Tensor da, Tensor db, Tensor space) {
+  const i64 steps = history.data ? history.size(2) : 0;
+  const BackwardArgs<T> args{problems<T>(C, a, b, 0, eps, rho_a, rho_b), steps, per_point<T>(f),
+                             per_point<T>(g), data<double>(history), data<i64>(n_iter),
+                             per_point<T>(df), per_point<T>(dg), data<T>(dC), data<T>(da),
+                             data<T>(db), rtol};
+  const auto [B, N, M] = std::tuple(args.B, args.N, args.M);
   announce(static_cast<const Problems<T>&>(args));
   announce(args.f, B, N), announce(args.g, B, M), announce(args.df, B, N), announce(args.dg, B, M);
   announce(args.history, 1, 0, B * steps, N + M, N + M, 8), announce(args.n_iter, 1, 0, 1, 0, B, 8);
-  result(args.dC, B * N * M), result(args.da, B * N), result(args.db, B * M);
-  workspace(address<void>(space), bytes);
-  return run([&] {
-    return backward<T>(args, unrolled, device, address<void>(space), address<void>(stream));
-  });
+  result(args.dC, B * N * M), result(args.da, B * N), result(args.db, B * M), workspace(space);
+  return run([&] { return backward<T>(args, unrolled, device, space.data, address(stream)); });
 }
 
 template <class T>
-int cost_(int device, Address stream, i64 B, i64 N, i64 M, i64 D, bool squared, Strided x, Strided y,
-          Address C, Address space, i64 bytes) {
-  const CostArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), address<T>(C), squared};
-  announce(args.x, B, N, D), announce(args.y, B, M, D), result(args.C, B * N * M);
-  workspace(address<void>(space), bytes);
-  return run([&] { return cost<T>(args, device, address<void>(space), address<void>(stream)); });
+int cost_(int device, Address stream, bool squared, Tensor x, Tensor y, Tensor C, Tensor space) {
+  const i64 B = x.batch(2), N = x.size(2), M = y.size(2), D = x.size(1);
+  const CostArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), data<T>(C), squared};
+  announce(args.x, B, N, D), announce(args.y, B, M, D), result(args.C, B * N * M), workspace(space);
+  return run([&] { return cost<T>(args, device, space.data, address(stream)); });
 }
 
-// G: (address, batch stride, row stride, column stride).
+// G with any strides; dx and dy may be missing.
 template <class T>
-int cost_backward_(int device, Address stream, i64 B, i64 N, i64 M, i64 D, Strided x, Strided y,
-                   std::tuple<Address, i64, i64, i64> G, Address dx, Address dy, Address space,
-                   i64 bytes) {
-  const auto [data, batch, row, column] = G;
-  const CostBackwardArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), address<const T>(data),
-                                 batch, row, column, address<T>(dx), address<T>(dy)};
+int cost_backward_(int device, Address stream, Tensor x, Tensor y, Tensor G, Tensor dx, Tensor dy,
+                   Tensor space) {
+  const i64 B = x.batch(2), N = x.size(2), M = y.size(2), D = x.size(1);
+  const CostBackwardArgs<T> args{B, N, M, D, matrices<T>(x), matrices<T>(y), data<T>(G),
+                                 G.batch_stride(2), G.stride(2), G.stride(1), data<T>(dx), data<T>(dy)};
   announce(args.x, B, N, D), announce(args.y, B, M, D);
-  announce(args.G, B, batch, N, row, (M - 1) * column + 1, sizeof(T));
-  result(args.dx, B * N * D), result(args.dy, B * M * D), workspace(address<void>(space), bytes);
-  return run([&] { return cost_backward<T>(args, device, address<void>(space), address<void>(stream)); });
+  announce(args.G, B, args.G_batch, N, args.G_row, (M - 1) * args.G_column + 1, sizeof(T));
+  result(args.dx, B * N * D), result(args.dy, B * M * D), workspace(space);
+  return run([&] { return cost_backward<T>(args, device, space.data, address(stream)); });
 }
 
 template <class T>
-int logits_(int device, Address stream, i64 B, i64 N, i64 D, GivenCosts student, GivenCosts teacher, double tau,
-            double eps, double each, i64 max_iter, Address p, Address q, Address C, Address f, Address g, Address cost,
-            Address space, i64 bytes) {
-  const LogitArgs<T> args{B, N, D, costs(student), costs(teacher), 1 / tau, eps, each ? each : 1.0 / double(N),
-                          max_iter, address<T>(p), address<T>(q), address<T>(C), address<T>(f), address<T>(g),
-                          address<T>(cost)};
+int logits_(int device, Address stream, Tensor student, Tensor teacher, double tau, double eps,
+            double each, i64 max_iter, Tensor p, Tensor q, Tensor C, Tensor f, Tensor g, Tensor cost,
+            Tensor space) {
+  const i64 B = student.batch(2), N = student.size(2), D = student.size(1);
+  const LogitArgs<T> args{B, N, D, costs(student), costs(teacher), 1 / tau, eps,
+                          each ? each : 1.0 / double(N), max_iter, data<T>(p), data<T>(q), data<T>(C),
+                          data<T>(f), data<T>(g), data<T>(cost)};
   for (const Costs& t : {args.student, args.teacher}) announce(t.data, B, t.batch, N, t.row, D, size_of(t.type));
   result(args.p, B * N * D), result(args.q, B * N * D), result(args.C, B * N * N);
-  result(args.f, B * N), result(args.g, B * N), result(args.cost, B), workspace(address<void>(space), bytes);
-  return run([&] { return logits<T>(args, device, address<void>(space), address<void>(stream)); });
+  result(args.f, B * N), result(args.g, B * N), result(args.cost, B), workspace(space);
+  return run([&] { return logits<T>(args, device, space.data, address(stream)); });
 }
 
+// p, q, C, f and g are contiguous.
 template <class T>
-int logits_backward_(int device, Address stream, i64 B, i64 N, i64 D, Address p, Address q, Address C, Address f,
-                     Address g, Strided dcost, double tau, double eps, double each, Address dstudent, int type,
-                     Address space, i64 bytes) {
-  const LogitBackwardArgs<T> args{B, N, D, address<const T>(p), address<const T>(q), address<const T>(C),
-                                  address<const T>(f), address<const T>(g), vectors<T>(dcost), 1 / tau, eps,
-                                  each ? each : 1.0 / double(N), address<void>(dstudent), Number(type)};
+int logits_backward_(int device, Address stream, Tensor p, Tensor q, Tensor C, Tensor f, Tensor g,
+                     Tensor dcost, double tau, double eps, double each, Tensor dstudent, Tensor space) {
+  const i64 B = dcost.batch(0), N = p.size(2), D = p.size(1);
+  const LogitBackwardArgs<T> args{B, N, D, data<T>(p), data<T>(q), data<T>(C), data<T>(f), data<T>(g),
+                                  per_problem<T>(dcost), 1 / tau, eps, each ? each : 1.0 / double(N),
+                                  dstudent.data, number(dstudent)};
   for (const T* t : {args.p, args.q}) announce(t, B, N * D, N, D, D, sizeof(T));
   announce(args.C, B, N * N, N, N, N, sizeof(T));
   for (const T* t : {args.f, args.g}) announce(t, B, N, 1, 0, N, sizeof(T));
-  announce(args.dcost, B, 1), result(args.dstudent, B * N * D, size_of(args.type));
-  workspace(address<void>(space), bytes);
-  return run([&] { return logits_backward<T>(args, device, address<void>(space), address<void>(stream)); });
+  announce(args.dcost, B, 1), result(args.dstudent, B * N * D, size_of(args.type)), workspace(space);
+  return run([&] { return logits_backward<T>(args, device, space.data, address(stream)); });
 }
 
+// Costs are made of x and y with `in_one`, or C has them; `given`, contiguous as C, may be missing.
 template <class T>
-int moves_(int device, Address stream, i64 B, i64 N, i64 L, i64 M, i64 D, Strided x, Strided y, bool squared,
-           Address C, Address given, Strided a, Strided b, Strided g0, double lambda, i64 max_iter, Address f, Address g,
-           Address eps, Address dx, Address plan, bool relative, Address space, i64 bytes) {
-  const MoveArgs<T> args{B, N, L, M, D, matrices<T>(x), matrices<T>(y), squared, address<T>(C),
-                         address<const T>(given), vectors<T>(a), vectors<T>(b), vectors<T>(g0), lambda, max_iter,
-                         address<T>(f), address<T>(g), address<T>(eps), address<T>(dx), address<T>(plan), relative};
+int moves_(int device, Address stream, Tensor x, Tensor y, bool in_one, bool squared, Tensor C,
+           Tensor given, Tensor a, Tensor b, Tensor g0, double lambda, i64 max_iter, Tensor f, Tensor g,
+           Tensor eps, Tensor dx, Tensor plan, bool relative, Tensor space) {
+  const i64 B = x.batch(2), N = x.size(2), L = given.data ? given.size(2) : 0, M = y.size(2), D = x.size(1);
+  const Tensor none;
+  const MoveArgs<T> args{B, N, L, M, D, matrices<T>(in_one ? x : none), matrices<T>(in_one ? y : none),
+                         squared, data<T>(C), data<T>(given), per_point<T>(a), per_point<T>(b),
+                         per_point<T>(g0), lambda, max_iter, data<T>(f), data<T>(g), data<T>(eps),
+                         data<T>(dx), data<T>(plan), relative};
   announce(args.x, B, N, D), announce(args.y, B, M, D), announce(args.given, B, L * M, L, M, M, sizeof(T));
   if (args.x.data) result(args.C, B * N * M);
   else announce(static_cast<const T*>(args.C), B, N * M, N, M, M, sizeof(T));
@@ -219,8 +229,8 @@ int moves_(int device, Address stream, i64 B, i64 N, i64 L, i64 M, i64 D, Stride
   result(args.f, B * (N + L)), result(args.g, B * M), result(args.eps, B);
   if (args.dx) result(args.dx, B * N * D);
   if (args.plan) result(args.plan, B * N * M);
-  workspace(address<void>(space), bytes);
-  return run([&] { return moves<T>(args, device, address<void>(space), address<void>(stream)); });
+  workspace(space);
+  return run([&] { return moves<T>(args, device, space.data, address(stream)); });
 }
 
 template <class T>

@@ -22,9 +22,11 @@ R = TypeVar("R")
 
 _HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
+_FLOATING = (*_FULL, *_HALF)
 _WHOLE, _REAL = (int, numbers.Integral), (int, float, numbers.Real)  # the usual ones first: fast
 # The smallest normal number and the largest one; asking torch each time takes as long as a check.
 _BOUNDS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in _FULL}
+_BOUNDS |= dict.fromkeys(_HALF, _BOUNDS[torch.float32])  # as they are computed
 
 
 def require(condition: bool, name: str, seen: object, accepted: str) -> None:
@@ -44,7 +46,10 @@ def as_float(t: Tensor, name: str) -> Tensor:
     Raises:
         TypeError: ``t`` is not a floating-point tensor.
     """
-    t = floating(t, name)
+    return widened(floating(t, name))
+
+
+def widened(t: Tensor) -> Tensor:
     return t.float() if t.dtype in _HALF else t
 
 
@@ -55,7 +60,7 @@ def floating(t: Tensor, name: str) -> Tensor:
     if t.layout is not torch.strided or t.is_nested:
         seen = "a nested tensor" if t.is_nested else f"a tensor of layout {t.layout}"
         raise TypeError(f"{name}: got {seen}; accepted: dense tensors")
-    if t.dtype not in (*_HALF, *_FULL):
+    if t.dtype not in _FLOATING:
         raise TypeError(
             f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64"
         )
@@ -73,7 +78,7 @@ def resolved(t: Tensor) -> Tensor:
 
 def same_kind(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
     """Raises unless ``t`` has the device and the dtype of ``like``, both widened."""
-    if wide(t.dtype) != wide(like.dtype):
+    if t.dtype != like.dtype and wide(t.dtype) != wide(like.dtype):
         accepted = f"that of {like_name}, {wide(like.dtype)}"
         raise TypeError(f"{name}: got dtype {t.dtype}; accepted: {accepted}")
     if t.device != like.device:
@@ -163,21 +168,20 @@ def _one(t: Tensor) -> Tensor:
 
 def positive(value: float | Tensor, name: str, dtype: torch.dtype, *, or_inf: bool = False) -> None:
     """Raises unless `value` is > 0 and a normal number of `dtype`, widened (a tensor: each)."""
-    dtype = wide(dtype)
     if isinstance(value, Tensor):
         if value.numel() == 0:
             return
         seen = [bound.item() for bound in torch.aminmax(_one(value))]  # NaN survives
     elif _is_number(value, _REAL):
         # A NumPy number would take the bounds to its own type, where they overflow.
-        seen = [value if isinstance(value, int | float) else float(value)]
+        seen = [value if type(value) in _REAL else float(value)]
     else:
         raise TypeError(f"{name}: got {type(value).__name__}; accepted: a number or a torch.Tensor")
     lowest, highest = _BOUNDS[dtype]
     highest = math.inf if or_inf else highest
     for number in seen:
         if not lowest <= number <= highest:
-            accepted = f"numbers > 0 within {dtype}, {lowest:.3g} to {highest:.3g}"
+            accepted = f"numbers > 0 within {wide(dtype)}, {lowest:.3g} to {highest:.3g}"
             require(False, name, number, accepted)
 
 

@@ -22,7 +22,16 @@ def custom_op(name: str, body: Callable, fake: Callable) -> Callable:
     op where something traces or transforms. Either way it runs outside autocast.
     """
     body = checks.outside_autocast(body)
-    definition = torch.library.custom_op(name, body, mutates_args=())
+
+    @functools.wraps(body)
+    def registered(*args: object) -> Any:
+        out = body(*args)
+        if isinstance(out, Tensor) or all(t is not None for t in out):
+            return out
+        # A schema has a tensor where the body may have nothing.
+        return tuple(made if t is None else t for t, made in zip(out, fake(*args), strict=True))
+
+    definition = torch.library.custom_op(name, registered, mutates_args=())
     definition.register_fake(fake)
     namespace, short = name.split("::")
     op = getattr(getattr(torch.ops, namespace), short).default
@@ -91,19 +100,20 @@ def _of_plain(backward: Callable) -> Callable:
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)
-        for grad in grads:
-            if grad is None:
-                continue
-            if torch._C._functorch.is_legacy_batchedtensor(grad):
-                raise NotImplementedError(
-                    "otdd: batched gradients of torch.autograd (is_grads_batched, vectorize=True) "
-                    "are not implemented; torch.func.vmap, jacrev and grad are"
-                )
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
-                _no_forward_mode(ctx)
-        return backward(ctx, *(None if grad is None else checks.resolved(grad) for grad in grads))
+        return backward(ctx, *[None if grad is None else _plain(grad) for grad in grads])
 
     return run
+
+
+def _plain(grad: Tensor) -> Tensor:
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise NotImplementedError(
+            "otdd: batched gradients of torch.autograd (is_grads_batched, vectorize=True) "
+            "are not implemented; torch.func.vmap, jacrev and grad are"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
+        _no_forward_mode(None)
+    return checks.resolved(grad)
 
 
 def _wants_gradient(args: tuple) -> bool:

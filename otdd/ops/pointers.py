@@ -1,4 +1,4 @@
-"""What the backends of every op share: what they refuse, tensors as raw addresses, statuses."""
+"""What the backends of every op share: what they refuse, how native code is called, statuses."""
 
 import contextlib
 import functools
@@ -12,11 +12,6 @@ from torch import Tensor
 
 from otdd import backends
 from otdd.ops import checks
-
-Strided = tuple[int, int, int]
-# The numbers of csrc/cuda/number.h.
-NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
 
 # Stands in for the native module, and CPU tensors for CUDA ones, where tests run emulated kernels.
 emulated: ModuleType | None = None
@@ -40,7 +35,7 @@ def refusals(
 
 def as_read(C: Tensor, backend: str) -> Tensor:
     """Costs for the solves of a backend: only the CUDA kernels read half precision."""
-    return C if backend == "cuda" else checks.as_float(C, "C")
+    return C if backend == "cuda" else checks.widened(C)
 
 
 def cpu_refusal(t: Tensor) -> str | None:
@@ -117,10 +112,7 @@ def check_cuda(status: int, op: str) -> None:
 
 
 def flat(batch_dims: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors with one batch dimension, or none as before: what native code takes.
-
-    They may be copies, to be kept until the native call is over.
-    """
+    """Tensors with one batch dimension, or none as before: what native code takes."""
     if batch_dims <= 1:
         return tensors
     return tuple(None if t is None else t.flatten(0, batch_dims - 1) for t in tensors)
@@ -129,41 +121,6 @@ def flat(batch_dims: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def with_rows(t: Tensor) -> Tensor:
     """`t`, or a copy, with contiguous rows."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-def matrices(t: Tensor) -> Strided:
-    """``(N, D)`` or ``(B, N, D)`` with contiguous rows."""
-    return t.data_ptr(), t.stride(0) if t.dim() == 3 else 0, t.stride(-2)
-
-
-def costs(t: Tensor) -> tuple[int, int, int, int]:
-    """`matrices` for the CUDA solves, which take costs in each type there is."""
-    return *matrices(t), NUMBERS[t.dtype]
-
-
-def per_point(t: Tensor | None) -> Strided:
-    """``(N,)`` or ``(B, N)`` with any strides, or nothing."""
-    if t is None:
-        return 0, 0, 0
-    return t.data_ptr(), t.stride(0) if t.dim() == 2 else 0, t.stride(-1)
-
-
-def per_problem(t: Tensor | None) -> Strided:
-    """``()`` or ``(B,)``, or nothing."""
-    if t is None:
-        return 0, 0, 0
-    return t.data_ptr(), t.stride(0) if t.dim() == 1 else 0, 0
-
-
-def rows(t: Tensor) -> tuple[Tensor, Strided]:
-    """``(B, N, D)`` with contiguous rows: the tensor to keep alive, and (address, strides)."""
-    t = with_rows(t)
-    return t, matrices(t)
-
-
-def vectors(t: Tensor) -> Strided:
-    """``(B, N)`` with any strides, or ``(B,)``."""
-    return t.data_ptr(), t.stride(0), t.stride(1) if t.dim() == 2 else 0
 
 
 _forked = False

@@ -164,18 +164,14 @@ def test_empty_batches(emulated_cuda, team, grad, backend):
 
 def test_a_mistake_in_a_kernel_is_seen(emulated_cuda):
     kernel = pointers.cuda_kernel("plan", torch.float32)
-    C, P = torch.rand(3, 4), torch.empty(3, 4)
+    C, P, eps = torch.rand(3, 4), torch.empty(3, 4), torch.ones((), dtype=torch.float64)
 
-    def plan(f, P_address):
-        matrix, one = (C.data_ptr(), 0, 4, 0), torch.ones(1, dtype=torch.float64)
-        nothing = 0, 0, 0
-        eps = one.data_ptr(), 0, 0
-        rest = nothing, nothing, nothing, 0.0, eps, nothing, P_address, 0
-        return kernel(*pointers.place(C), 1, 3, 4, matrix, f, *rest)
+    def plan(P):
+        return kernel(*pointers.place(C), C, None, None, None, None, 0.0, eps, None, P)
 
-    assert plan((0, 0, 0), P.data_ptr()) == 0
+    assert plan(P) == 0
     assert torch.isfinite(P).all()
-    assert plan((0, 0, 0), C.data_ptr()) == 5
+    assert plan(C) == 5
     assert "write to an input" in emulated_cuda.cuda_last_error()
 
 

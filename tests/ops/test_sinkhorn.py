@@ -211,6 +211,19 @@ def test_layouts_do_not_matter(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_of_weights_and_eps_over_two_batch_dimensions(backend):
+    C, a, b = (t.unflatten(0, (2, 3)) for t in problem(6, 5, 7))
+    eps = torch.linspace(0.1, 0.6, 6, dtype=torch.float64).reshape(3, 2).T
+    options = {"max_iter": 9, "tol": 1e-2, "backend": backend}
+    expected = sinkhorn(C, a, b, eps=eps.contiguous(), **options)
+    a, b = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (a, b))
+    result = sinkhorn(C, a, b, eps=eps, **options)
+    for name in ("value", "cost", "f", "g", "n_iter", "marginal_error", "plan"):
+        assert torch.equal(getattr(result, name), getattr(expected, name)), name
+        assert getattr(result, name).is_contiguous() or backend == "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(backend, dtype):
     C = problem(2, 9, 8)[0].to(dtype).requires_grad_()

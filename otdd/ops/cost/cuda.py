@@ -1,4 +1,4 @@
-"""The `cuda` backend of `cost_matrix`: CUDA C++ over raw pointers, in the current stream."""
+"""The `cuda` backend of `cost_matrix`: CUDA C++, in the current stream."""
 
 import math
 
@@ -18,18 +18,8 @@ def cost_matrix_cuda(x: Tensor, y: Tensor, metric: str) -> Tensor:
     x, y = map(pointers.with_rows, pointers.flat(x.dim() - 2, x, y))
     device, stream = pointers.place(x)
     space = pointers.workspace(x, "cost", *sizes)
-    clouds = pointers.matrices(x), pointers.matrices(y)
     run = pointers.cuda_kernel("cost", x.dtype)
-    status = run(
-        device,
-        stream,
-        *sizes,
-        metric == "sqeuclidean",
-        *clouds,
-        C.data_ptr(),
-        space.data_ptr(),
-        space.numel(),
-    )
+    status = run(device, stream, metric == "sqeuclidean", x, y, C, space)
     pointers.check_cuda(status, "cost_matrix")
     return C
 
@@ -41,17 +31,14 @@ def cost_backward_cuda(
     assert metric == "l1"
     dx = x.new_empty(x.shape if need_x else (*x.shape[:-1], 0))
     dy = y.new_empty(y.shape if need_y else (*y.shape[:-1], 0))
-    outputs = dx.data_ptr() if need_x else 0, dy.data_ptr() if need_y else 0
+    outputs = dx if need_x else None, dy if need_y else None
     sizes = _sizes(x, y)
     x, y, grad = pointers.flat(x.dim() - 2, x, y, grad)
     x, y = pointers.with_rows(x), pointers.with_rows(y)
     device, stream = pointers.place(x)
     space = pointers.workspace(x, "cost_backward", *sizes)
-    clouds = pointers.matrices(x), pointers.matrices(y)
-    weights = *pointers.matrices(grad), grad.stride(-1)
     run = pointers.cuda_kernel("cost_backward", x.dtype)
-    memory = space.data_ptr(), space.numel()
-    status = run(device, stream, *sizes, *clouds, weights, *outputs, *memory)
+    status = run(device, stream, x, y, grad, *outputs, space)
     pointers.check_cuda(status, "cost_matrix's backward")
     return dx, dy
 

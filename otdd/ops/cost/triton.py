@@ -25,7 +25,7 @@ def cost_matrix_triton(x: Tensor, y: Tensor) -> Tensor:
     N, M, D = x.shape[-2], y.shape[-2], x.shape[-1]
     rows, columns = tile(B, N, M, x.dtype)
     grid = B, triton.cdiv(N, rows), triton.cdiv(M, columns)
-    clouds = *pointers.matrices(x)[1:], *pointers.matrices(y)[1:]
+    clouds = *_strides(x), *_strides(y)
     with pointers.on_device(x):
         kernels.l1_cost[grid](x, y, C, N, M, D, *clouds, rows, columns, 64, num_warps=8)
     return C
@@ -52,8 +52,8 @@ def _side(G: Tensor, x: Tensor, y: Tensor, dx: Tensor, B: int) -> None:
     N, M, D = x.shape[-2], y.shape[-2], x.shape[-1]
     rows, features = tile(B, N, D, x.dtype)
     grid = B, triton.cdiv(N, rows), triton.cdiv(D, features)
-    weights = *pointers.matrices(G)[1:], G.stride(-1)
-    clouds = *pointers.matrices(x)[1:], *pointers.matrices(y)[1:]
+    weights = *_strides(G), G.stride(-1)
+    clouds = *_strides(x), *_strides(y)
     arguments = G, x, y, dx, N, M, D, *weights, *clouds, rows, features, 64
     with pointers.on_device(x):
         kernels.l1_side[grid](*arguments, num_warps=8)
@@ -67,6 +67,11 @@ def tile(B: int, N: int, M: int, dtype: torch.dtype) -> tuple[int, int]:
         if B * triton.cdiv(N, rows) * triton.cdiv(M, columns) >= ENOUGH:
             break
     return rows, columns
+
+
+def _strides(t: Tensor) -> tuple[int, int]:
+    """Of the batch, 0 without one, and of the rows."""
+    return t.stride(0) if t.dim() == 3 else 0, t.stride(-2)
 
 
 def _flat(x: Tensor, y: Tensor) -> tuple[int, list[Tensor]]:

@@ -23,16 +23,14 @@ def logits_cuda(
     status = pointers.cuda_kernel("logits", dtype)(
         device,
         stream,
-        *sizes,
-        pointers.costs(student),
-        pointers.costs(teacher),
+        student,
+        teacher,
         tau,
         eps,
         1.0 if sinkd else 0.0,
         max_iter,
-        *(t.data_ptr() for t in (p, q, C, f, g, cost)),
-        space.data_ptr(),
-        space.numel(),
+        *(p, q, C, f, g, cost),
+        space,
     )
     pointers.check_cuda(status, "logit_transport")
     return cost, p, q, C, f, g
@@ -61,16 +59,13 @@ def logits_backward_cuda(
     status = pointers.cuda_kernel("logits_backward", p.dtype)(
         device,
         stream,
-        *sizes,
-        *(t.data_ptr() for t in (p, q, C, f, g)),
-        pointers.per_problem(dcost),
+        *(p, q, C, f, g),
+        dcost,
         tau,
         eps,
         1.0 if sinkd else 0.0,
-        dstudent.data_ptr(),
-        pointers.NUMBERS[dtype],
-        space.data_ptr(),
-        space.numel(),
+        dstudent,
+        space,
     )
     pointers.check_cuda(status, "logit_transport's backward")
     return dstudent

@@ -36,26 +36,25 @@ def moves_cuda(
     given = None if given is None or L == 0 else given.contiguous()
     x, y, a, b, start = pointers.flat(len(batch), x, y, a, b, start)
     x, y = pointers.with_rows(x), pointers.with_rows(y)
-    nothing = 0, 0, 0
     device, stream = pointers.place(x)
     space = pointers.workspace(x, "moves", B, N, L, M, D)
     status = pointers.cuda_kernel("moves", x.dtype)(
         device,
         stream,
-        *(B, N, L, M, D),
-        *((pointers.matrices(x), pointers.matrices(y)) if in_one else (nothing, nothing)),
+        x,
+        y,
+        in_one,
         metric == "sqeuclidean",
-        C.data_ptr(),
-        0 if given is None else given.data_ptr(),
-        *map(pointers.per_point, (a, b, start)),
+        C,
+        given,
+        *(a, b, start),
         lambda_1,
         max_iter,
-        *(t.data_ptr() for t in (f, g, eps)),
-        of_x.data_ptr() if signed else 0,
-        0 if signed else plan.data_ptr(),
+        *(f, g, eps),
+        of_x if signed else None,
+        None if signed else plan,
         not gradient,
-        space.data_ptr(),
-        space.numel(),
+        space,
     )
     pointers.check_cuda(status, "transport_moves")
     return of_x, plan, f, g, eps

@@ -1,22 +1,18 @@
-"""The `cpu` backend of `sinkhorn_points`: C++ over raw pointers.
+"""The `cpu` backend of `sinkhorn_points`: C++.
 
 While a cost matrix is small, storing it is faster: its iteration needs no exp. Above that the costs
 are made tile by tile.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from otdd.ops import pointers
-from otdd.ops.pointers import matrices, per_point, per_problem
 from otdd.ops.points.dense import stored
 from otdd.ops.points.levels import through_levels
 from otdd.ops.points.reference import Clouds, PointSolution
 
 STORED = 1 << 23  # entries of the largest stored cost
-Labels = tuple[pointers.Strided, pointers.Strided, pointers.Strided, int, int]
 _METRICS = {"l1": 0, "sqeuclidean": 1, "l2": 2}
 _MODES = {"value": 0, "difference": 1, "sign": 2}
 
@@ -38,7 +34,7 @@ def streamed(
     With K and L labels, for ``K M + L N`` more: costs between labels are then read in whole
     vectors.
     """
-    *batch, N, D = p.x.shape
+    *batch, N, _ = p.x.shape
     M = p.y.shape[-2]
     out = PointSolution(
         f=p.x.new_empty(*batch, N),
@@ -52,25 +48,20 @@ def streamed(
     tol = tol if isinstance(tol, Tensor) else torch.full_like(p.eps, tol)
     rest = p.a, p.b, p.eps, p.rho_a, p.rho_b, g, tol
     x, y, a, b, eps, rho_a, rho_b, g, tol = pointers.flat(len(batch), *points, *rest)
-    labels, _kept = _labels(p)
     status = pointers.kernel("points", p.x.dtype)(
-        math.prod(batch),
-        N,
-        M,
-        D,
-        matrices(x),
-        matrices(y),
+        x,
+        y,
         _METRICS[metric],
-        labels,
-        per_point(a),
-        per_point(b),
-        per_problem(eps),
-        per_problem(rho_a),
-        per_problem(rho_b),
-        per_point(g),
+        _labels(p),
+        a,
+        b,
+        eps,
+        rho_a,
+        rho_b,
+        g,
         max_iter,
-        per_problem(tol),
-        *(t.data_ptr() for t in out),
+        tol,
+        *out,
         pointers.threads(),
     )
     pointers.check(status, "sinkhorn_points")
@@ -90,46 +81,37 @@ def product_cpu(
     over_distance: bool,
 ) -> Tensor:
     """See `product_reference`."""
-    *batch, N, D = p.x.shape
-    M, K = z.shape[-2:]
-    out = p.x.new_empty(*batch, N, K)
+    *batch, N, _ = p.x.shape
+    out = p.x.new_empty(*batch, N, z.shape[-1])
     points = (pointers.with_rows(t) for t in (p.x, p.y, z))
     rest = f, g, p.a, p.b, p.eps, u, v, kappa
     x, y, z, f, g, a, b, eps, u, v, kappa = pointers.flat(len(batch), *points, *rest)
-    labels, _kept = _labels(p)
     status = pointers.kernel("plan_product", p.x.dtype)(
-        math.prod(batch),
-        N,
-        M,
-        D,
-        K,
-        matrices(x),
-        matrices(y),
+        x,
+        y,
         _METRICS[metric],
-        labels,
-        per_point(f),
-        per_point(g),
-        per_point(a),
-        per_point(b),
-        per_problem(eps),
-        per_point(u),
-        per_point(v),
-        per_problem(kappa),
-        matrices(z),
+        _labels(p),
+        f,
+        g,
+        a,
+        b,
+        eps,
+        u,
+        v,
+        kappa,
+        z,
         _MODES[mode],
         over_distance,
-        out.data_ptr(),
+        out,
         pointers.threads(),
     )
     pointers.check(status, "a product with the plan")
     return out
 
 
-def _labels(p: Clouds) -> tuple[Labels, tuple[Tensor, ...]]:
-    """Labels and their costs for native code, and the tensors to keep until its call is over."""
+def _labels(p: Clouds) -> tuple[Tensor | None, ...]:
+    """Labels of the rows, of the columns, and their costs, for native code."""
     if p.label_cost is None:
-        return ((0, 0, 0), (0, 0, 0), (0, 0, 0), 0, 0), ()
-    K, L = p.label_cost.shape[-2:]
+        return None, None, None
     tensors = p.labels_x, p.labels_y, pointers.with_rows(p.label_cost)
-    kept = lx, ly, costs = pointers.flat(p.eps.dim(), *tensors)
-    return (per_point(lx), per_point(ly), matrices(costs), K, L), kept
+    return pointers.flat(p.eps.dim(), *tensors)

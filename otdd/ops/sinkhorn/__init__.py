@@ -175,9 +175,8 @@ def sinkhorn(
             None if rho is None else _per_problem(rho, name, C, or_inf=True)
             for rho, name in ((rho_a, "rho_a"), (rho_b, "rho_b"))
         )
-    entries = C.shape[-2] * C.shape[-1]
     refusals = pointers.refusals(
-        C, cuda_refusal(schedule, accelerate), triton_refusal(entries, grad, schedule, accelerate)
+        C, cuda_refusal(schedule, accelerate), triton_refusal(C, grad, schedule, accelerate)
     )
     chosen = backends.choose("sinkhorn", refusals, backend)
     C = pointers.as_read(C, chosen)
@@ -233,11 +232,11 @@ def problem_tensors(
         C as given; the potentials, weights a and b where given; eps in float64.
     """
     C = checks.floating(C, "C")
-    if C.dim() < 2 or 0 in C.shape[-2:]:
-        checks.require(C.dim() >= 2, "C", f"shape {tuple(C.shape)}", "(..., N, M)")
-        checks.require(False, "C", f"shape {tuple(C.shape)}", "N >= 1 and M >= 1")
-    *batch, N, M = C.shape
-    rows, columns = (*batch, N), (*batch, M)
+    shape = tuple(C.shape)
+    if len(shape) < 2 or 0 in shape[-2:]:
+        checks.require(len(shape) >= 2, "C", f"shape {shape}", "(..., N, M)")
+        checks.require(False, "C", f"shape {shape}", "N >= 1 and M >= 1")
+    rows, columns = shape[:-1], (*shape[:-2], shape[-1])
     f = g = None
     if potentials is not None:
         f, g = _pair(potentials, potentials_name)

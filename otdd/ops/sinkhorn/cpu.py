@@ -1,12 +1,9 @@
-"""The `cpu` backend of `sinkhorn`: C++ over raw pointers."""
-
-import math
+"""The `cpu` backend of `sinkhorn`: C++."""
 
 import torch
 from torch import Tensor
 
 from otdd.ops import checks, pointers
-from otdd.ops.pointers import matrices, per_point, per_problem
 from otdd.ops.sinkhorn.implicit import implicit_tolerance
 from otdd.ops.sinkhorn.reference import Solution
 
@@ -27,33 +24,23 @@ def sinkhorn_cpu(
     sinkd: bool,
 ) -> Solution:
     """See `sinkhorn_reference`; the same iterates, by absorption. Looks at all values itself."""
-    *batch, N, M = C.shape
-    out = Solution.empty(C, max_iter, keep_history)
-    tensors = pointers.flat(len(batch), pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
+    out = Solution.empty(C, a, b, eps, max_iter, keep_history)
+    tensors = pointers.flat(C.dim() - 2, pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
     status = pointers.kernel("sinkhorn", C.dtype)(
-        math.prod(batch),
-        N,
-        M,
-        matrices(C),
-        per_point(a),
-        per_point(b),
+        C,
+        a,
+        b,
         1.0 if sinkd else 0.0,
-        per_problem(eps),
-        per_problem(rho_a),
-        per_problem(rho_b),
-        per_point(g),
+        eps,
+        rho_a,
+        rho_b,
+        g,
         max_iter,
         tol,
         schedule,
         accelerate == "anderson",
-        out.f.data_ptr(),
-        out.g.data_ptr(),
-        out.value.data_ptr(),
-        out.cost.data_ptr(),
-        out.marginal_error.data_ptr(),
-        out.n_iter.data_ptr(),
-        out.history.data_ptr() if keep_history else 0,
+        *out,
         pointers.threads(),
     )
     if status in (2, 4):
@@ -73,23 +60,19 @@ def plan_cpu(
     sinkd: bool,
 ) -> Tensor:
     """``scale * P`` from the potentials."""
-    *batch, N, M = C.shape
-    P = C.new_empty(C.shape)
-    tensors = pointers.flat(len(batch), pointers.with_rows(C), f, g, a, b, eps, scale)
+    P = torch.empty_like(C, memory_format=torch.contiguous_format)
+    tensors = pointers.flat(C.dim() - 2, pointers.with_rows(C), f, g, a, b, eps, scale)
     C, f, g, a, b, eps, scale = tensors
     status = pointers.kernel("plan", C.dtype)(
-        math.prod(batch),
-        N,
-        M,
-        matrices(C),
-        per_point(f),
-        per_point(g),
-        per_point(a),
-        per_point(b),
+        C,
+        f,
+        g,
+        a,
+        b,
         1.0 if sinkd else 0.0,
-        per_problem(eps),
-        per_problem(scale),
-        P.data_ptr(),
+        eps,
+        scale,
+        P,
         pointers.threads(),
     )
     pointers.check(status, "sinkhorn's plan")
@@ -105,8 +88,8 @@ def potentials_backward_cpu(
     rho_b: Tensor,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor,
     dg: Tensor,
     mode: str,
@@ -120,32 +103,17 @@ def potentials_backward_cpu(
         grads = potentials_backward_cpu(*problem, f64, g64, history, n_iter, df64, dg64, mode, rtol)
         return tuple(t.to(C.dtype) for t in grads)
     *batch, N, M = C.shape
-    history, n_iter = history.contiguous(), n_iter.contiguous()
+    kept = (None if t is None else t.contiguous() for t in (history, n_iter))
     dC, da, db = C.new_empty(*batch, N, M), C.new_empty(*batch, N), C.new_empty(*batch, M)
     tensors = pointers.with_rows(C), a, b, eps, rho_a, rho_b, f, g, df, dg
     C, a, b, eps, rho_a, rho_b, f, g, df, dg = pointers.flat(len(batch), *tensors)
     status = pointers.kernel("backward", C.dtype)(
         mode == "unrolled",
         rtol,
-        math.prod(batch),
-        N,
-        M,
-        history.shape[-2],
-        matrices(C),
-        per_point(a),
-        per_point(b),
-        per_problem(eps),
-        per_problem(rho_a),
-        per_problem(rho_b),
-        per_point(f),
-        per_point(g),
-        history.data_ptr(),
-        n_iter.data_ptr(),
-        per_point(df),
-        per_point(dg),
-        dC.data_ptr(),
-        da.data_ptr(),
-        db.data_ptr(),
+        *(C, a, b, eps, rho_a, rho_b),
+        *(f, g, *kept),
+        *(df, dg),
+        *(dC, da, db),
         pointers.threads(),
     )
     pointers.check(status, "sinkhorn's backward")

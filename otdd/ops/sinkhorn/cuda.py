@@ -1,4 +1,4 @@
-"""The `cuda` backend of `sinkhorn`: CUDA C++ over raw pointers, in the current stream."""
+"""The `cuda` backend of `sinkhorn`: CUDA C++, in the current stream."""
 
 import math
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from otdd.ops import pointers
-from otdd.ops.pointers import costs, per_point, per_problem
 from otdd.ops.sinkhorn.implicit import implicit_tolerance
 from otdd.ops.sinkhorn.reference import Solution
 
@@ -34,7 +33,7 @@ def sinkhorn_cuda(
     """See `sinkhorn_reference`; the same iterates, by absorption, in one launch."""
     *batch, N, M = C.shape
     B = math.prod(batch)
-    out = Solution.empty(C, max_iter, keep_history)
+    out = Solution.empty(C, a, b, eps, max_iter, keep_history)
     tensors = pointers.flat(len(batch), pointers.with_rows(C), a, b, eps, rho_a, rho_b, g)
     C, a, b, eps, rho_a, rho_b, g = tensors
     device, stream = pointers.place(C)
@@ -42,28 +41,18 @@ def sinkhorn_cuda(
     status = pointers.cuda_kernel("sinkhorn", out.f.dtype)(
         device,
         stream,
-        B,
-        N,
-        M,
-        costs(C),
-        per_point(a),
-        per_point(b),
+        C,
+        a,
+        b,
         1.0 if sinkd else 0.0,
-        per_problem(eps),
-        per_problem(rho_a),
-        per_problem(rho_b),
-        per_point(g),
+        eps,
+        rho_a,
+        rho_b,
+        g,
         max_iter,
         tol,
-        out.f.data_ptr(),
-        out.g.data_ptr(),
-        out.value.data_ptr(),
-        out.cost.data_ptr(),
-        out.marginal_error.data_ptr(),
-        out.n_iter.data_ptr(),
-        out.history.data_ptr() if keep_history else 0,
-        space.data_ptr(),
-        space.numel(),
+        *out,
+        space,
     )
     pointers.check_cuda(status, "sinkhorn")
     return out
@@ -81,27 +70,22 @@ def plan_cuda(
     as_C: bool,
 ) -> Tensor:
     """``scale * P`` from the potentials, in their type or in that of C."""
-    *batch, N, M = C.shape
     P = C.new_empty(C.shape, dtype=C.dtype if as_C else f.dtype)
-    tensors = pointers.flat(len(batch), pointers.with_rows(C), f, g, a, b, eps, scale)
+    tensors = pointers.flat(C.dim() - 2, pointers.with_rows(C), f, g, a, b, eps, scale)
     C, f, g, a, b, eps, scale = tensors
     device, stream = pointers.place(C)
     status = pointers.cuda_kernel("plan", f.dtype)(
         device,
         stream,
-        math.prod(batch),
-        N,
-        M,
-        costs(C),
-        per_point(f),
-        per_point(g),
-        per_point(a),
-        per_point(b),
+        C,
+        f,
+        g,
+        a,
+        b,
         1.0 if sinkd else 0.0,
-        per_problem(eps),
-        per_problem(scale),
-        P.data_ptr(),
-        pointers.NUMBERS[P.dtype],
+        eps,
+        scale,
+        P,
     )
     pointers.check_cuda(status, "sinkhorn's plan")
     return P
@@ -116,8 +100,8 @@ def potentials_backward_cuda(
     rho_b: Tensor,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor,
     dg: Tensor,
     mode: str,
@@ -127,40 +111,24 @@ def potentials_backward_cuda(
     B, unrolled = math.prod(batch), mode == "unrolled"
     given, dtype = f.dtype, f.dtype if unrolled else torch.float64
     a, b, f, g, df, dg = (t.to(dtype) for t in (a, b, f, g, df, dg))
-    history, n_iter = history.contiguous(), n_iter.contiguous()
+    history, n_iter = (None if t is None else t.contiguous() for t in (history, n_iter))
+    steps = 0 if history is None else history.shape[-2]
     shapes = C.shape, C.shape[:-1], (*batch, M)
     dC, da, db = (C.new_empty(shape, dtype=dtype) for shape in shapes)
     tensors = pointers.with_rows(C), a, b, eps, rho_a, rho_b, f, g, df, dg
     C, a, b, eps, rho_a, rho_b, f, g, df, dg = pointers.flat(len(batch), *tensors)
     device, stream = pointers.place(C)
-    steps = history.shape[-2]
     space = pointers.workspace(dC, "backward", unrolled, B, N, M, steps)
     status = pointers.cuda_kernel("backward", dtype)(
         device,
         stream,
         unrolled,
         implicit_tolerance(given),
-        B,
-        N,
-        M,
-        steps,
-        costs(C),
-        per_point(a),
-        per_point(b),
-        per_problem(eps),
-        per_problem(rho_a),
-        per_problem(rho_b),
-        per_point(f),
-        per_point(g),
-        history.data_ptr(),
-        n_iter.data_ptr(),
-        per_point(df),
-        per_point(dg),
-        dC.data_ptr(),
-        da.data_ptr(),
-        db.data_ptr(),
-        space.data_ptr(),
-        space.numel(),
+        *(C, a, b, eps, rho_a, rho_b),
+        *(f, g, history, n_iter),
+        *(df, dg),
+        *(dC, da, db),
+        space,
     )
     pointers.check_cuda(status, "sinkhorn's backward")
     return dC.to(given), da.to(given), db.to(given)

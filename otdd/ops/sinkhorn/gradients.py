@@ -12,10 +12,11 @@ from otdd.ops.sinkhorn.reference import conjugate, kept, over, weighted
 def _solve_setup(ctx, inputs, output) -> None:  # noqa: ANN001
     problem, (ctx.grad, ctx.sinkd, ctx.backend) = inputs[:6], inputs[-3:]
     f, g, _, _, marginal_error, n_iter, history = output
-    iterations = (None, None) if ctx.grad == "envelope" else (history, n_iter)
+    iterations = (history, n_iter) if ctx.grad == "unrolled" else (None, None)
     ctx.save_for_backward(*problem, f, g, *iterations)
     constants = (f, g) if ctx.grad == "envelope" else ()
-    ctx.mark_non_differentiable(*constants, marginal_error, n_iter, history)
+    kept = () if history is None else (history,)
+    ctx.mark_non_differentiable(*constants, marginal_error, n_iter, *kept)
     ctx.set_materialize_grads(False)
 
 
@@ -122,11 +123,7 @@ def _envelope_backward(ctx, w_C, w_a, w_b):  # noqa: ANN001, ANN202
         to_rows, to_columns = flow.sum(-1), flow.sum(-2)
         df, dg, dC = df + to_rows / e, dg + to_columns / e, -flow / e.unsqueeze(-1)
         da, db = da + over(to_rows, problem[1]), db + over(to_columns, problem[2])
-    no_history = f.new_empty(*C.shape[:-2], 0, sum(C.shape[-2:]), dtype=torch.float64)
-    n_iter = torch.zeros_like(dvalue, dtype=torch.int64)
-    through = _once(
-        *problem, f, g, no_history, n_iter, df, dg, None, "implicit", ctx.sinkd, ctx.backend
-    )
+    through = _once(*problem, f, g, None, None, df, dg, None, "implicit", ctx.sinkd, ctx.backend)
     grads = (
         None if t is None else (direct + implicit).to(t.dtype)
         for t, direct, implicit in zip((C, a, b), (dC, da, db), through, strict=True)
@@ -172,8 +169,8 @@ def _through_gradients(
     rho_b: Tensor | None,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor | None,
     dg: Tensor | None,
     dvalue: Tensor | None,

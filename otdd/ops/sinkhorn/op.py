@@ -35,12 +35,13 @@ def equal_weights(C: Tensor, sinkd: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def triton_refusal(
-    entries: int, grad: str, schedule: float | None = None, accelerate: str | None = None
+    C: Tensor, grad: str, schedule: float | None = None, accelerate: str | None = None
 ) -> str | None:
-    """What the Triton kernels have against problems of so many costs; triton is not imported."""
+    """What the Triton kernels have against these problems; triton is not imported."""
     if schedule is not None or accelerate is not None:
         return "the Triton kernels have neither schedule nor accelerate"
-    if grad == "unrolled" and entries > MOST_ENTRIES:
+    if grad == "unrolled" and C.shape[-2:].numel() > MOST_ENTRIES:
+        entries = C.shape[-2:].numel()
         return f"{entries} costs; the unrolled derivative takes {MOST_ENTRIES}, of one program"
     return None
 
@@ -80,7 +81,10 @@ def _solve(
     sinkd: bool,
     backend: str,
 ) -> Outputs:
-    """One whole batch of solves -> f, g, value, cost, marginal_error, n_iter, history."""
+    """One whole batch of solves -> f, g, value, cost, marginal_error, n_iter, history.
+
+    The history is kept for ``unrolled``; the registered op has one of no step for others.
+    """
     keep_history = grad == "unrolled"
     if backend == "cpu":
         if sinkd:
@@ -101,9 +105,11 @@ def _solve(
     return sinkhorn_reference(*problem, g, *options)
 
 
-def _fake_solve(C: Tensor, *options: object) -> Outputs:
+def _fake_solve(C: Tensor, a: Tensor, b: Tensor, eps: Tensor, *options: object) -> Outputs:
     *_, max_iter, _, _, _, grad, _, _ = options
-    return tuple(torch.empty_like(t) for t in Solution.empty(C, max_iter, grad == "unrolled"))
+    room = Solution.empty(C, a, b, eps, max_iter, grad == "unrolled")
+    no_step = eps.new_empty(*C.shape[:-2], 0, sum(C.shape[-2:]))
+    return tuple(torch.empty_like(no_step if t is None else t) for t in room)
 
 
 def _plan(
@@ -151,8 +157,8 @@ def _backward(
     rho_b: Tensor | None,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor,
     dg: Tensor,
     dcost: Tensor | None,

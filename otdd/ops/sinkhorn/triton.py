@@ -92,7 +92,7 @@ def sinkhorn_triton(
     """
     *batch, N, M = C.shape
     B = math.prod(batch)
-    out = Solution.empty(C, max_iter, keep_history)
+    out = Solution.empty(C, a, b, eps, max_iter, keep_history)
     if B == 0:
         return out
     if N * M > MOST_ENTRIES:
@@ -102,7 +102,7 @@ def sinkhorn_triton(
         len(batch), aligned(C), a, b, eps, rho_a, rho_b, g
     )
     resident, blocks, warps = layout(N, M, C.dtype)
-    outputs = out.cost, out.marginal_error, out.n_iter, out.history if keep_history else None
+    outputs = out.cost, out.marginal_error, out.n_iter, out.history
     weights = problem_strides(a, b, eps, rho_a, rho_b)
     sizes = N, M, *strides(C, 3)[:2], *weights, *strides(g, 2)
     options = max_iter, tol_below(tol), sinkd, *blocks
@@ -126,8 +126,7 @@ def _by_many(problem: tuple[Tensor, ...], g: Tensor | None, max_iter: int, tol: 
     flat = (t.reshape(-1, *t.shape[len(batch) :]) for t in (C, a, b, eps, *rho, g))
     goal = torch.full_like(eps, tol_below(tol)).flatten() if tol > 0 else 0.0
     made = pointers.triton_kernels("points").given_triton(*flat, max_iter, goal)
-    history = C.new_zeros(*batch, 0, sum(C.shape[-2:]), dtype=torch.float64)
-    return Solution(*(t.reshape(batch + t.shape[1:]) for t in made), history)
+    return Solution(*(t.reshape(batch + t.shape[1:]) for t in made), None)
 
 
 def plan_triton(
@@ -165,8 +164,8 @@ def potentials_backward_triton(
     rho_b: Tensor,
     f: Tensor,
     g: Tensor,
-    history: Tensor,
-    n_iter: Tensor,
+    history: Tensor | None,
+    n_iter: Tensor | None,
     df: Tensor,
     dg: Tensor,
     mode: str,
