@@ -24,8 +24,6 @@ import torch  # before the native module, so that both share torch's OpenMP thre
 
 NAMES = ("cuda", "cpu", "triton", "reference")
 
-_KEY = os.environ.encodekey("OTDD_BACKEND")  # bytes, but on Windows
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -94,12 +92,6 @@ def available() -> dict[str, str | None]:
     return dict(_REASONS)
 
 
-def _from_environment() -> str | None:
-    """OTDD_BACKEND as it is now. Where it is not set, `os.environ.get` raises and catches: 5 us."""
-    value = os.environ._data.get(_KEY)  # type: ignore[attr-defined]
-    return os.environ.decodevalue(value) if value else None
-
-
 def choose(op: str, candidates: Mapping[str, str | None], backend: str | None = None) -> str:
     """Choose the backend that runs an op.
 
@@ -114,7 +106,7 @@ def choose(op: str, candidates: Mapping[str, str | None], backend: str | None = 
         ValueError: `backend` is no backend at all.
         BackendError: `backend`, or every candidate, has a reason to refuse.
     """
-    wanted = backend if backend is not None else _from_environment()
+    wanted = backend if backend is not None else os.environ.get("OTDD_BACKEND") or None
     if wanted is None:
         for name, refusal in candidates.items():
             if refusal is None and _REASONS[name] is None:

@@ -93,21 +93,6 @@ def test_compile_fullgraph_chooses_a_backend_by_itself():
     torch.testing.assert_close(compiled(C), sinkhorn(C, eps=0.1, tol=1e-3).value)
 
 
-def test_compiled_solve_follows_the_environment(monkeypatch):
-    torch._dynamo.reset()
-    C = torch.rand(2, 4, 5)
-    compiled = torch.compile(
-        lambda C: sinkhorn(C, eps=0.1, max_iter=3).backend, fullgraph=True, backend="aot_eager"
-    )
-    monkeypatch.delenv("OTDD_BACKEND", raising=False)
-    by_itself = sinkhorn(C, eps=0.1).backend
-    assert compiled(C) == by_itself
-    monkeypatch.setenv("OTDD_BACKEND", "reference")
-    assert compiled(C) == "reference"
-    monkeypatch.delenv("OTDD_BACKEND")
-    assert compiled(C) == by_itself
-
-
 def test_compiled_solve_follows_its_options():
     torch._dynamo.reset()
     C = torch.rand(2, 4, 5)
