@@ -107,8 +107,9 @@ def sinkhorn_points(
         precision: How accurate the products between points have to be at least, in the words of
             `torch.set_float32_matmul_precision`: ``highest``, the dtype's own; ``high``, that of
             TF32 (10 bits); ``medium``, that of bfloat16 (7 bits). What is allowed is not always
-            done: all backends but ``triton`` compute every product at its best. What it costs in
-            accuracy is in benchmarks/NOTES.md.
+            done: all backends but ``triton`` compute every product at its best, as do all of them
+            for gradients and images, whatever that setting of torch is. What it costs in accuracy
+            is in benchmarks/NOTES.md.
         backend: ``reference``, ``cpu``, ``cuda`` (up to 2^23 costs a problem, no `schedule`),
             ``triton``, or None for the first that can.
 

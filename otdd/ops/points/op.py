@@ -9,6 +9,7 @@ from torch import Tensor
 
 from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op
+from otdd.ops.matmul import matmul
 from otdd.ops.points import cpu, dense
 from otdd.ops.points.levels import through_levels
 from otdd.ops.points.reference import Clouds, points_reference, product_reference
@@ -212,4 +213,4 @@ def label_gradient(
     of_y = (p.labels_y.unsqueeze(-1) == torch.arange(L, device=p.x.device)).to(**kind)
     of_x = (p.labels_x.unsqueeze(-2) == torch.arange(K, device=p.x.device).unsqueeze(-1)).to(**kind)
     options = metric, "value", False, precision, backend
-    return of_x @ product_op(*p, f, g, u, v, kappa, of_y, *options)
+    return matmul(of_x, product_op(*p, f, g, u, v, kappa, of_y, *options))
