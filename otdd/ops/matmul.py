@@ -45,9 +45,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return matmul(grad, q.mT) if need_p else None, matmul(p.mT, grad) if need_q else None
 
 
-matmul = differentiable(
-    custom_op("otdd::matmul", _matmul, _fake_matmul), _setup_context, _backward
-)
+matmul = differentiable(custom_op("otdd::matmul", _matmul, _fake_matmul), _setup_context, _backward)
 """``p @ q`` of ``(..., N, M)`` and ``(..., M, K)`` with the same leading dimensions.
 
 It keeps its precision inside ``torch.autocast`` too, and backwards.
