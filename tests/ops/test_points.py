@@ -334,6 +334,7 @@ def test_memory_is_that_of_the_points(name, n, limit):
         ({"x": torch.full((4, 3), NAN)}, ValueError, "x: got nan"),
         ({"y": torch.full((5, 3), INF)}, ValueError, "y: got inf"),
         ({"x": torch.full((4, 3), 1e30)}, ValueError, "x and y: got points 1e[+]30 apart"),
+        ({"x": torch.full((4, 3), 1e30), "metric": "l2"}, ValueError, "whose squared l2 cost"),
         ({"metric": "dot"}, ValueError, "metric: got 'dot'; accepted: l1, l2"),
         ({"eps": 0.0}, ValueError, "eps: got 0.0"),
         ({"eps": torch.ones(3)}, ValueError, r"eps: got shape \(3,\)"),

@@ -127,7 +127,8 @@ def _costs_fit(x: Tensor, y: Tensor, metric: str, label_cost: Tensor | None) -> 
     if label_cost is not None:
         top = top + label_cost.abs().amax((-1, -2)).nan_to_num()  # a NaN there is told by its name
     fits = bool(torch.isfinite(top).all())
-    accepted = f"points whose {metric} cost, with that of labels, is a number of {x.dtype}"
+    cost = "squared l2 cost" if metric == "l2" else f"{metric} cost"
+    accepted = f"points whose {cost}, with that of labels, is a number of {x.dtype}"
     checks.require(fits, "x and y", f"points {(high - low).max().item():.3g} apart", accepted)
 
 
