@@ -274,20 +274,23 @@ struct Tiles {
   }
 };
 
-// A bound on every distance, from the box that holds both clouds.
-template <class T, int kMetric>
-double reach_of(const Matrices<T>& x, const Matrices<T>& y, i64 N, i64 M, i64 D, i64 problem) {
+// A bound on every distance between points with weight, from the box that holds them. Others may be
+// anywhere: what they are to their own sums is then beyond the digits of T (see `log2_of_sum`).
+template <class Args>
+double reach_of(const Args& A, int kMetric, i64 problem) {
   double total = 0;
-  for (i64 d = 0; d < D; ++d) {
+  for (i64 d = 0; d < A.D; ++d) {
     double low = INFINITY, high = -INFINITY;
-    const auto cover = [&](const Matrices<T>& points, i64 n) {
-      const T* p = points.data + problem * points.batch + d;
+    const auto cover = [&](const auto& points, const auto& weights, i64 n) {
+      const auto* p = points.data + problem * points.batch + d;
+      const auto* w = weights.data + problem * weights.batch;
       for (i64 i = 0; i < n; ++i) {
+        if (!(w[i * weights.item] > 0)) continue;
         const double t = p[i * points.row];
         low = t < low ? t : low, high = t > high ? t : high;
       }
     };
-    cover(x, N), cover(y, M);
+    cover(A.x, A.a, A.N), cover(A.y, A.b, A.M);
     total += kMetric == kL1 ? high - low : (high - low) * (high - low);
   }
   return kMetric == kL2 ? ::sqrt(total) : total;
@@ -372,7 +375,7 @@ class PointSinkhorn {
     const double eps = A.eps.data[problem * A.eps.batch];
     unit_ = eps * 0.693147180559945309417;
     tiles_.D = A.D, tiles_.exact_scale = 1 / unit_, tiles_.scale = T(1 / unit_);
-    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, N, M, A.D, problem) + labels_.reach();
+    tiles_.reach = reach_of(A, kMetric, problem) + labels_.reach();
     pull_a_ = eps / A.rho_a.data[problem * A.rho_a.batch];
     pull_b_ = eps / A.rho_b.data[problem * A.rho_b.batch];
     mass_a_ = 0;
@@ -443,15 +446,26 @@ class PointSinkhorn {
     }
     T weight[kBlockRows] = {};
     for (i64 k = 0; k < count; ++k) {
-      const double lse = block.shift[k] + ::log2(block.sum[k]), phi = -lse / (1 + pull_a_);
+      const bool used = a_[i + k] > 0;
+      const double lse = block.shift[k] + log2_of_sum(block.sum[k], used), phi = -lse / (1 + pull_a_);
       lse_new_[i + k] = lse;
-      if (!(a_[i + k] > 0)) continue;
+      if (!used) continue;
       weight[k] = T(a_[i + k] * ::exp2(phi + block.shift[k] - offset_));
       weight_[part] += weight[k];
       if (started && stops_)
         error_[part] += a_[i + k] * ::fabs(::exp2(lse + phi_[i + k]) - ::exp2(-pull_a_ * phi_[i + k]));
     }
+    for (i64 k = 0; k < block.count; ++k) {  // of no weight: 0 times what overflowed is no number
+      if (a_[i + least(k, count - 1)] > 0) continue;
+      for (i64 j = 0; j < ld_; ++j) buffer[k * ld_ + j] = 0;
+    }
     add_weighted(buffer, weight, block.count, ld_, acc);
+  }
+
+  // The logarithm of a sum above its shift. Without weight a point may be so far off that a digit of
+  // its shift is more than all exponents there are: then it adds nothing.
+  static double log2_of_sum(double sum, bool used) {
+    return used || (sum >= kLeast && sum < INFINITY) ? ::log2(sum) : 0;
   }
 
   // gamma from the column sums.
@@ -487,7 +501,7 @@ class PointSinkhorn {
 
   // lse_col of the columns listed in lost_, from phi alone.
   void columns_alone(i64 count) {
-    for (i64 i = 0; i < N; ++i) lse_new_[i] = phi_[i] + log_a_[i];
+    for (i64 i = 0; i < N; ++i) lse_new_[i] = a_[i] > 0 ? phi_[i] + log_a_[i] : -INFINITY;
     tiles_.split(lse_new_, X_);
     crew_.for_parts((count + kBlockRows - 1) / kBlockRows, [&](i64 part, int) {
       if (patience_.look()) return;
@@ -501,7 +515,7 @@ class PointSinkhorn {
       tiles_.tops(block, X_);
       tiles_.template fill<false, false>(block, X_, nullptr, 0);
       for (i64 k = begin; k < end; ++k)
-        lse_col_[lost_[k]] = block.shift[k - begin] + ::log2(block.sum[k - begin]);
+        lse_col_[lost_[k]] = block.shift[k - begin] + log2_of_sum(block.sum[k - begin], b_[lost_[k]] > 0);
     });
   }
 
@@ -617,7 +631,7 @@ class PlanProduct {
     Z_.pack(A.z.data + problem * A.z.batch, A.z.row);
     const double unit = A.eps.data[problem * A.eps.batch] * 0.693147180559945309417;
     tiles_.D = A.D, tiles_.exact_scale = 1 / unit, tiles_.scale = T(1 / unit);
-    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, A.N, A.M, A.D, problem) + labels_.reach();
+    tiles_.reach = reach_of(A, kMetric, problem) + labels_.reach();
     for (i64 j = 0; j < ld_; ++j) {
       v_[j] = j < A.M ? at(A.v, problem, j) : T(0);
       if (j < A.M)

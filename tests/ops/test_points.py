@@ -160,6 +160,33 @@ def test_zero_weights_are_masks(every, dtype):
     torch.testing.assert_close(result.g, want.g, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("far", [1e3, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_points_may_be_anywhere(every, dtype, far):
+    """What they would cost, in units of eps, is more than float32 has digits for."""
+    backend = every
+    x, y, a, b = clouds(2, 13, 50, 3, dtype)
+    x, y = x / 30, y / 30
+    a[0, 12], a[1, :3], b[:, 7], b[1, 40:] = 0, 0, 0, 0
+    x[a == 0], y[b == 0] = far, -far
+    leaves, options = (x.requires_grad_(), y.requires_grad_()), {"eps": 1e-3, "max_iter": 6}
+    C = cost_oracle(*(t.detach().double() for t in leaves), "sqeuclidean")
+    expected = sinkhorn_oracle(C, a.double(), b.double(), **options)
+    r = sinkhorn_points(*leaves, a, b, **options, backend=backend)
+    tol = 1e-11 if dtype == torch.float64 else 2e-4
+    for name in ("plan", "value", "cost", "marginal_error"):
+        seen = getattr(r, name).double()
+        torch.testing.assert_close(seen, expected[name], rtol=tol, atol=tol * 0.02, msg=name)
+    torch.testing.assert_close(r.apply(r.y), r.plan @ y, rtol=tol, atol=1e-9)
+    for potential in (r.f, r.g):
+        assert torch.isfinite(potential).all()
+    P, (dx, dy) = expected["plan"], torch.autograd.grad(r.value.sum(), leaves)
+    used, goal = torch.where(b.unsqueeze(-1) > 0, y, 0).detach().double(), x.detach().double()
+    want = 2 * (P.sum(-1, keepdim=True) * goal - P @ used)
+    torch.testing.assert_close(dx.double(), want, rtol=tol, atol=tol)
+    assert not dy[b == 0].any()
+
+
 def test_tolerance_stops_each_problem_by_itself(every):
     backend = every
     x, y, a, b = clouds(4, 30, 20, 2, torch.float64)
