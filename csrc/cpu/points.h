@@ -155,10 +155,14 @@ struct RowBlock {
   }
 };
 
-// The grid of potentials: multiples of a power of two with all of them below 2^kMantissa of it.
+// The grid of potentials: multiples of a power of two with all of them below 2^kMantissa of it, but
+// none above 1: costs that no plan uses, of a mask or a forbidden pair, must not make it coarse.
 struct Grid {
   double unit = 1;
-  void cover(double bound, int mantissa) { unit = ::ldexp(1.0, ::ilogb(bound + 1) + 1 - mantissa); }
+  void cover(double bound, int mantissa) {
+    unit = ::ldexp(1.0, ::ilogb(bound + 1) + 1 - mantissa);
+    unit = unit < 1 ? unit : 1;
+  }
   double nearest(double x) const { return ::nearbyint(x / unit) * unit; }
 };
 
@@ -274,23 +278,20 @@ struct Tiles {
   }
 };
 
-// A bound on every distance between points with weight, from the box that holds them. Others may be
-// anywhere: what they are to their own sums is then beyond the digits of T (see `log2_of_sum`).
-template <class Args>
-double reach_of(const Args& A, int kMetric, i64 problem) {
+// A bound on every distance, from the box that holds both clouds.
+template <class T, int kMetric>
+double reach_of(const Matrices<T>& x, const Matrices<T>& y, i64 N, i64 M, i64 D, i64 problem) {
   double total = 0;
-  for (i64 d = 0; d < A.D; ++d) {
+  for (i64 d = 0; d < D; ++d) {
     double low = INFINITY, high = -INFINITY;
-    const auto cover = [&](const auto& points, const auto& weights, i64 n) {
-      const auto* p = points.data + problem * points.batch + d;
-      const auto* w = weights.data + problem * weights.batch;
+    const auto cover = [&](const Matrices<T>& points, i64 n) {
+      const T* p = points.data + problem * points.batch + d;
       for (i64 i = 0; i < n; ++i) {
-        if (!(w[i * weights.item] > 0)) continue;
         const double t = p[i * points.row];
         low = t < low ? t : low, high = t > high ? t : high;
       }
     };
-    cover(A.x, A.a, A.N), cover(A.y, A.b, A.M);
+    cover(x, N), cover(y, M);
     total += kMetric == kL1 ? high - low : (high - low) * (high - low);
   }
   return kMetric == kL2 ? ::sqrt(total) : total;
@@ -375,7 +376,7 @@ class PointSinkhorn {
     const double eps = A.eps.data[problem * A.eps.batch];
     unit_ = eps * 0.693147180559945309417;
     tiles_.D = A.D, tiles_.exact_scale = 1 / unit_, tiles_.scale = T(1 / unit_);
-    tiles_.reach = reach_of(A, kMetric, problem) + labels_.reach();
+    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, N, M, A.D, problem) + labels_.reach();
     pull_a_ = eps / A.rho_a.data[problem * A.rho_a.batch];
     pull_b_ = eps / A.rho_b.data[problem * A.rho_b.batch];
     mass_a_ = 0;
@@ -631,7 +632,7 @@ class PlanProduct {
     Z_.pack(A.z.data + problem * A.z.batch, A.z.row);
     const double unit = A.eps.data[problem * A.eps.batch] * 0.693147180559945309417;
     tiles_.D = A.D, tiles_.exact_scale = 1 / unit, tiles_.scale = T(1 / unit);
-    tiles_.reach = reach_of(A, kMetric, problem) + labels_.reach();
+    tiles_.reach = reach_of<T, kMetric>(A.x, A.y, A.N, A.M, A.D, problem) + labels_.reach();
     for (i64 j = 0; j < ld_; ++j) {
       v_[j] = j < A.M ? at(A.v, problem, j) : T(0);
       if (j < A.M)

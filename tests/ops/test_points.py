@@ -187,6 +187,27 @@ def test_masked_points_may_be_anywhere(every, dtype, far):
     assert not dy[b == 0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forbidden_pairs_of_labels(every, dtype):
+    """Costs of 1e10 eps, which no plan uses, beside costs of 200 eps, which it does."""
+    x, y, a, b = clouds(2, 13, 50, 3, dtype)
+    labels_x, labels_y = torch.arange(13) % 3, torch.arange(50) % 3
+    between = 1e9 * (1 - torch.eye(3, dtype=dtype))
+    shares = torch.zeros(2, 3, dtype=dtype)
+    masses = shares.index_add(1, labels_x, a) / shares.index_add(1, labels_y, b)
+    b, y = b * masses[:, labels_y], y + 3
+    C = cost_oracle(x.double(), y.double(), "sqeuclidean") + between.double()[labels_x][:, labels_y]
+    options = {"eps": 0.1, "max_iter": 4}
+    given = {"labels_x": labels_x, "labels_y": labels_y, "label_cost": between}
+    r = sinkhorn_points(x, y, a, b, **options, **given, backend=every)
+    expected = sinkhorn_oracle(C, a.double(), b.double(), **options)
+    tol = 1e-9 if dtype == torch.float64 else 1e-3
+    for name in ("plan", "value", "cost"):
+        seen, exact = getattr(r, name).double(), expected[name]
+        torch.testing.assert_close(seen, exact, rtol=tol, atol=tol * exact.max().item(), msg=name)
+    torch.testing.assert_close(r.apply(y), r.plan @ y, rtol=tol, atol=tol)
+
+
 def test_tolerance_stops_each_problem_by_itself(every):
     backend = every
     x, y, a, b = clouds(4, 30, 20, 2, torch.float64)
