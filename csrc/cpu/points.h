@@ -155,10 +155,14 @@ struct RowBlock {
   }
 };
 
-// The grid of potentials: multiples of a power of two with all of them below 2^kMantissa of it.
+// The grid of potentials: multiples of a power of two with all of them below 2^kMantissa of it, but
+// none above 1: costs that no plan uses, of a mask or a forbidden pair, must not make it coarse.
 struct Grid {
   double unit = 1;
-  void cover(double bound, int mantissa) { unit = ::ldexp(1.0, ::ilogb(bound + 1) + 1 - mantissa); }
+  void cover(double bound, int mantissa) {
+    unit = ::ldexp(1.0, ::ilogb(bound + 1) + 1 - mantissa);
+    unit = unit < 1 ? unit : 1;
+  }
   double nearest(double x) const { return ::nearbyint(x / unit) * unit; }
 };
 
@@ -443,15 +447,26 @@ class PointSinkhorn {
     }
     T weight[kBlockRows] = {};
     for (i64 k = 0; k < count; ++k) {
-      const double lse = block.shift[k] + ::log2(block.sum[k]), phi = -lse / (1 + pull_a_);
+      const bool used = a_[i + k] > 0;
+      const double lse = block.shift[k] + log2_of_sum(block.sum[k], used), phi = -lse / (1 + pull_a_);
       lse_new_[i + k] = lse;
-      if (!(a_[i + k] > 0)) continue;
+      if (!used) continue;
       weight[k] = T(a_[i + k] * ::exp2(phi + block.shift[k] - offset_));
       weight_[part] += weight[k];
       if (started && stops_)
         error_[part] += a_[i + k] * ::fabs(::exp2(lse + phi_[i + k]) - ::exp2(-pull_a_ * phi_[i + k]));
     }
+    for (i64 k = 0; k < block.count; ++k) {  // of no weight: 0 times what overflowed is no number
+      if (a_[i + least(k, count - 1)] > 0) continue;
+      for (i64 j = 0; j < ld_; ++j) buffer[k * ld_ + j] = 0;
+    }
     add_weighted(buffer, weight, block.count, ld_, acc);
+  }
+
+  // The logarithm of a sum above its shift. Without weight a point may be so far off that a digit of
+  // its shift is more than all exponents there are: then it adds nothing.
+  static double log2_of_sum(double sum, bool used) {
+    return used || (sum >= kLeast && sum < INFINITY) ? ::log2(sum) : 0;
   }
 
   // gamma from the column sums.
@@ -487,7 +502,7 @@ class PointSinkhorn {
 
   // lse_col of the columns listed in lost_, from phi alone.
   void columns_alone(i64 count) {
-    for (i64 i = 0; i < N; ++i) lse_new_[i] = phi_[i] + log_a_[i];
+    for (i64 i = 0; i < N; ++i) lse_new_[i] = a_[i] > 0 ? phi_[i] + log_a_[i] : -INFINITY;
     tiles_.split(lse_new_, X_);
     crew_.for_parts((count + kBlockRows - 1) / kBlockRows, [&](i64 part, int) {
       if (patience_.look()) return;
@@ -501,7 +516,7 @@ class PointSinkhorn {
       tiles_.tops(block, X_);
       tiles_.template fill<false, false>(block, X_, nullptr, 0);
       for (i64 k = begin; k < end; ++k)
-        lse_col_[lost_[k]] = block.shift[k - begin] + ::log2(block.sum[k - begin]);
+        lse_col_[lost_[k]] = block.shift[k - begin] + log2_of_sum(block.sum[k - begin], b_[lost_[k]] > 0);
     });
   }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from otdd import backends
 from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
+from otdd.ops.matmul import product
 from otdd.ops.partial import PartialResult
 from otdd.ops.points.result import PointsResult
 from otdd.ops.sinkhorn import SinkhornResult, problem_tensors
@@ -119,7 +120,7 @@ def images(
     """``T(x_i)``, ``(..., N, D)``, of values that were checked before; not differentiable."""
     image = y.new_empty(*C.shape[:-1], y.shape[-1])
     for rows, weights in _chunks(C, f, g, a, b, eps, backend):
-        image[..., rows, :] = weights @ y
+        image[..., rows, :] = product(weights, y)
     return image
 
 
@@ -145,9 +146,9 @@ def _image_backward(
     dC = C.new_zeros(C.shape if through_plan else (*C.shape[:-1], 0))
     df, dg, dy = torch.zeros_like(f), torch.zeros_like(g), torch.zeros_like(y)
     for rows, weights in _chunks(C, f, g, a, b, eps, backend):
-        dy += weights.mT @ grad[..., rows, :]
+        dy += product(weights.mT, grad[..., rows, :])
         if through_plan:
-            flow = weights * (grad[..., rows, :] @ y.mT)
+            flow = weights * product(grad[..., rows, :], y.mT)
             dC[..., rows, :] = -flow / e.unsqueeze(-1)
             df[..., rows] = flow.sum(-1) / e
             dg += flow.sum(-2) / e

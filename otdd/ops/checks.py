@@ -207,7 +207,7 @@ def solver_options(
             require(False, name, repr(seen), ", ".join(map(str, accepted)))
     whole = _is_number(max_iter, _WHOLE)
     if not (whole and 1 <= max_iter < 2**31):  # Dynamo has no repr of a number it follows
-        require(False, "max_iter", repr(max_iter), "a whole number >= 1")
+        require(False, "max_iter", repr(max_iter), "a whole number >= 1, and below 2^31")
     real = _is_number(tol, _REAL)
     if not (real and 0 <= tol < math.inf):
         require(False, "tol", repr(tol), "a finite number >= 0")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from otdd.ops import checks
 from otdd.ops.divergence import half_within
-from otdd.ops.matmul import matmul
+from otdd.ops.matmul import matmul, product
 from otdd.ops.points import sinkhorn_points
 
 SPREAD = 2  # the largest over the smallest class of one tensor
@@ -216,7 +216,7 @@ class _SingularValues(torch.autograd.Function):
     def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         unit = torch.finfo(S.dtype).eps * max(matrix.shape[-2:])
-        turn = (U * (unit * S[..., :1] < S).unsqueeze(-2)) @ Vh
+        turn = product(U * (unit * S[..., :1] < S).unsqueeze(-2), Vh)
         return S.sum(-1), turn
 
     @staticmethod

@@ -48,25 +48,30 @@ def custom_op(name: str, body: Callable, fake: Callable) -> Callable:
 def differentiable(call: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """`call` with a derivative; the arguments are as for `torch.autograd.Function`."""
 
+    def apply(*args: object) -> Any:
+        return (Op if torch.compiler.is_compiling() else Eager).apply(*args)
+
     class Op(torch.autograd.Function):
         forward = staticmethod(call)
-        vmap = staticmethod(_vmap_rule(lambda *args: Op.apply(*args)))
+        vmap = staticmethod(_vmap_rule(apply))
 
     Op.setup_context = staticmethod(setup_context)
     Op.backward = staticmethod(_of_plain(backward))
 
+    class Eager(Op):
+        jvp = staticmethod(_no_forward_mode)  # Dynamo refuses to trace an Op with one
+
     body = getattr(call, "body", call)
 
-    class Ordinary(Op):
+    class Ordinary(Eager):
         forward = staticmethod(body)
-        jvp = staticmethod(_no_forward_mode)  # Dynamo refuses to trace an Op with one
 
     # What Function.apply does in the end; binding the arguments to a signature takes it as long.
     ordinary = super(torch.autograd.Function, Ordinary).apply
 
     def run(*args: object) -> Any:
         if not _is_ordinary(args[0]):
-            return Op.apply(*args)
+            return apply(*args)
         # A dual number wants a derivative too, whether it requires grad or not.
         dual = forward_ad._current_level >= 0
         return ordinary(*args) if dual or _wants_gradient(args) else body(*args)

@@ -88,7 +88,7 @@ def partial(
 
     Args:
         C: Costs, ``(..., N, M)``.
-        a: Row weights, ``(..., N)`` or broadcastable; uniform ``1 / N`` by default.
+        a: Row weights, ``(..., N)``, whose batch broadcasts; uniform ``1 / N`` by default.
         b: Column weights, ``(..., M)``, likewise.
         mass: What to transport, > 0 and at most the smaller of sum(a) and sum(b); a number or a
             tensor that broadcasts to the batch. Not differentiable.

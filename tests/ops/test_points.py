@@ -160,6 +160,54 @@ def test_zero_weights_are_masks(every, dtype):
     torch.testing.assert_close(result.g, want.g, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("far", [1e3, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_points_may_be_anywhere(every, dtype, far):
+    """What they would cost, in units of eps, is more than float32 has digits for."""
+    backend = every
+    x, y, a, b = clouds(2, 13, 50, 3, dtype)
+    x, y = x / 30, y / 30
+    a[0, 12], a[1, :3], b[:, 7], b[1, 40:] = 0, 0, 0, 0
+    x[a == 0], y[b == 0] = far, -far
+    leaves, options = (x.requires_grad_(), y.requires_grad_()), {"eps": 1e-3, "max_iter": 6}
+    C = cost_oracle(*(t.detach().double() for t in leaves), "sqeuclidean")
+    expected = sinkhorn_oracle(C, a.double(), b.double(), **options)
+    r = sinkhorn_points(*leaves, a, b, **options, backend=backend)
+    tol = 1e-11 if dtype == torch.float64 else 2e-4
+    for name in ("plan", "value", "cost", "marginal_error"):
+        seen = getattr(r, name).double()
+        torch.testing.assert_close(seen, expected[name], rtol=tol, atol=tol * 0.02, msg=name)
+    torch.testing.assert_close(r.apply(r.y), r.plan @ y, rtol=tol, atol=1e-9)
+    for potential in (r.f, r.g):
+        assert torch.isfinite(potential).all()
+    P, (dx, dy) = expected["plan"], torch.autograd.grad(r.value.sum(), leaves)
+    used, goal = torch.where(b.unsqueeze(-1) > 0, y, 0).detach().double(), x.detach().double()
+    want = 2 * (P.sum(-1, keepdim=True) * goal - P @ used)
+    torch.testing.assert_close(dx.double(), want, rtol=tol, atol=tol)
+    assert not dy[b == 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forbidden_pairs_of_labels(every, dtype):
+    """Costs of 1e10 eps, which no plan uses, beside costs of 200 eps, which it does."""
+    x, y, a, b = clouds(2, 13, 50, 3, dtype)
+    labels_x, labels_y = torch.arange(13) % 3, torch.arange(50) % 3
+    between = 1e9 * (1 - torch.eye(3, dtype=dtype))
+    shares = torch.zeros(2, 3, dtype=dtype)
+    masses = shares.index_add(1, labels_x, a) / shares.index_add(1, labels_y, b)
+    b, y = b * masses[:, labels_y], y + 3
+    C = cost_oracle(x.double(), y.double(), "sqeuclidean") + between.double()[labels_x][:, labels_y]
+    options = {"eps": 0.1, "max_iter": 4}
+    given = {"labels_x": labels_x, "labels_y": labels_y, "label_cost": between}
+    r = sinkhorn_points(x, y, a, b, **options, **given, backend=every)
+    expected = sinkhorn_oracle(C, a.double(), b.double(), **options)
+    tol = 1e-9 if dtype == torch.float64 else 1e-3
+    for name in ("plan", "value", "cost"):
+        seen, exact = getattr(r, name).double(), expected[name]
+        torch.testing.assert_close(seen, exact, rtol=tol, atol=tol * exact.max().item(), msg=name)
+    torch.testing.assert_close(r.apply(y), r.plan @ y, rtol=tol, atol=tol)
+
+
 def test_tolerance_stops_each_problem_by_itself(every):
     backend = every
     x, y, a, b = clouds(4, 30, 20, 2, torch.float64)
@@ -334,6 +382,7 @@ def test_memory_is_that_of_the_points(name, n, limit):
         ({"x": torch.full((4, 3), NAN)}, ValueError, "x: got nan"),
         ({"y": torch.full((5, 3), INF)}, ValueError, "y: got inf"),
         ({"x": torch.full((4, 3), 1e30)}, ValueError, "x and y: got points 1e[+]30 apart"),
+        ({"x": torch.full((4, 3), 1e30), "metric": "l2"}, ValueError, "whose squared l2 cost"),
         ({"metric": "dot"}, ValueError, "metric: got 'dot'; accepted: l1, l2"),
         ({"eps": 0.0}, ValueError, "eps: got 0.0"),
         ({"eps": torch.ones(3)}, ValueError, r"eps: got shape \(3,\)"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from references import problem
 from torch.autograd import forward_ad
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from otdd.losses import OTLogitLoss
 from otdd.ops import (
@@ -100,9 +100,18 @@ def test_barycentric_under_vmap_and_grad(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_mode_is_refused_not_zero(backend):
+    def value(C):
+        return sinkhorn(C, eps=0.1, max_iter=2, backend=backend).value
+
     C = torch.rand(3, 4)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        jvp(lambda C: sinkhorn(C, eps=0.1, backend=backend).value, (C,), (C,))
+    for forward in (
+        lambda: jvp(value, (C,), (C,)),
+        lambda: jvp(vmap(value), (C[None],), (C[None],)),
+        lambda: vmap(lambda C: jvp(value, (C,), (C,)))(C[None]),
+        lambda: hessian(value)(C),
+    ):
+        with pytest.raises(NotImplementedError, match=r"forward-mode derivatives.*jacrev"):
+            forward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

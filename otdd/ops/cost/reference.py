@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from otdd.ops.matmul import product, wide
+
 _CHUNK = 1 << 22  # elements of the largest temporary in the L1 backward
 
 
@@ -20,7 +22,7 @@ def cost_matrix_reference(x: Tensor, y: Tensor, metric: str) -> Tensor:
         return _euclidean(x / scale, y / scale) * scale
     if metric == "sqeuclidean":
         return _euclidean(x, y).square()
-    return 1 - normalised(x) @ normalised(as_one(y)).mT
+    return 1 - product(normalised(x), normalised(as_one(y)).mT)
 
 
 def _euclidean(x: Tensor, y: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def _sqeuclidean_side(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """``dx_i = 2 sum_j G_ij (x_i - y_j)``, both clouds centred first so that nothing cancels."""
     y = as_one(y)
     centre = y.mean(-2, keepdim=True)
-    return 2 * (grad.sum(-1, keepdim=True) * (x - centre) - grad @ (y - centre))
+    return 2 * (grad.sum(-1, keepdim=True) * (x - centre) - product(grad, y - centre))
 
 
 def _l1_backward(
@@ -98,10 +100,10 @@ def _l1_backward(
     rows = max(1, _CHUNK // max(1, batch * y.shape[-2] * d))
     cols = max(1, _CHUNK // max(1, batch * y.shape[-2] * min(rows, n)))
     for i in range(0, n, rows):
-        g = grad[..., i : i + rows, :]
+        g = wide(grad[..., i : i + rows, :])
         for k in range(0, d, cols):
             xs, ys = x[..., i : i + rows, None, k : k + cols], y[..., None, :, k : k + cols]
-            signs = torch.sign(xs - ys)  # (..., rows, M, cols)
+            signs = wide(torch.sign(xs - ys))  # (..., rows, M, cols)
             if need_x:
                 dx[..., i : i + rows, k : k + cols] = torch.einsum("...nm,...nmd->...nd", g, signs)
             if need_y:

@@ -11,6 +11,7 @@ from otdd.ops import checks, pointers
 from otdd.ops.barycentric import images
 from otdd.ops.cost import cost_op, gradient_of_x
 from otdd.ops.dispatch import custom_op, differentiable, no_derivative
+from otdd.ops.matmul import product
 from otdd.ops.moves.cuda import moves_cuda
 from otdd.ops.sinkhorn.op import plan_op, solve_op
 
@@ -141,7 +142,7 @@ def _forward(
                 checks.finite(cost_op(x, y, metric, of_cost) if C is None else C, "C")
             checks.positive(eps, "eps", eps.dtype)
         if not gradient:
-            of_x = plan @ y
+            of_x = product(plan, y)
         elif not (in_one and metric == "l1"):
             of_x = gradient_of_x(plan, x, y, C, metric, of_cost)
         return of_x, f, g, eps

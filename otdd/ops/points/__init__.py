@@ -86,7 +86,7 @@ def sinkhorn_points(
         x: Sources, ``(..., N, D)``; float16 and bfloat16 are computed, and results given, in
             float32.
         y: Targets, ``(..., M, D)``; leading dimensions broadcast against those of `x`.
-        a: Row weights, ``(..., N)`` or broadcastable to it; uniform ``1 / N`` by default. Zero
+        a: Row weights, ``(..., N)``, whose batch broadcasts; uniform ``1 / N`` by default. Zero
             masks a row: its gradient is 0.
         b: Column weights, ``(..., M)``, likewise.
         metric: ``l1``, ``l2``, ``sqeuclidean`` or ``cosine``, as in `otdd.ops.cost_matrix`.
@@ -107,8 +107,9 @@ def sinkhorn_points(
         precision: How accurate the products between points have to be at least, in the words of
             `torch.set_float32_matmul_precision`: ``highest``, the dtype's own; ``high``, that of
             TF32 (10 bits); ``medium``, that of bfloat16 (7 bits). What is allowed is not always
-            done: all backends but ``triton`` compute every product at its best. What it costs in
-            accuracy is in benchmarks/NOTES.md.
+            done: all backends but ``triton`` compute every product at its best, as do all of them
+            for gradients and images, whatever that setting of torch is. What it costs in accuracy
+            is in benchmarks/NOTES.md.
         backend: ``reference``, ``cpu``, ``cuda`` (up to 2^23 costs a problem, no `schedule`),
             ``triton``, or None for the first that can.
 
@@ -168,9 +169,10 @@ def solve_clouds(
     limits = int(options["max_iter"]), tol, float(options["schedule"] or 0)
     if grad == "unrolled" and C is None:
         costs = p.eps.numel() * p.x.shape[-2] * p.y.shape[-2]
-        accepted = "another mode above 2^25 costs in all"
-        checks.require(costs <= DENSE, "grad", f"{grad!r} for {costs}", accepted)
-        C, given = costs_of(p, metric, backend), {"init": (None, g), "backend": backend, **options}
+        accepted = "another mode above 2^25 in all"
+        checks.require(costs <= DENSE, "grad", f"{grad!r} for {costs} costs", accepted)
+        start = None if g is None else (None, g)
+        C, given = costs_of(p, metric, backend), {"init": start, "backend": backend, **options}
         r = sinkhorn(C, p.a, p.b, eps=p.eps, rho_a=p.rho_a, rho_b=p.rho_b, **given)
         out, backend = (r.f, r.g, r.value, r.cost, r.marginal_error, r.n_iter), r.backend
     elif C is not None:

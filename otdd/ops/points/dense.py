@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from otdd.ops.cost import cost_gradients, cost_matrix
+from otdd.ops.matmul import product
 from otdd.ops.points.reference import Clouds, PointSolution, label_costs
 from otdd.ops.sinkhorn import sinkhorn
 from otdd.ops.sinkhorn.op import plan_op
@@ -76,15 +77,14 @@ def product_stored(
 def weighted_sum(w: Tensor, x: Tensor, z: Tensor, b: Tensor, mode: str, backend: str) -> Tensor:
     """``sum_j w_ij h(x_i, z_j)``, as in `product_reference`, with a matrix of weights."""
     if mode == "value":
-        return w @ z
+        return product(w, z)
     if mode == "sign":
         return cost_gradients(w, x, z, "l1", True, False, backend)[0]
     # Differences are small against the points where clouds are far off. What has no weight may be
     # anywhere.
     centre = mean_of(z, b)
-    return (x - centre) * w.sum(-1, keepdim=True) - w @ torch.where(
-        b.unsqueeze(-1) > 0, z - centre, 0
-    )
+    z = torch.where(b.unsqueeze(-1) > 0, z - centre, 0)
+    return (x - centre) * w.sum(-1, keepdim=True) - product(w, z)
 
 
 def mean_of(x: Tensor, w: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from otdd.ops import checks, pointers
 from otdd.ops.dispatch import custom_op
+from otdd.ops.matmul import matmul
 from otdd.ops.points import cpu, dense
 from otdd.ops.points.levels import through_levels
 from otdd.ops.points.reference import Clouds, points_reference, product_reference
@@ -126,7 +127,8 @@ def _costs_fit(x: Tensor, y: Tensor, metric: str, label_cost: Tensor | None) -> 
     if label_cost is not None:
         top = top + label_cost.abs().amax((-1, -2)).nan_to_num()  # a NaN there is told by its name
     fits = bool(torch.isfinite(top).all())
-    accepted = f"points whose {metric} cost, with that of labels, is a number of {x.dtype}"
+    cost = "squared l2 cost" if metric == "l2" else f"{metric} cost"
+    accepted = f"points whose {cost}, with that of labels, is a number of {x.dtype}"
     checks.require(fits, "x and y", f"points {(high - low).max().item():.3g} apart", accepted)
 
 
@@ -212,4 +214,4 @@ def label_gradient(
     of_y = (p.labels_y.unsqueeze(-1) == torch.arange(L, device=p.x.device)).to(**kind)
     of_x = (p.labels_x.unsqueeze(-2) == torch.arange(K, device=p.x.device).unsqueeze(-1)).to(**kind)
     options = metric, "value", False, precision, backend
-    return of_x @ product_op(*p, f, g, u, v, kappa, of_y, *options)
+    return matmul(of_x, product_op(*p, f, g, u, v, kappa, of_y, *options))

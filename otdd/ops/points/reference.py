@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from otdd.ops.cost.reference import cost_matrix_reference
+from otdd.ops.matmul import product
 from otdd.ops.sinkhorn.reference import (
     damping,
     dual_value,
@@ -195,7 +196,7 @@ def product_reference(
 def _weighted_sum(w: Tensor, x: Tensor, z: Tensor, mode: str) -> Tensor:
     """``sum_j w_ij h(x_i, z_j)``."""
     if mode == "value":
-        return w @ z
+        return product(w, z)
     columns = []
     for d in range(x.shape[-1]):  # differences feature by feature: nothing cancels
         t = x[..., d].unsqueeze(-1) - z[..., d].unsqueeze(-2)

@@ -131,7 +131,7 @@ def sinkhorn(
     Args:
         C: Costs, ``(..., N, M)``. float16 and bfloat16 are computed, and results given, in float32.
             On ``triton`` C / eps is to be finite, of masked points too.
-        a: Row weights, ``(..., N)`` or broadcastable to it; uniform ``1 / N`` by default. Zero
+        a: Row weights, ``(..., N)``, whose batch broadcasts; uniform ``1 / N`` by default. Zero
             masks a row: its plan is exactly 0, its gradient 0. Masses are not normalised: if those
             of a and b differ, no plan meets both and `marginal_error` says by how much.
         b: Column weights, ``(..., M)``, likewise.
@@ -255,6 +255,7 @@ def _pair(
     checks.require(
         pair, name, type(potentials).__name__, "(f, g), or the result of an earlier solve"
     )
+    checks.require(potentials[1] is not None, f"{name}, its g", None, "a tensor; f may be None")
     return potentials
 
 
@@ -273,7 +274,8 @@ def _per_point(
         fits = fits and torch.broadcast_shapes(t.shape, shape) == torch.Size(shape)
     except RuntimeError:
         fits = False
-    checks.require(fits, name, f"shape {tuple(t.shape)}", f"{shape} or broadcastable to it")
+    accepted = f"{shape}, or (..., {shape[-1]}) that broadcasts to it"
+    checks.require(fits, name, f"shape {tuple(t.shape)}", accepted)
     return t.expand(shape)
 
 
