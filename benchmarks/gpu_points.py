@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import cases
 import gpu_cases
@@ -51,44 +52,64 @@ BEYOND = 1 << 24  # costs of a problem that `cuda` is timed with: more than otdd
 
 
 @contextlib.contextmanager
-def border(backend: str | None) -> Iterator[None]:
-    """`cuda` asked for by name takes more costs than otdd gives it, so that its border shows."""
-    from otdd.ops.points import dense
+def border(backend: str | None, kept: bool = False) -> Iterator[None]:
+    """`cuda` asked for by name takes more costs than otdd gives it, so that its border shows.
 
-    before = dense.CUDA
-    dense.CUDA = max(before, BEYOND) if backend == "cuda" else before
-    try:
+    With `kept`, `triton` keeps the costs that it would make again in each pass, likewise.
+    """
+    from otdd.ops.points import dense, tiles
+
+    most = max(dense.CUDA, BEYOND) if backend == "cuda" else dense.CUDA
+    remade = dict.fromkeys(tiles.REMADE, 0) if kept else tiles.REMADE
+    with mock.patch.object(dense, "CUDA", most), mock.patch.object(tiles, "REMADE", remade):
         yield
-    finally:
-        dense.CUDA = before
 
 
 def solve(
-    data: Data, x: Tensor, iterations: int, backend: str | None, precision: str = "highest"
+    data: Data,
+    x: Tensor,
+    iterations: int,
+    backend: str | None,
+    precision: str = "highest",
+    kept: bool = False,
 ) -> object:
     from otdd.ops import sinkhorn_points
 
     options = {"eps": data.eps, "max_iter": iterations, "precision": precision, "backend": backend}
-    with gpu_contenders.refusals(), border(backend):
+    with gpu_contenders.refusals(), border(backend, kept):
         return sinkhorn_points(x, data.y, data.a, data.b, **options)
 
 
-def otdd(name: str, backend: str | None = None, precision: str = "highest") -> Contender:
+def keeps(case: Case, data: Data, precision: str) -> str:
+    """What `triton` keeps of the costs of a case."""
+    from otdd.ops.points import tiles
+
+    sizes = case.B, case.N, case.M, case.D, data.x.element_size()
+    return tiles.plan_of(*sizes, case.metric, precision).keep
+
+
+def otdd(
+    name: str, backend: str | None = None, precision: str = "highest", kept: bool = False
+) -> Contender:
     def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
-        if backend is not None:
+        if kept:
+            refuse(keeps(case, data, precision) != "nothing", "is what triton does")
+            with border(backend, kept):
+                refuse(keeps(case, data, precision) != "all", "has no room for all costs")
+        elif backend is not None:
             chosen = solve(data, data.x, 1, None).backend
             refuse(chosen == backend, "is what otdd chooses")
         leaf = leaves_of(case, data, direction)[0]
 
         def run() -> Output:
-            value = solve(data, leaf, iterations, backend, precision).value
+            value = solve(data, leaf, iterations, backend, precision, kept).value
             gradients = [] if direction == "forward" else torch.autograd.grad(value.sum(), leaf)
             return value, list(gradients)
 
         return run
 
     def solution(case: Case, data: Data, iterations: int) -> Solution:
-        r, rows = solve(data, data.x, iterations, backend, precision), some_rows(data.x)
+        r, rows = solve(data, data.x, iterations, backend, precision, kept), some_rows(data.x)
         chosen = torch.nn.functional.one_hot(rows, case.N).mT.to(data.x.dtype)  # (N, rows)
         return Solution(r.apply(chosen, transpose=True).mT, r.backend)
 
@@ -191,6 +212,8 @@ OTDD = [
     otdd("otdd, triton", "triton"),
     otdd("otdd, high", None, "high"),
     otdd("otdd, triton, high", "triton", "high"),
+    otdd("otdd, triton, kept", "triton", kept=True),
+    otdd("otdd, triton, high, kept", "triton", "high", kept=True),
 ]
 FLASH = [flash("flash-sinkhorn", False), flash("flash-sinkhorn, TF32", True)]
 COMPILED = of_torch("torch.compile", peers.compiled_envelope, peers.compiled_loop)

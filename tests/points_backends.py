@@ -22,7 +22,7 @@ def points_backend(way: str, monkeypatch) -> str:
         monkeypatch.setattr(module, "_processors", lambda device: 8)  # so that columns are cut
         monkeypatch.setattr(tiles, "RESIDENT", 1 << 16 if how == "resident" else 0)
         if how in ("stored", "panels"):
-            monkeypatch.setattr(tiles, "REMADE", 0)
+            monkeypatch.setattr(tiles, "REMADE", dict.fromkeys(tiles.REMADE, 0))
             monkeypatch.setattr(tiles, "BY_DIFFERENCES", 2 if how == "stored" else 0)
         if how == "panels":
             monkeypatch.setattr(tiles, "STORED", 0)

@@ -21,7 +21,7 @@ from contender import DISAGREES, ROWS_MET
 from references import clouds_oracle
 
 from otdd import backends
-from otdd.ops.points import dense
+from otdd.ops.points import dense, tiles
 
 TINY = [gpu_cases.clouds(1, 12, 3), gpu_cases.clouds(2, 10, 20)]
 TINY = [replace(case, name=case.name, iterations=4) for case in TINY]
@@ -83,6 +83,26 @@ def test_cuda_is_timed_beyond_its_border():
         assert dense.cuda_refusal(x, *entries) == refused
     assert largest**2 > dense.CUDA
     assert refused == f"{largest**2} costs; the CUDA kernels keep at most {dense.CUDA}"
+
+
+@interpreted
+@pytest.mark.parametrize("D", [3, 20])
+def test_costs_that_triton_makes_again_are_timed_kept_too(D, monkeypatch):
+    """Else borders between both ways would never show."""
+    case = cases.Case("clouds", "points", 1, 9, 8, D, "sqeuclidean", stored=False, iterations=3)
+    data = cases.make(case, torch.float32)
+    truth = gpu_points.Truth(case, "float32", data)
+    kept = gpu_points.otdd("otdd, triton, kept", "triton", kept=True)
+    row, _ = gpu_measure.prepare(kept, case, truth, [data], "forward")
+    assert row["reason"] == "is what triton does"
+    monkeypatch.setattr(tiles, "RESIDENT", 0)
+    row, run = gpu_measure.prepare(kept, case, truth, [data], "forward")
+    assert run is not None, row
+    assert row["value_error"] < 1e-4
+    assert gpu_points.keeps(case, data, "highest") == "nothing"
+    monkeypatch.setattr(tiles, "STORED", 0)
+    row, _ = gpu_measure.prepare(kept, case, truth, [data], "forward")
+    assert row["reason"] == "has no room for all costs"
 
 
 def test_a_backend_that_a_solve_lacks_is_a_reason(monkeypatch):

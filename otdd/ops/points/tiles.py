@@ -26,7 +26,7 @@ RESIDENT = 1 << 16  # costs of a problem that one program solves
 STORED = 1 << 30  # bytes of the costs that are kept for a whole solve
 PANEL = 1 << 25  # bytes of the costs that are kept from the row pass to the column pass
 BY_DIFFERENCES = 16  # features up to which differences are cheaper than products
-REMADE = 64  # features up to which a cost is made again rather than read
+REMADE = {"differences": 16, "product": 64}  # features up to which a cost is made again, not read
 FEATURES = 16  # of a product's step: with 32, three products of TF32 and labels spill registers
 
 
@@ -47,9 +47,8 @@ def plan_of(B: int, N: int, M: int, D: int, size: int, metric: str, precision: s
     """
     by_products = metric == "sqeuclidean" or (metric == "l2" and precision != "highest")
     cost = "product" if by_products and D > BY_DIFFERENCES else "differences"
-    remade, problem = REMADE if cost == "product" else BY_DIFFERENCES, N * M * size
-    few = N * M <= RESIDENT
-    if remade >= D and not few:
+    few, problem = N * M <= RESIDENT, N * M * size
+    if REMADE[cost] >= D and not few:
         return Plan(cost, "nothing", B, N)
     if problem <= STORED:
         return Plan(cost, "resident" if few else "all", min(B, STORED // problem), N)
