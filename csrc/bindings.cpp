@@ -93,6 +93,12 @@ otdd::cpu::Vectors<T> per_problem(const Tensor& t, const T* all = nullptr) {
   return {t.data ? data<const T>(t) : all, t.batch_stride(0), 0};
 }
 
+// A derivative's costs are those of the solve, unless C.data has been replaced in between.
+void check_costs(const Tensor& C, const Tensor& f, const Tensor& g) {
+  if (C.size(2) != f.size(1) || C.size(1) != g.size(1) || C.batch(2) != f.batch(1))
+    throw py::value_error("C: got other sizes than when it was solved; accepted: the same");
+}
+
 const double kHard = HUGE_VAL;  // the penalty of a marginal that is met
 
 // a and b may be missing (`each` is then a weight, 0 for 1 over their number), rho_a, rho_b and g0 too.
@@ -115,6 +121,7 @@ int sinkhorn(Tensor C, Tensor a, Tensor b, double each, Tensor eps, Tensor rho_a
 template <class T>
 int plan(Tensor C, Tensor f, Tensor g, Tensor a, Tensor b, double each, Tensor eps, Tensor scale,
          Tensor P, int threads) {
+  check_costs(C, f, g);
   const i64 N = C.size(2), M = C.size(1);
   const T each_a = T(each ? each : 1.0 / N), each_b = T(each ? each : 1.0 / M), one = 1;
   const otdd::cpu::PlanArgs<T> args{
@@ -128,6 +135,7 @@ template <class T>
 int backward(bool unrolled, double rtol, Tensor C, Tensor a, Tensor b, Tensor eps, Tensor rho_a,
              Tensor rho_b, Tensor f, Tensor g, Tensor history, Tensor n_iter, Tensor df, Tensor dg,
              Tensor dC, Tensor da, Tensor db, int threads) {
+  check_costs(C, f, g);
   const otdd::cpu::BackwardArgs<T> args{
       C.batch(2), C.size(2), C.size(1), history.data ? history.size(2) : 0, matrices<T>(C), per_point<T>(a),
       per_point<T>(b), per_problem<double>(eps), per_problem<double>(rho_a),

@@ -33,7 +33,11 @@ struct Tensor : DLTensor {
 
   std::int64_t batch(int own) const { return dims > own ? sizes[0] : 1; }
   std::int64_t batch_stride(int own) const { return dims > own ? strides[0] : 0; }
-  std::int64_t size(int dim) const { return sizes[dims - dim]; }
+  std::int64_t size(int dim) const {
+    // Its data may have been replaced since it was checked: t.data = ...
+    if (dims < dim) throw pybind11::value_error("got a tensor of fewer dimensions than it had before");
+    return sizes[dims - dim];
+  }
   std::int64_t stride(int dim) const { return dims < dim ? 0 : strides[dims - dim]; }
 };
 

@@ -414,3 +414,14 @@ def test_barycentric_of_another_result_says_what_to_use():
     slack = torch.cat([y, torch.zeros(1, 3)])
     moved = barycentric(part.extended, slack)[:-1] * part.extended.a[:-1, None]
     torch.testing.assert_close(moved, part.plan @ y)
+
+
+@pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
+@pytest.mark.parametrize("shape", [(0,), (40, 50), (3, 9, 11)])
+def test_costs_replaced_before_the_derivative_are_refused(grad, shape):
+    C, a, b = torch.rand(9, 11), torch.full((9,), 1 / 9), torch.full((11,), 1 / 11)
+    C.requires_grad_()
+    value = sinkhorn(C, a, b, eps=0.5, max_iter=5, grad=grad, backend="cpu").value
+    C.data = torch.zeros(shape)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.autograd.grad(value, C)
