@@ -93,6 +93,22 @@ def test_compile_fullgraph_chooses_a_backend_by_itself():
     torch.testing.assert_close(compiled(C), sinkhorn(C, eps=0.1, tol=1e-3).value)
 
 
+class Tagged(torch.Tensor):
+    """A subclass that results of operations on it are of, too."""
+
+
+@pytest.mark.parametrize("grad", ["envelope", "unrolled"])
+@pytest.mark.parametrize("which", ["a", "b", "eps", "init"])
+def test_subclasses_do_not_leak_into_results(grad, which):
+    C, options = torch.rand(4, 5), {"eps": torch.tensor(0.3, dtype=torch.float64)}
+    options |= {"a": torch.full((4,), 0.25), "b": torch.full((5,), 0.2), "init": torch.zeros(5)}
+    options[which] = options[which].as_subclass(Tagged)
+    options["init"] = None, options["init"]
+    result = sinkhorn(C, **options, max_iter=4, grad=grad)
+    for name in ("value", "cost", "f", "g", "marginal_error", "n_iter"):
+        assert type(getattr(result, name)) is torch.Tensor, name
+
+
 def test_compiled_solve_follows_its_options():
     torch._dynamo.reset()
     C = torch.rand(2, 4, 5)

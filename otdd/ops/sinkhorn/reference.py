@@ -43,16 +43,27 @@ class Solution(NamedTuple):
         """Room for the solution; an early stop leaves some of a history unwritten: zeros."""
         *batch, N, M = C.shape
         like, contiguous = torch.empty_like, torch.contiguous_format
-        # As other tensors are, wherever there are any: that takes half the time of reading sizes.
-        value = like(eps, dtype=checks.wide(C.dtype), memory_format=contiguous)
+        # As other tensors are, wherever there are plain ones: half the time of reading sizes.
+        if type(eps) is Tensor:
+            value = like(eps, dtype=checks.wide(C.dtype), memory_format=contiguous)
+        else:
+            value = C.new_empty(batch, dtype=checks.wide(C.dtype))
+
+        def points(w: Tensor | None, count: int) -> Tensor:
+            if type(w) is Tensor:
+                return like(w, memory_format=contiguous)
+            return value.new_empty((*batch, count))
+
         return cls(
-            value.new_empty((*batch, N)) if a is None else like(a, memory_format=contiguous),
-            value.new_empty((*batch, M)) if b is None else like(b, memory_format=contiguous),
+            points(a, N),
+            points(b, M),
             value,
             like(value),
             like(value),
             like(value, dtype=torch.int64),
-            eps.new_zeros((*batch, max_iter + 1, N + M)) if keep_history else None,
+            value.new_zeros((*batch, max_iter + 1, N + M), dtype=torch.float64)
+            if keep_history
+            else None,
         )
 
 
