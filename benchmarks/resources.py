@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks/results/cuda_resources.json"
 ARCHS = ("8.0", "9.0", "10.0")
-HOST_ONLY = ("bindings.h", "emulator.h")
+HOST_ONLY = ("bindings.h", "emulator.h", "tensors.h")
 COLUMNS = ("registers", "static shared", "stack", "spill stores", "spill loads")
 
 spec = importlib.util.spec_from_file_location("otdd_setup_of_resources", ROOT / "setup.py")
