@@ -175,7 +175,7 @@ void run_sums(const CostBackwardArgs<T>& A, const T* x, const T* y, const T* G, 
           runs.G[i * runs.kWeights + j - j0] = G[i * A.G_row + j * A.G_col];
     for (i64 d0 = 0; d0 < depth; d0 += run) {
       const i64 d1 = least(depth, d0 + run);
-      T* const sums = runs.sums - d0 * rows;
+      T* const sums = runs.sums - d0 * rows;  // found by the offsets of runs.x
       for (i64 k = d0 * rows; k < round_up(d1, W) * rows; k += W) store(sums + k, Vec<T>{});
       i64 j = j0;
       const auto pass = [&](auto kPoints) {
