@@ -93,12 +93,6 @@ otdd::cpu::Vectors<T> per_problem(const Tensor& t, const T* all = nullptr) {
   return {t.data ? data<const T>(t) : all, t.batch_stride(0), 0};
 }
 
-// A derivative's costs are those of the solve, unless C.data has been replaced in between.
-void check_costs(const Tensor& C, const Tensor& f, const Tensor& g) {
-  if (C.size(2) != f.size(1) || C.size(1) != g.size(1) || C.batch(2) != f.batch(1))
-    throw py::value_error("C: got other sizes than when it was solved; accepted: the same");
-}
-
 const double kHard = HUGE_VAL;  // the penalty of a marginal that is met
 
 // a and b may be missing (`each` is then a weight, 0 for 1 over their number), rho_a, rho_b and g0 too.

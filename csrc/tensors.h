@@ -41,6 +41,12 @@ struct Tensor : DLTensor {
   std::int64_t stride(int dim) const { return dims < dim ? 0 : strides[dims - dim]; }
 };
 
+// A derivative's costs are those of the solve, unless C.data has been replaced in between.
+inline void check_costs(const Tensor& C, const Tensor& f, const Tensor& g) {
+  if (C.size(2) != f.size(1) || C.size(1) != g.size(1) || C.batch(2) != f.batch(1))
+    throw pybind11::value_error("C: got other sizes than when it was solved; accepted: the same");
+}
+
 }  // namespace otdd
 
 template <>

@@ -136,6 +136,7 @@ int sinkhorn_(int device, Address stream, Tensor C, Tensor a, Tensor b, double e
 template <class T>
 int plan_(int device, Address stream, Tensor C, Tensor f, Tensor g, Tensor a, Tensor b, double each,
           Tensor eps, Tensor scale, Tensor P) {
+  check_costs(C, f, g);
   const PlanArgs<T> args{problems<T>(C, a, b, each, eps, {}, {}), per_point<T>(f), per_point<T>(g),
                          per_problem<T>(scale, T(1)), P.data, number(P)};
   const auto [B, N, M] = std::tuple(args.B, args.N, args.M);
@@ -148,6 +149,7 @@ template <class T>
 int backward_(int device, Address stream, bool unrolled, double rtol, Tensor C, Tensor a, Tensor b,
               Tensor eps, Tensor rho_a, Tensor rho_b, Tensor f, Tensor g, Tensor history,
               Tensor n_iter, Tensor df, Tensor dg, Tensor dC, Tensor da, Tensor db, Tensor space) {
+  check_costs(C, f, g);
   const i64 steps = history.data ? history.size(2) : 0;
   const BackwardArgs<T> args{problems<T>(C, a, b, 0, eps, rho_a, rho_b), steps, per_point<T>(f),
                              per_point<T>(g), data<double>(history), data<i64>(n_iter),

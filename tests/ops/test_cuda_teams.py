@@ -165,9 +165,10 @@ def test_empty_batches(emulated_cuda, team, grad, backend):
 def test_a_mistake_in_a_kernel_is_seen(emulated_cuda):
     kernel = pointers.cuda_kernel("plan", torch.float32)
     C, P, eps = torch.rand(3, 4), torch.empty(3, 4), torch.ones((), dtype=torch.float64)
+    f, g = torch.zeros(3), torch.zeros(4)
 
     def plan(P):
-        return kernel(*pointers.place(C), C, None, None, None, None, 0.0, eps, None, P)
+        return kernel(*pointers.place(C), C, f, g, None, None, 0.0, eps, None, P)
 
     assert plan(P) == 0
     assert torch.isfinite(P).all()

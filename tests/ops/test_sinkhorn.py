@@ -416,12 +416,13 @@ def test_barycentric_of_another_result_says_what_to_use():
     torch.testing.assert_close(moved, part.plan @ y)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("grad", ["envelope", "unrolled", "implicit"])
 @pytest.mark.parametrize("shape", [(0,), (40, 50), (3, 9, 11)])
-def test_costs_replaced_before_the_derivative_are_refused(grad, shape):
+def test_costs_replaced_before_the_derivative_are_refused(backend, grad, shape):
     C, a, b = torch.rand(9, 11), torch.full((9,), 1 / 9), torch.full((11,), 1 / 11)
     C.requires_grad_()
-    value = sinkhorn(C, a, b, eps=0.5, max_iter=5, grad=grad, backend="cpu").value
+    value = sinkhorn(C, a, b, eps=0.5, max_iter=5, grad=grad, backend=backend).value
     C.data = torch.zeros(shape)
     with pytest.raises((ValueError, RuntimeError)):
         torch.autograd.grad(value, C)
