@@ -46,22 +46,28 @@ from torch import Tensor
 BOUNDS = (0.1, 0.1)  # of the errors of value and gradient; TF32 is to be told, not refused
 LONGEST = 1e12  # operations of one pass that is still tried with 44 kinds of tiles
 WITH_COSTS = 4096  # points up to which contenders that keep the costs take part
+NO_ROOM, MANY = "has no room for all costs", "has too many features to make costs again"
 BEYOND = 1 << 24  # costs of a problem that `cuda` is timed with: more than otdd gives it
 
 # otdd ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def border(backend: str | None, kept: bool = False) -> Iterator[None]:
+def border(backend: str | None, keep: str | None = None) -> Iterator[None]:
     """`cuda` asked for by name takes more costs than otdd gives it, so that its border shows.
 
-    With `kept`, `triton` keeps the costs that it would make again in each pass, likewise.
+    With `keep`, so does `triton`: it keeps "all" costs that it would make again in each pass, or
+    makes costs again that it would keep ("nothing").
     """
     from otdd.ops.points import dense, tiles
 
     most = max(dense.CUDA, BEYOND) if backend == "cuda" else dense.CUDA
-    remade = dict.fromkeys(tiles.REMADE, 0) if kept else tiles.REMADE
-    with mock.patch.object(dense, "CUDA", most), mock.patch.object(tiles, "REMADE", remade):
+    features = {None: tiles.THREE, "all": 0, "nothing": max(tiles.REMADE.values())}[keep]
+    remade = tiles.REMADE if keep is None else dict.fromkeys(tiles.REMADE, features)
+    with (
+        mock.patch.object(dense, "CUDA", most),
+        mock.patch.multiple(tiles, REMADE=remade, THREE=features),
+    ):
         yield
 
 
@@ -71,12 +77,12 @@ def solve(
     iterations: int,
     backend: str | None,
     precision: str = "highest",
-    kept: bool = False,
+    keep: str | None = None,
 ) -> object:
     from otdd.ops import sinkhorn_points
 
     options = {"eps": data.eps, "max_iter": iterations, "precision": precision, "backend": backend}
-    with gpu_contenders.refusals(), border(backend, kept):
+    with gpu_contenders.refusals(), border(backend, keep):
         return sinkhorn_points(x, data.y, data.a, data.b, **options)
 
 
@@ -89,27 +95,29 @@ def keeps(case: Case, data: Data, precision: str) -> str:
 
 
 def otdd(
-    name: str, backend: str | None = None, precision: str = "highest", kept: bool = False
+    name: str, backend: str | None = None, precision: str = "highest", keep: str | None = None
 ) -> Contender:
     def build(case: Case, data: Data, direction: str, iterations: int) -> Run:
-        if kept:
-            refuse(keeps(case, data, precision) != "nothing", "is what triton does")
-            with border(backend, kept):
-                refuse(keeps(case, data, precision) != "all", "has no room for all costs")
+        if keep is not None:
+            usual = keeps(case, data, precision)
+            refuse(usual == keep or usual == "resident", "is what triton does")
+            with border(backend, keep):
+                found = keeps(case, data, precision)
+            refuse(found != keep, NO_ROOM if keep == "all" else MANY)
         elif backend is not None:
             chosen = solve(data, data.x, 1, None).backend
             refuse(chosen == backend, "is what otdd chooses")
         leaf = leaves_of(case, data, direction)[0]
 
         def run() -> Output:
-            value = solve(data, leaf, iterations, backend, precision, kept).value
+            value = solve(data, leaf, iterations, backend, precision, keep).value
             gradients = [] if direction == "forward" else torch.autograd.grad(value.sum(), leaf)
             return value, list(gradients)
 
         return run
 
     def solution(case: Case, data: Data, iterations: int) -> Solution:
-        r, rows = solve(data, data.x, iterations, backend, precision, kept), some_rows(data.x)
+        r, rows = solve(data, data.x, iterations, backend, precision, keep), some_rows(data.x)
         chosen = torch.nn.functional.one_hot(rows, case.N).mT.to(data.x.dtype)  # (N, rows)
         return Solution(r.apply(chosen, transpose=True).mT, r.backend)
 
@@ -212,8 +220,9 @@ OTDD = [
     otdd("otdd, triton", "triton"),
     otdd("otdd, high", None, "high"),
     otdd("otdd, triton, high", "triton", "high"),
-    otdd("otdd, triton, kept", "triton", kept=True),
-    otdd("otdd, triton, high, kept", "triton", "high", kept=True),
+    otdd("otdd, triton, kept", "triton", keep="all"),
+    otdd("otdd, triton, high, kept", "triton", "high", keep="all"),
+    otdd("otdd, triton, remade", "triton", keep="nothing"),
 ]
 FLASH = [flash("flash-sinkhorn", False), flash("flash-sinkhorn, TF32", True)]
 COMPILED = of_torch("torch.compile", peers.compiled_envelope, peers.compiled_loop)

@@ -86,21 +86,40 @@ def test_cuda_is_timed_beyond_its_border():
 
 
 @interpreted
-@pytest.mark.parametrize("D", [3, 20])
-def test_costs_that_triton_makes_again_are_timed_kept_too(D, monkeypatch):
-    """Else borders between both ways would never show."""
+@pytest.mark.parametrize(
+    ("D", "usual", "keep"),
+    [(3, "nothing", "all"), (20, "nothing", "all"), (40, "all", "nothing"), (40, "all", "all")],
+)
+def test_both_ways_to_costs_are_timed(D, usual, keep, monkeypatch):
+    """Else borders between them would never show."""
     case = cases.Case("clouds", "points", 1, 9, 8, D, "sqeuclidean", stored=False, iterations=3)
     data = cases.make(case, torch.float32)
     truth = gpu_points.Truth(case, "float32", data)
-    kept = gpu_points.otdd("otdd, triton, kept", "triton", kept=True)
-    row, _ = gpu_measure.prepare(kept, case, truth, [data], "forward")
-    assert row["reason"] == "is what triton does"
+    other = gpu_points.otdd("otdd, triton, otherwise", "triton", keep=keep)
+    row, _ = gpu_measure.prepare(other, case, truth, [data], "forward")
+    assert row["reason"] == "is what triton does"  # few costs
     monkeypatch.setattr(tiles, "RESIDENT", 0)
-    row, run = gpu_measure.prepare(kept, case, truth, [data], "forward")
-    assert run is not None, row
-    assert row["value_error"] < 1e-4
-    assert gpu_points.keeps(case, data, "highest") == "nothing"
+    assert gpu_points.keeps(case, data, "highest") == usual
+    row, run = gpu_measure.prepare(other, case, truth, [data], "forward")
+    if keep == usual:
+        assert row["reason"] == "is what triton does"
+    else:
+        assert run is not None, row
+        assert row["value_error"] < 1e-4
+    assert gpu_points.keeps(case, data, "highest") == usual
+
+
+@interpreted
+def test_ways_to_costs_that_cannot_be(monkeypatch):
+    case = cases.Case("clouds", "points", 1, 9, 8, 65, "sqeuclidean", stored=False, iterations=3)
+    data = cases.make(case, torch.float32)
+    truth = gpu_points.Truth(case, "float32", data)
+    monkeypatch.setattr(tiles, "RESIDENT", 0)
+    remade = gpu_points.otdd("otdd, triton, remade", "triton", keep="nothing")
+    row, _ = gpu_measure.prepare(remade, case, truth, [data], "forward")
+    assert row["reason"] == "has too many features to make costs again"
     monkeypatch.setattr(tiles, "STORED", 0)
+    kept = gpu_points.otdd("otdd, triton, kept", "triton", keep="all")
     row, _ = gpu_measure.prepare(kept, case, truth, [data], "forward")
     assert row["reason"] == "has no room for all costs"
 

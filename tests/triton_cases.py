@@ -127,6 +127,7 @@ def _points_cases() -> Iterable[Case]:
     kernels = {name: _Recorder(getattr(module.kernels, name), launched) for name in names}
     for dtype in (torch.float32, torch.float64):
         for metric, D, precision, stored, labelled in (
+            ("sqeuclidean", 32, "highest", 1 << 30, True),
             ("sqeuclidean", 64, "highest", 1 << 30, True),
             ("sqeuclidean", 64, "high", 1 << 30, False),
             ("sqeuclidean", 64, "medium", 1 << 30, False),

@@ -20,7 +20,11 @@ SIZE = {torch.float32: 4, torch.float64: 8}
         ((9, 256, 256, 64), "sqeuclidean", "highest", ("product", "resident", 9, 256)),
         ((5000, 256, 256, 3), "l1", "highest", ("differences", "resident", 4096, 256)),
         ((9, 257, 256, 16), "l2", "highest", ("differences", "nothing", 9, 257)),
-        ((64, 1024, 1024, 64), "sqeuclidean", "highest", ("product", "nothing", 64, 1024)),
+        ((64, 1024, 1024, 32), "sqeuclidean", "highest", ("product", "nothing", 64, 1024)),
+        ((64, 1024, 1024, 33), "sqeuclidean", "highest", ("product", "all", 64, 1024)),
+        ((64, 1024, 1024, 64), "sqeuclidean", "high", ("product", "nothing", 64, 1024)),
+        ((1, 65536, 65536, 64), "sqeuclidean", "highest", ("product", "nothing", 1, 65536)),
+        ((1, 65536, 65536, 65), "sqeuclidean", "highest", ("product", "panels", 1, 128)),
         ((64, 1024, 1024, 65), "sqeuclidean", "high", ("product", "all", 64, 1024)),
         ((900, 1024, 1024, 512), "sqeuclidean", "highest", ("product", "all", 256, 1024)),
         ((2, 16384, 16384, 512), "sqeuclidean", "highest", ("product", "all", 1, 16384)),
@@ -33,6 +37,12 @@ SIZE = {torch.float32: 4, torch.float64: 8}
 )
 def test_plan(problem, metric, precision, plan):
     assert tiles.plan_of(*problem, 4, metric, precision) == plan
+
+
+def test_costs_in_float64_are_one_product():
+    """Three products of TF32 are of float32 alone."""
+    plan = tiles.plan_of(64, 1024, 1024, 64, 8, "sqeuclidean", "highest")
+    assert plan == ("product", "nothing", 64, 1024)
 
 
 @pytest.mark.parametrize("programs", [1, 7, 132, 5000])

@@ -64,7 +64,8 @@ def sinkhorn_points(
     numbers: costs are made tile by tile in each iteration, from differences of coordinates, or on
     ``triton`` from products of centred points, so that clouds far from the origin keep their
     digits. Costs that are few are kept all the same where that is faster: up to 2^23 on the CPU and
-    of a problem by ``cuda``, up to 2^16 of a problem and 1 GiB of many features by ``triton``.
+    of a problem by ``cuda``, up to 2^16 of a problem and 1 GiB of many features by ``triton``
+    (whose C / eps is to be finite, of masked points too).
     (With labels, ``K M + L N`` numbers more on the CPU.)
 
     Gradients:

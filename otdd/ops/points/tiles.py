@@ -4,7 +4,7 @@ That is a matter of size (`plan_of`):
 
 - few points: made once, and solved by one program for each problem, in one launch;
 - few features: made anew in each pass, from differences, or from products on the matrix units;
-- many features: made once and kept, where all of them fit into `STORED` bytes;
+- more features: made once and kept, where all of them fit into `STORED` bytes;
 - else made once an iteration, some rows at a time: a panel of `PANEL` bytes stays in the cache for
   both passes, whose parts of the column sums are put together at the end.
 """
@@ -27,6 +27,7 @@ STORED = 1 << 30  # bytes of the costs that are kept for a whole solve
 PANEL = 1 << 25  # bytes of the costs that are kept from the row pass to the column pass
 BY_DIFFERENCES = 16  # features up to which differences are cheaper than products
 REMADE = {"differences": 16, "product": 64}  # features up to which a cost is made again, not read
+THREE = 32  # the same of float32 as three products of TF32, where there is room to keep the costs
 FEATURES = 16  # of a product's step: with 32, three products of TF32 and labels spill registers
 
 
@@ -48,7 +49,10 @@ def plan_of(B: int, N: int, M: int, D: int, size: int, metric: str, precision: s
     by_products = metric == "sqeuclidean" or (metric == "l2" and precision != "highest")
     cost = "product" if by_products and D > BY_DIFFERENCES else "differences"
     few, problem = N * M <= RESIDENT, N * M * size
-    if REMADE[cost] >= D and not few:
+    remade = REMADE[cost]
+    if cost == "product" and precision == "highest" and size == 4 and problem <= STORED:
+        remade = min(remade, THREE)
+    if remade >= D and not few:
         return Plan(cost, "nothing", B, N)
     if problem <= STORED:
         return Plan(cost, "resident" if few else "all", min(B, STORED // problem), N)

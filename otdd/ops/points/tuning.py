@@ -37,9 +37,9 @@ _forced: dict[str, int] | None = None
 
 def kinds() -> dict[str, tuple[int, int, str]]:
     """Points, features and precision of what is timed: each way that this GPU makes costs."""
-    products = {"product tf32x3": (8192, 64, "highest"), "product tf32": (8192, 64, "high")}
+    products = {"product tf32x3": (8192, 32, "highest"), "product tf32": (8192, 64, "high")}
     if torch.version.hip is not None:
-        products = {"product ieee": (8192, 64, "highest")}
+        products = {"product ieee": (8192, 32, "highest")}
     products["product bf16"] = (8192, 64, "medium")
     return {"differences": (8192, 3, "highest"), **products, "stored": (8192, 512, "highest")}
 
