@@ -19,6 +19,7 @@ from otdd import joblog
 from otdd.distill.config import ConfigError, RunConfig, printable, require_path
 from otdd.distill.inputs.problems import DataError
 from otdd.flags import Log, asks_help, flags_of, nearest, parse, value
+from otdd.heap import keep_freed
 from otdd.remarks import noted
 
 ABOUT = {
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # terminals without some character
+    keep_freed()
     sys.exit(_guarded(_with_log(arguments)))
 
 

@@ -88,7 +88,7 @@ def train_student(
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, test: LabeledImages, batch: int = 512) -> float:
+def accuracy(network: nn.Module, test: LabeledImages, batch: int = 128) -> float:
     """Percentage of images that the network classifies rightly."""
     was_training = network.training
     network.eval()
