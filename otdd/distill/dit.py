@@ -7,6 +7,7 @@ ask for. As in the original, `generator` gives the first noise; the noise of ste
 comes from torch's global generator.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -38,7 +39,8 @@ class OTDiTPipeline(DiTPipeline):
     """A class-conditional DiT sampled under guidance.
 
     Made as any pipeline of diffusers: `from_pretrained` (folder or hub id), `from_pipe`, or from
-    its parts. Unlike `DiTPipeline` it keeps `id2label` when it is saved.
+    its parts. Unlike `DiTPipeline` it keeps `id2label` when it is saved, as a folder of a
+    `DiTPipeline`, which every reader of diffusers knows.
     """
 
     _callback_tensor_inputs = ("latents",)
@@ -61,6 +63,12 @@ class OTDiTPipeline(DiTPipeline):
         made = super().from_pipe(pipeline, **kwargs)
         made.labels = made.labels or dict(getattr(pipeline, "labels", {}))
         return made
+
+    def to_json_string(self) -> str:
+        """The settings of `save_pretrained`, whose parts are those of a `DiTPipeline`."""
+        settings = json.loads(super().to_json_string())
+        settings["_class_name"] = DiTPipeline.__name__
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     @property
     def interrupt(self) -> bool:
