@@ -326,6 +326,23 @@ def test_orientation_of_cameras_is_applied(tmp_path, name, orientation):
     assert (got.shape[1] > got.shape[2]) == (orientation >= 5)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "CMYK"])  # those that Pillow can map
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_plain_tiff_files(tmp_path, mode, orientation):
+    values = np.random.default_rng(0).integers(0, 256, (8, 16), np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16) << 8)
+    else:
+        image = Image.fromarray(values).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = made(tmp_path / "a.tiff", image, exif=exif)
+    want = decode(made(tmp_path / "a.png", Image.fromarray(values), exif=exif), None)
+    got = decode(path, None)
+    assert tuple(got.shape) == header(path)
+    assert torch.equal(got[:1], want)
+
+
 def test_a_jpeg_with_a_second_picture_and_one_with_damaged_exif(tmp_path):
     first = Image.new("RGB", (8, 8), (200, 0, 0))
     second = Image.new("RGB", (4, 4))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def decode(source: Path | bytes, resolution: int | None) -> Tensor | str:
     if problem := _absent(source):
         return problem
     try:
-        with Image.open(_handle(source), formats=FORMATS) as file:
+        with _handle(source) as handle, Image.open(handle, formats=FORMATS) as file:
             if problem := _unfit(file):
                 return problem
             file.load()
@@ -58,7 +58,7 @@ def header(source: Path | bytes) -> tuple[int, int, int] | str:
     if problem := _absent(source):
         return problem
     try:
-        with Image.open(_handle(source), formats=FORMATS) as file:
+        with _handle(source) as handle, Image.open(handle, formats=FORMATS) as file:
             if problem := _unfit(file):
                 return problem
             grey = file.mode in GREY or file.mode.startswith("I;16")
@@ -92,8 +92,9 @@ def size_problems(sizes: Set[tuple[int, ...]], resolution: int | None) -> list[s
     return [f"images of {len(sizes)} sizes ({some}): give --resolution (resolution=), e.g. 32"]
 
 
-def _handle(source: Path | bytes) -> Path | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
+def _handle(source: Path | bytes) -> BinaryIO:
+    # Not by its name: Pillow would map a plain TIFF in the shape that it has once it is turned.
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 
 def _absent(source: Path | bytes) -> str | None:
