@@ -127,6 +127,32 @@ def test_splits_that_test(tmp_path):
         load_data(spec)
 
 
+def test_a_test_split_with_other_class_names_is_refused(tmp_path):
+    turned = datasets.ClassLabel(names=NAMES[::-1])  # its 0 is the 1 of the training split
+    spec = on_disk(tmp_path / "d", train=split(), test=split(4, 50, turned))
+    with pytest.raises(DataError, match="class labels of split test have other names"):
+        load_data(spec)
+
+
+def test_splits_without_the_columns_do_not_test(tmp_path):
+    other = split(4, 50)
+    tests = {"test": other.rename_column("label", "klass"), "val": other.remove_columns("image")}
+    with pytest.warns(DataWarning) as told:
+        data = load_data(on_disk(tmp_path / "d", train=split(10), **tests))
+    notes = [warning.message.note for warning in told]
+    assert "split test is not used: no column label" in notes
+    assert "split val is not used: no column image" in notes
+    assert (len(data.train), len(data.test)) == (8, 2)
+
+
+def test_a_file_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    split().to_parquet(tmp_path / "photos" / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="is a file; expected a folder, such as hf:photos"):
+        load_data("hf:photos/train.parquet")
+
+
 def test_labels_without_names(tmp_path):
     words = [NAMES[k % 2] for k in range(8)]
     spec = on_disk(tmp_path / "d", train=split(label=datasets.Value("string"), labels=words))

@@ -34,6 +34,7 @@ from otdd.distill.inputs.streamed import Read, Streamed, content, labelled, unde
 
 LABEL = ("label", "labels", "class", "target")
 TEST = ("test", "validation", "valid", "val")
+SHOWN_NAMES = 10  # of classes, in a message
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def list_hub(name: str, options: Mapping[str, str], resolution: int | None = Non
         DataError: it cannot be loaded, or its columns or splits are not clear.
     """
     where, folder = f"data hf:{name}", Path(name).expanduser()
+    if folder.is_file():  # which may look like a name of the Hub
+        raise DataError(f"{where} is a file; expected a folder, such as hf:{folder.parent}")
     if not name or not (folder.is_dir() or HUB_NAME.fullmatch(name)):  # "" would be "."
         raise DataError(f"{where} is no folder, and no OWNER/NAME of the Hugging Face Hub")
     limit, streaming = _limit(options, where), _side(options, resolution, where)
@@ -145,8 +148,10 @@ def list_hub(name: str, options: Mapping[str, str], resolution: int | None = Non
         )
     image = _image_column(datasets, features, options.get("image_column"), where)
     label = _label_column(datasets, features, options.get("label_column"), where)
-    test, notes = _test(splits, tests, label)
+    test, notes = _test(splits, tests, image, label)
     used = [train, *test]
+    for key in test:
+        _require_same_classes(features[label], splits.tables[key].features[label], key, where)
     found = [splits.read(key, image, label) for key in used]
     notes += [note for part in found for note in part.notes]
     names = getattr(features[label], "names", None)
@@ -294,13 +299,32 @@ def _choose(splits: list[str], options: Mapping[str, str], where: str) -> tuple[
     return train, [name for name in tests if name != train]
 
 
-def _test(splits: Loaded | Streamed, tests: list[str], label: str) -> tuple[list[str], list[str]]:
+def _test(
+    splits: Loaded | Streamed, tests: list[str], image: str, label: str
+) -> tuple[list[str], list[str]]:
     """The split that tests, if there is one, and why others do not."""
-    hidden = [key for key in tests if splits.hidden(key, label)]  # how the Hub withholds labels
-    tests = [key for key in tests if key not in hidden]
-    notes = [f"split {key} is not used: no labels" for key in hidden]
+    useless = {}
+    for key in tests:
+        missing = [name for name in (image, label) if name not in splits.tables[key].features]
+        if missing:
+            useless[key] = f"no column {missing[0]}"
+        elif splits.hidden(key, label):  # how the Hub withholds labels
+            useless[key] = "no labels"
+    tests = [key for key in tests if key not in useless]
+    notes = [f"split {key} is not used: {why}" for key, why in useless.items()]
     notes += [f"split {key} is not used: there is {tests[0]}" for key in tests[1:]]
     return tests[:1], notes
+
+
+def _require_same_classes(train: Any, test: Any, split: str, where: str) -> None:
+    """Refuses class labels of a test split whose numbers mean other names."""
+    ours, theirs = getattr(train, "names", None), getattr(test, "names", None)
+    if ours is not None and theirs is not None and ours != theirs:
+        some = " and ".join(", ".join(names[:SHOWN_NAMES]) for names in (theirs, ours))
+        raise DataError(
+            f"{where}: the class labels of split {split} have other names, or another order, than "
+            f"those of the training split: {some}; cast them to the same names"
+        )
 
 
 def _image_column(datasets: Any, features: Any, given: str | None, where: str) -> str:
