@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -141,17 +142,21 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings of a YAML file as nested dicts.
+    """Settings of a YAML or JSON file as nested dicts.
 
     Raises:
-        ConfigError: the file is missing, unreadable, or not a mapping.
+        ConfigError: the file is missing, unreadable, not a mapping, or has a name twice in one.
     """
     import yaml
 
     try:
         if not Path(path).is_file():
             raise ConfigError(f"config: cannot read {path}: no regular file of this name")
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        try:  # PyYAML refuses JSON's tabs, and reads its escape of a pictograph as two halves
+            loaded = json.loads(text, object_pairs_hook=_once)
+        except json.JSONDecodeError:
+            loaded = _yaml(text)
         size = _size(loaded)
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from None
@@ -163,6 +168,33 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     accepted = f"at most {MOST_VALUES} values, repeated ones counted"
     require(size <= MOST_VALUES, "config", str(path), accepted)
     return dict(loaded or {})
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that is there twice the first value would be lost."""
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice")
+    return dict(pairs)
+
+
+def _yaml(text: str) -> Any:
+    """What a YAML text says, every name of a mapping once, which PyYAML does not ask for."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen: set[Any] = set()
+            for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+                if key.value in seen:
+                    problem = f"{key.value} is there twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+            return node
+
+    return yaml.load(text, Loader)
 
 
 def _problem(error: Exception) -> str:

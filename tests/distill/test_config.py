@@ -1,5 +1,6 @@
 """Settings: defaults, files, presets, and refusals that name the key."""
 
+import json
 import subprocess
 import sys
 
@@ -110,6 +111,34 @@ def test_bad_files(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="a YAML mapping"):
         load_yaml(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("sample: {steps: 4}\nsample: {starts: 1}", "line 2, column 1: sample is there twice"),
+        ("sample:\n  steps: 4\n  'steps': 5", "line 3, column 3: steps is there twice"),
+        ('{"ipc": 1, "ipc": 2}', "ipc is there twice"),
+    ],
+)
+def test_a_setting_that_is_there_twice_is_refused(tmp_path, text, where):
+    (tmp_path / "f").write_text(text)
+    with pytest.raises(ConfigError, match=where):
+        load_yaml(tmp_path / "f")
+
+
+def test_merged_settings_may_be_replaced(tmp_path):
+    (tmp_path / "f").write_text("sample: &a {steps: 4, starts: 1}\ntrain: {<<: *a, steps: 5}")
+    assert load_yaml(tmp_path / "f")["train"] == {"steps": 5, "starts": 1}
+
+
+@pytest.mark.parametrize("how", [{}, {"indent": "\t"}, {"ensure_ascii": False}])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_json_as_python_writes_it(tmp_path, how, encoding):
+    settings = {"data": "fotos 😀", "sample": {"steps": 4, "influence": {"strength": 1e-3}}}
+    text = json.dumps(settings, **how).replace("\n", "\r\n")
+    (tmp_path / "f.json").write_bytes(text.encode(encoding))
+    assert load_yaml(tmp_path / "f.json") == settings
 
 
 def test_yaml_on_and_off_are_choices(tmp_path):
