@@ -253,7 +253,10 @@ def fit_surrogate(flags: list[str]) -> int:
     data = load_data(given.data, **_reading(given))
     if given.dry_run:
         from otdd.distill import costs
+        from otdd.distill.store import Store
+        from otdd.distill.surrogate import identity
 
+        Store(given.out).check(identity(data, config))
         timed = costs.surrogate(data, config, given.device)
         sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"train    {given.arch}, {given.epochs} epochs", timed))
@@ -284,7 +287,10 @@ def encode(flags: list[str]) -> int:
     codec = load_generator(given.generator, data).codec
     if given.dry_run:
         from otdd.distill import costs
+        from otdd.distill.encode import identity
+        from otdd.distill.store import Store
 
+        Store(given.out).check(identity(data, codec, config))
         codec.to(device)
         cost = costs.encoding(data, codec, config.batch)
         latent = codec.latent_shape(data.image_shape)

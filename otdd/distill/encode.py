@@ -52,14 +52,7 @@ def encode(
     """
     config, progress = config or EncodeConfig(), progress or (lambda *_: None)
     latent_shape = codec.latent_shape(data.image_shape)
-    labels = hashlib.sha256(data.labels.numpy().tobytes()).hexdigest()
-    about = {
-        "latents": asdict(config),
-        "classes": data.classes,
-        "labels_sha256": labels,
-        "image_shape": list(data.image_shape),
-        "codec_sha256": codec_digest(codec),
-    }
+    about = identity(data, codec, config)
     with Store.open(out, about, lock=True) as store:
         shards = _shards(store, data, codec, config, progress)
         store.write_tensors(LABELS, {"labels": data.labels})
@@ -79,6 +72,17 @@ def encode(
             index["skipped"] = [list(pair) for pair in data.skipped]
         store.write_json(INDEX, index)
     return Latents(out)
+
+
+def identity(data: Stream, codec: Codec, config: EncodeConfig) -> dict[str, Any]:
+    """What the content of a folder depends on."""
+    return {
+        "latents": asdict(config),
+        "classes": data.classes,
+        "labels_sha256": hashlib.sha256(data.labels.numpy().tobytes()).hexdigest(),
+        "image_shape": list(data.image_shape),
+        "codec_sha256": codec_digest(codec),
+    }
 
 
 def _shards(

@@ -66,7 +66,8 @@ class Store:
 
         Args:
             path: output folder.
-            identity: what the results depend on; plain JSON values.
+            identity: what the results depend on; plain JSON values, of which the first is one
+                that all folders of this kind have.
             lock: refuse while another process holds the lock; it ends with its holder.
 
         Raises:
@@ -350,7 +351,12 @@ class Store:
         manifest = self.read_json(MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise StoreError(f"{self.path / MANIFEST} was not written by this version of otdd")
-        old = manifest["identity"]
+        old, kind = manifest["identity"], next(iter(identity), None)
+        if kind is not None and kind not in old:
+            raise StoreError(
+                f"{self.path} is of another otdd command (no {kind} in its {MANIFEST}); choose "
+                "another --out"
+            )
         keys = [k for k in identity if k in old and old[k] != identity[k]]
         if keys:
             what = "; ".join(f"{k}: {old[k]!r} there, {identity[k]!r} here" for k in keys)

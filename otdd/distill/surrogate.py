@@ -60,14 +60,18 @@ def fit_surrogate(
     """
     config = config or SurrogateConfig()
     students.check_network(config.arch, data)
-    about = {"surrogate": dataclasses.asdict(config), "data_sha256": data.fingerprint}
-    with Store.open(out, about, lock=True) as store:
+    with Store.open(out, identity(data, config), lock=True) as store:
         names = [_name(number) for number in range(config.checkpoints)]
         if not all(map(store.has, [SUMMARY, *names])):
             with reproducible(data.image_shape):
                 _train(store, data, config, torch.device(device), progress or (lambda *_: None))
         store.remove(STATE)
         return dict(store.read_json(SUMMARY))
+
+
+def identity(data: ImageData, config: SurrogateConfig) -> dict[str, Any]:
+    """What the content of a folder depends on."""
+    return {"surrogate": dataclasses.asdict(config), "data_sha256": data.fingerprint}
 
 
 def load_surrogates(folder: str | os.PathLike[str], data: ImageData) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from otdd.distill.encode import EncodeConfig, encode
 from otdd.distill.fit import FitConfig, fit
 from otdd.distill.latents import Latents
 from otdd.distill.modes import kmeans_centres
-from otdd.distill.store import StoreError
+from otdd.distill.store import Store, StoreError
 from otdd.distill.stream import Stream, open_stream
 from otdd.terminal import Pace
 
@@ -29,6 +29,33 @@ def root(tmp_path):
 
 def stream(root):
     return open_stream(root, resolution=8)
+
+
+def listing(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("command", ["encode", "fit-surrogate", "sample"])
+def test_folders_of_other_commands_are_refused(tmp_path, capsys, command, dry):
+    data = open_stream("digits")
+    encode(data, PixelCodec(), out=tmp_path / "latents")
+    with Store.open(tmp_path / "run", {"ipc": 1, "data_sha256": load_data("digits").fingerprint}):
+        pass
+    made = tmp_path / ("latents" if command == "sample" else "run")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "letter.txt").write_text("dear")
+    before = listing(made)
+    more = ["--ipc", "1"] if command == "sample" else []
+    for out in (made, tmp_path / "foreign"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--data", "digits", *more, "--out", str(out), *dry])
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        said = "is of another otdd command" if out == made else "is not empty and no otdd output"
+        assert said in err
+        assert err.count("\n") == 1
+    assert listing(made) == before
 
 
 @pytest.mark.parametrize("split", [True, False])
