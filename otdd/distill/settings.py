@@ -183,7 +183,7 @@ def _yaml(text: str) -> Any:
     """What a YAML text says, every name of a mapping once, which PyYAML does not ask for."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
             seen: set[Any] = set()
