@@ -112,7 +112,7 @@ def seen_table(labels: Rows) -> str:
 
 def now_table(labels: Rows, seeds: range = range(100), measure: str = "accuracy") -> str:
     """What `otdd run` samples with now, beside what it did when the source's ablation was run."""
-    key = ("data", "arch", "epochs", "ipc")
+    key = ("data", "arch", "epochs", "ipc", "seed")  # sets of other seeds cannot be compared
     rows = [r for r in labels if r["seed"] in seeds]
     there = [tuple(c.values()) for c in groups([r for r in rows if r["arm"] == "run"], *key)]
     rows = [r for r in rows if tuple(r[k] for k in key) in there]
