@@ -138,7 +138,7 @@ def formats_table(rows: Rows) -> str:
 def guidance_table(rows: Rows, seeds: range) -> str:
     """A line per variant: accuracy, and its difference from its base on the same seeds.
 
-    The base of `now-...` is `now`, that of all others `default`.
+    The base of `now-...` and `run...` is `now`, that of all others `default`.
     """
     rows = [row for row in rows if row["seed"] in seeds]
     columns = groups(rows, "data", "arch", "epochs", "ipc")
@@ -147,7 +147,7 @@ def guidance_table(rows: Rows, seeds: range) -> str:
         head += [f"{c['data']}, IPC {c['ipc']}", "to its base"]
     body = []
     for name in dict.fromkeys(row["variant"] for row in rows):
-        line, base = [f"`{name}`"], "now" if name.startswith("now-") else "default"
+        line, base = [f"`{name}`"], "now" if name.startswith(("now", "run")) else "default"
         for c in columns:
             these, others = (runs(rows, variant=v, **c) for v in (name, base))
             line += [value(these), "" if name == base else difference(these, others, len(others))]
@@ -185,24 +185,46 @@ def curve(rows: Rows, data: str, points: dict[float, str], name: str) -> dict[in
     return found
 
 
-def plot_curves(guidance: Rows, labels: Rows, path: Path, data: str) -> None:
-    """Accuracy against beta_1 and lambda_1 of the sampling and beta_2 of the labels."""
-    guidance = [r for r in guidance if r["seed"] < 100]
+Panel = tuple[str, str, dict[int, list[tuple]]]  # title, scale of the axis, curves
+
+
+def curves_before(guidance: Rows, labels: Rows) -> list[Panel]:
+    """Digits against beta_1 and lambda_1, from `default`, and against beta_2 of the labels."""
     labels = [r for r in labels if r["arch"] == "convnet" and r["seed"] < 100]
-    strength = {s: f"strength-{s}" for s in (0.03, 0.1, 0.3, 1.0)} | {0.7: "default"}
-    widths = {v: f"lambda-{v}" for v in (0.03, 0.3, 1.0)} | {0.1: "default"}
     weights = {v: f"beta_2-{v:g}" for v in (0.8, 8, 80)} | {0.08: "full", 0.008: "no-otm"}
-    panels = [
-        ("strength (beta_1), hard labels", curve(guidance, data, strength, "variant")),
-        ("lambda_1, hard labels", curve(guidance, data, widths, "variant")),
-        ("beta_2, soft labels (leftmost: 0)", curve(labels, data, weights, "arm")),
+    beta_2 = curve(labels, "digits", weights, "arm")
+    return [*_guided(guidance, "digits"), ("beta_2, soft labels (leftmost: 0)", "log", beta_2)]
+
+
+def curves_now(guidance: Rows) -> list[Panel]:
+    """Textures against beta_1, lambda_1, detail and the classifier-free guidance, from `now`."""
+    details = {v: f"now-detail-{v}" for v in (0.0, 0.25, 1.0)} | {0.5: "now"}
+    scales = {1: "now-cfg-1", 2: "now", 4: "now-cfg-4"}
+    return [
+        *_guided(guidance, "textures", "now"),
+        ("detail", "linear", curve(guidance, "textures", details, "variant")),
+        ("classifier-free guidance", "linear", curve(guidance, "textures", scales, "variant")),
     ]
+
+
+def _guided(rows: Rows, data: str, base: str = "default") -> list[Panel]:
+    prefix = "" if base == "default" else f"{base}-"
+    strength = {s: f"{prefix}strength-{s}" for s in (0.03, 0.1, 0.3, 1.0)} | {0.7: base}
+    widths = {v: f"{prefix}lambda-{v}" for v in (0.03, 0.3, 1.0)} | {0.1: base}
+    return [
+        ("strength (beta_1), hard labels", "log", curve(rows, data, strength, "variant")),
+        ("lambda_1, hard labels", "log", curve(rows, data, widths, "variant")),
+    ]
+
+
+def plot_curves(panels: list[Panel], data: str, path: Path) -> None:
+    """Accuracy with 95 % intervals, a panel for each setting."""
     figure, axes = _figure(len(panels), 3.4)
-    for axis, (title, found) in zip(axes, panels, strict=True):
+    for axis, (title, scale, found) in zip(axes, panels, strict=True):
         for ipc, points in found.items():
             x, mean, half = zip(*points, strict=True)
             axis.errorbar(x, mean, half, marker="o", ms=3, lw=1.2, capsize=2, label=f"IPC {ipc}")
-        axis.set(xscale="log", xlabel=title)
+        axis.set(xscale=scale, xlabel=title)
         axis.grid(alpha=0.3, lw=0.5)
     axes[0].set_ylabel(f"test accuracy on {data}, %")
     axes[0].legend(fontsize=8)
@@ -275,7 +297,9 @@ def main() -> None:
         into_readme(args.readme, seen, SEEN_MARKERS)
     if args.plots:
         plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
-        plot_curves(guidance, labels, RESULTS / "ablation_curves.png", "digits")
+        chosen = [row for row in guidance if row["seed"] < 100]
+        plot_curves(curves_before(chosen, labels), "digits", RESULTS / "ablation_curves.png")
+        plot_curves(curves_now(chosen), "textures", RESULTS / "ablation_curves_now.png")
 
 
 def _of_arms(rows: Rows) -> Rows:

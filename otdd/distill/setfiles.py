@@ -81,6 +81,7 @@ class SetFiles:
             raise StoreError(f"{store.path}: no such folder")
         if not store.path.is_dir() or not store.has(MANIFEST):
             raise StoreError(f"{store.path} is no otdd folder: there is no {MANIFEST} in it")
+        store = Store(store.path.absolute())  # labels are read later, wherever the process is then
         if verify:
             store.sums.verify([MANIFEST, DATA, CONFIG])
         manifest = store.read_json(MANIFEST)

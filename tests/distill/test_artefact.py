@@ -46,6 +46,14 @@ def test_images_labels_and_names(folder):
     assert "20 images of 1x8x8, 10 classes" in repr(loaded)
 
 
+def test_a_relative_path_is_that_of_the_time_of_loading(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    loaded = otdd.load(folder.name, set="random")
+    monkeypatch.chdir(tmp_path)
+    expected = list(otdd.load(folder, set="random").replay())
+    assert all(same(*pair) for pair in zip(expected, loaded.replay(), strict=True))
+
+
 def test_it_is_a_data_set_of_torch(folder):
     loaded = otdd.load(folder, set="random", transform=lambda image: image.mean())
     means, labels = next(iter(DataLoader(loaded, batch_size=20)))

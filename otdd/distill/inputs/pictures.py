@@ -114,7 +114,7 @@ def _unfit(file: Image.Image) -> str | None:
     if frames > 1 and file.format != "MPO":
         return f"{frames} frames or pages: save one of them as an image"
     if file.mode in ("I", "F"):
-        return f"image of mode {file.mode}: save it with 8 or 16 bits a channel"
+        return f"image of mode {file.mode}: save it as PNG or TIFF of 8 or 16 bits a channel"
     return None
 
 
