@@ -297,9 +297,9 @@ def main() -> None:
         into_readme(args.readme, seen, SEEN_MARKERS)
     if args.plots:
         plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
-        chosen = [row for row in guidance if row["seed"] < 100]
-        plot_curves(curves_before(chosen, labels), "digits", RESULTS / "ablation_curves.png")
-        plot_curves(curves_now(chosen), "textures", RESULTS / "ablation_curves_now.png")
+        guidance = [row for row in guidance if row["seed"] < 100]
+        plot_curves(curves_before(guidance, labels), "digits", RESULTS / "ablation_curves.png")
+        plot_curves(curves_now(guidance), "textures", RESULTS / "ablation_curves_now.png")
 
 
 def _of_arms(rows: Rows) -> Rows:
