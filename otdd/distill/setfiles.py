@@ -21,6 +21,8 @@ TEACHERS = "teachers.json"
 EXPORTED = "otdd-set-1"  # the `format` of an exported folder
 DEFAULT = "otg"
 LAYOUTS = {"images": "images/", "root": ""}  # where the class folders of an export are
+# What the identity of other folders of otdd has, and the command that makes them.
+_OTHERS = {"latents": "otdd encode", "surrogate": "otdd fit-surrogate"}
 _LABELS = re.compile(r"labels(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -121,7 +123,20 @@ class SetFiles:
         return images, labels
 
 
+def require_run(store: Store, manifest: dict[str, Any]) -> None:
+    """Refuse a folder that another command of otdd made.
+
+    Raises:
+        StoreError: it holds latents, or a surrogate.
+    """
+    identity = manifest.get("identity")
+    for kind, command in _OTHERS.items():
+        if isinstance(identity, dict) and kind in identity:
+            raise StoreError(f"{store.path} is of `{command}`, no folder of a run")
+
+
 def _of_run(store: Store, manifest: dict[str, Any], name: str) -> SetFiles:
+    require_run(store, manifest)
     folder = store.path / "sets"
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     there = [n for n in there if store.has_images(n)]

@@ -12,7 +12,7 @@ import torch
 from distill.finished_run import DATA, settings, written_set
 from distill.toy_run import NAMES, toy_run
 
-from otdd import cli, tools
+from otdd import cli, load, tools
 from otdd.distill import prepare
 from otdd.distill.codec import PixelCodec
 from otdd.distill.config import ConfigError
@@ -306,14 +306,21 @@ def test_tensors_of_others(copy):
 def test_what_is_no_run(run, tmp_path):
     (tmp_path / "file").write_text("")
     export(run, "imagefolder", tmp_path / "exported", set="random")
+    Store.open(tmp_path / "latents", {"latents": {}}).close()
+    Store.open(tmp_path / "surrogate", {"surrogate": {}}).close()
     for name, message in (
         ("none", "no such folder"),
         ("file", "a file, no folder of a run"),
         (".", "no folder of a run: there is no otdd.json in it"),
         ("exported", "is an exported set; a report is of the folder of a run"),
+        ("latents", "is of `otdd encode`, no folder of a run"),
+        ("surrogate", "is of `otdd fit-surrogate`, no folder of a run"),
     ):
         with pytest.raises(StoreError, match=message):
             report(tmp_path / name, tmp_path / "out")
+        if name in ("latents", "surrogate"):
+            with pytest.raises(StoreError, match=message):
+                load(tmp_path / name)
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from otdd.distill import evaluate
 from otdd.distill.config import LOSSES, SETS, ConfigError, RunConfig
 from otdd.distill.export import without_paths
 from otdd.distill.replay import IncompleteLabels, LabelShards
-from otdd.distill.setfiles import CONFIG, DATA, EXPORTED, SetFiles
+from otdd.distill.setfiles import CONFIG, DATA, EXPORTED, SetFiles, require_run
 from otdd.distill.settings import from_dict
 from otdd.distill.store import FORMAT, MANIFEST, Store, StoreError
 from otdd.distill.words import averaged
@@ -143,6 +143,7 @@ def _identity(store: Store) -> dict[str, Any]:
         raise StoreError(f"{store.path} is an exported set; a report is of the folder of a run")
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("identity"), dict):
         raise _damaged(store, MANIFEST, "it was not written by this version of otdd")
+    require_run(store, manifest)
     return dict(manifest["identity"])
 
 
