@@ -89,6 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "now": NOW,
     **{f"now-{name}": _over(NOW, change) for name, change in CHANGES.items()},
     "run": {},
+    **{f"run-{name}": CHANGES[name] for name in ("strength-0.3", "detail-1.0")},
     "run-unguided": {},
     "unguided": {"guidance_scale": 1.0},
     "unguided-cfg-2": {"guidance_scale": 2.0},

@@ -20,6 +20,8 @@ Arms, all with kappa_1 .025, kappa_2 1 (squared error of logits), tau 2, eps .1,
 * `hard-otg`, `hard-no-otg`: cross-entropy on hard labels, mixed by CutMix, on either set.
 * `run`, `run-no-otg`: `full` and `no-otg` with the settings that `otdd run` samples with now;
   `hard-run`, `hard-run-no-otg`: the same on hard labels.
+* `now`, `now-...`, `run-...`: `full` on the set of that variant of `ablation_guidance.py`, today's
+  guidance (from one start, or as `otdd run` does) with one setting changed.
 * `random`, `kmeans`: `full` on random real images and on k-means centroids (of pixels);
   `random-no-otm`, `kmeans-no-otm`: the same without transport of logits. They need no generator.
 * `sweep`: `full` with one of tau, eps, beta_2, beta_2_share or the batch changed (see `SWEEP`), and
@@ -61,6 +63,7 @@ KEY = ("data", "ipc", "arm", "arch", "seed", "epochs")
 TABLE = ("full", "no-otm", "hard-otg", "no-lia", "all-teachers", "no-otg", "hard-no-otg")
 LINES = ("random", "random-no-otm", "kmeans", "kmeans-no-otm")
 NOW = ("run", "hard-run", "run-no-otg", "hard-run-no-otg")
+CHANGED = tuple(v for v in VARIANTS if v.startswith(("now", "run-")) and v != "run-unguided")
 SWEEP = (
     *(f"tau-{v:g}" for v in (1, 4)),
     *(f"eps-{v:g}" for v in (0.02, 0.5)),
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    known = {*TABLE, *LINES, *NOW, *SWEEP}
+    known = {*TABLE, *LINES, *NOW, *SWEEP, *CHANGED}
     arms = [arm for name in args.arms for arm in (SWEEP if name == "sweep" else (name,))]
     if unknown := [arm for arm in arms if arm not in known]:
         parser.error(f"--arms: {unknown} not known; accepted: sweep or {sorted(known)}")
@@ -155,8 +158,8 @@ class Campaign:
         count = {"no-lia": 1, "all-teachers": 4}.get(arm, _aligned(ipc))
         old, now = ("starts-4", "unguided"), ("run", "run-unguided")
         set_name = (now if arm in NOW else old)[arm.endswith("no-otg")]
-        if arm in LINES:
-            set_name = arm.split("-")[0]
+        if arm in LINES or arm in CHANGED:
+            set_name = arm.split("-")[0] if arm in LINES else arm
         images, labels = self.set_of(set_name, config)
         if arm.startswith("hard"):
             watched = None
@@ -184,7 +187,8 @@ class Campaign:
             else:
                 settings = from_dict(SampleConfig, VARIANTS[name])
                 own = dataclasses.replace(config, sample=settings)
-                judges = self.teachers(_aligned(config.ipc)) if name == "run" else ()
+                judged = name.startswith("run") and name != "run-unguided"
+                judges = self.teachers(_aligned(config.ipc)) if judged else ()
                 make_set(store, self.data, self.generator, own, name, judges)
         tensors = store.read_images(made)
         return tensors["images"], tensors["labels"]
