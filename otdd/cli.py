@@ -175,6 +175,7 @@ def _run(command: str, flags: list[str]) -> int:
 
     first = os.environ.get("RANK", "0") == "0"  # of several processes one is heard
     with shown(given.log, given.quiet or not first) as bars:
+        from otdd.distill.evaluate import wants_soft
         from otdd.distill.pipeline import STAGES, run_stages
 
         stages = STAGES if command == "run" else (command,)
@@ -185,6 +186,8 @@ def _run(command: str, flags: list[str]) -> int:
         joblog.write("metrics", out=config.out, **kept)
     if first and command in ("run", "train", "evaluate"):
         print_metrics(metrics, config.out)
+    elif first and command == "relabel" and not wants_soft(config):
+        sys.stdout.write("nothing to relabel: no loss has soft labels; --train.losses kl does\n")
     elif first:  # there is no table yet
         sys.stdout.write(f"written to {config.out}\n")
     return 0

@@ -24,8 +24,8 @@ class DataFlags:
     """Flags that these commands share."""
 
     data: str
-    """digits, textures, an image folder (CLASS/*, or train/CLASS/* and val/), a table of paths and
-    labels (.csv, .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER,
+    """digits, textures, an image folder (CLASS/*, or train/CLASS/* and val/ or test/), a table of
+    paths and labels (.csv, .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER,
     hf:OWNER/NAME). Settings of the input follow it: photos.csv,label_column=breed or
     hf:OWNER/NAME,streaming=true."""
     out: str

@@ -238,6 +238,20 @@ def test_an_output_in_a_file_is_a_text(capsys, tmp_path, command):
     assert (code, err) == (2, "otdd: out: [5] is not accepted; expected a text\n")
 
 
+def test_relabel_says_where_no_loss_asks_for_labels(capsys, tmp_path):
+    out = tmp_path / "o"
+    hard = ("--train.losses", "ce")
+    assert call(capsys, "sample", *TINY, *hard, "--out", out)[0] == 0
+    code, told, _ = call(capsys, "relabel", "--out", out)
+    assert (code, told[:18]) == (0, "nothing to relabel")
+    assert "--train.losses kl" in told
+    assert call(capsys, "relabel", "--out", out, "--train.losses", "kl")[:2] == (
+        0,
+        f"written to {out}\n",
+    )
+    assert list(out.glob("sets/*/labels/*"))
+
+
 def test_stages_one_by_one_then_run_finds_all_done(capsys, tmp_path):
     out = tmp_path / "o"
     code, _, err = call(capsys, "evaluate", *TINY, "--out", out)

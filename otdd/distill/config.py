@@ -310,8 +310,8 @@ class RunConfig:
     """Everything that one distilled set depends on."""
 
     data: str
-    """digits, textures, an image folder (CLASS/*, or train/CLASS/* and val/), a table of paths and
-    labels (.csv, .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER,
+    """digits, textures, an image folder (CLASS/*, or train/CLASS/* and val/ or test/), a table of
+    paths and labels (.csv, .tsv, .parquet), an .npz file, or a Hugging Face data set (hf:FOLDER,
     hf:OWNER/NAME). Settings of the input follow it: photos.csv,label_column=breed or
     hf:OWNER/NAME,streaming=true."""
     ipc: int

@@ -84,7 +84,9 @@ class LabelShards:
         self._open: dict[str, Any] = {}
         where = f"{files.store.path}: set {files.name}"
         if not files.labels:
-            hint = "it was exported without" if files.exported else "run `otdd relabel` first"
+            hint = "run `otdd relabel` first, with --train.losses kl where no loss has them"
+            if files.exported:
+                hint = "it was exported without"
             raise StoreError(f"{where} has no soft labels; {hint}")
         self.epochs, counts = 0, list[int]()
         self.teachers: list[list[str]] = []

@@ -115,7 +115,7 @@ def test_an_exported_set_is_an_input(tmp_path):
             {"images": GREY, "labels": np.array([None] * 12)},
             "labels: an array of objects needs pic",
         ),
-        ({"images": COLOUR[:, :4], "labels": LABELS}, r"images of 1 sizes \(4x6\): give --resolut"),
+        ({"images": COLOUR[:, :4], "labels": LABELS}, r"that are not square \(4x6\): give --reso"),
     ],
 )
 def test_arrays_that_are_refused(tmp_path, arrays, says):

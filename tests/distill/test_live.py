@@ -254,7 +254,7 @@ def test_hard_labels_alone_need_no_teachers(tmp_path):
     given = {**TEACHER, "store_labels": False}
     train = {"epochs": 1, "losses": ["ce"]}
     finished_run(tmp_path / "hard", sets=["random"], relabel=given, train=train)
-    with pytest.raises(StoreError, match="set random has no soft labels; run `otdd relabel` first"):
+    with pytest.raises(StoreError, match=r"run `otdd relabel` first, with --train\.losses kl"):
         otdd.load(tmp_path / "hard", set="random").replay()
     assert "replay" not in (tmp_path / "hard" / "README.md").read_text()
 

@@ -89,7 +89,8 @@ def size_problems(sizes: Set[tuple[int, ...]], resolution: int | None) -> list[s
     if resolution is not None or (len(sizes) <= 1 and all(h == w for h, w in sizes)):
         return []
     some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4]) + ", ..." * (len(sizes) > 4)
-    return [f"images of {len(sizes)} sizes ({some}): give --resolution (resolution=), e.g. 32"]
+    what = f"of {len(sizes)} sizes" if len(sizes) > 1 else "that are not square"
+    return [f"images {what} ({some}): give --resolution (resolution=), e.g. 32"]
 
 
 def _handle(source: Path | bytes) -> BinaryIO:
