@@ -59,10 +59,27 @@ class OTDiTPipeline(DiTPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> "OTDiTPipeline":
-        """The same model, autoencoder and scheduler as another pipeline, sharing their weights."""
-        made = super().from_pipe(pipeline, **kwargs)
-        made.labels = made.labels or dict(getattr(pipeline, "labels", {}))
-        return made
+        """The same model, autoencoder and scheduler as another pipeline, sharing their weights.
+
+        Weights keep their types, which diffusers' own makes float32 in both pipelines.
+
+        Args:
+            pipeline: a `DiTPipeline`.
+            kwargs: parts that take the place of its own, `id2label`, or a `torch_dtype`.
+
+        Raises:
+            ValueError: a pipeline of another kind.
+        """
+        if not isinstance(pipeline, DiTPipeline):
+            seen = type(pipeline).__name__
+            raise ValueError(f"pipeline: {seen} is not accepted; expected a DiTPipeline")
+        names: dict[int, str] = {}
+        for name, label in pipeline.labels.items():
+            names[label] = f"{names[label]}, {name}" if label in names else name
+        kept = pipeline.config.get("id2label") or names or None
+        dtype = kwargs.pop("torch_dtype", None)
+        made = cls(**{**pipeline.components, "id2label": kept, **kwargs})
+        return made if dtype is None else made.to(dtype)
 
     def to_json_string(self) -> str:
         """The settings of `save_pretrained`, whose parts are those of a `DiTPipeline`."""

@@ -234,6 +234,22 @@ def test_files_round_trip_with_names(tmp_path):
         assert theirs.labels == ours.labels
 
 
+def test_from_another_pipeline_with_its_names_and_types(tmp_path):
+    theirs = dit_pipeline(id2label={0: "ant, emmet", 1: "bee", 2: "cat"}).to(torch.bfloat16)
+    theirs.vae.to(torch.float32)
+    ours = OTDiTPipeline.from_pipe(theirs)
+    assert ours.transformer is theirs.transformer
+    assert (theirs.transformer.dtype, theirs.vae.dtype) == (torch.bfloat16, torch.float32)
+    ours.save_pretrained(tmp_path)
+    assert OTDiTPipeline.from_pretrained(tmp_path).labels == theirs.labels
+    scheduler = diffusers.EulerDiscreteScheduler()
+    other = OTDiTPipeline.from_pipe(ours, scheduler=scheduler, torch_dtype=torch.float16)
+    assert (other.scheduler, other.labels) == (scheduler, theirs.labels)
+    assert (other.transformer.dtype, other.vae.dtype) == (torch.float16, torch.float16)
+    with pytest.raises(ValueError, match="pipeline: str is not accepted; expected a DiTPipeline"):
+        OTDiTPipeline.from_pipe("folder")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
