@@ -257,7 +257,7 @@ def _latents_of(returned: Any, x: Tensor) -> Tensor:
         raise ValueError(
             f"callback_on_step_end: it returned latents of {of}; expected {tuple(x.shape)}"
         )
-    return latents
+    return latents.to(x)
 
 
 def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

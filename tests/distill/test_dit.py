@@ -301,6 +301,14 @@ def test_callbacks_that_return_something_else(returned, message):
         run(pipe(), callback_on_step_end=lambda *_: returned)
 
 
+def test_latents_of_a_callback_keep_the_type_of_the_model():
+    made = pipe().to(torch.bfloat16)
+    images = run(
+        made, output_type="np", callback_on_step_end=lambda *a: {"latents": a[3]["latents"].float()}
+    )
+    assert images.shape == (3, 8, 8, 3)
+
+
 def test_integers_of_any_kind_and_memory_without_latents():
     made, want = pipe(), run(pipe(), guidance=ot())
     nothing = torch.zeros(0, 4, 4, 4), torch.zeros(0, dtype=torch.int64)
