@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otdd.distill.terms import Guidance, Memory, check_latents
+from otdd.distill.terms import Guidance, Memory, check_latents, check_memory
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(z_t (B, ...), t) to the prediction (B, ...) and the variances learned beside it, or None."""
@@ -129,6 +129,8 @@ def _checked(guides: Guides | None, x: Tensor) -> Sequence[Guidance]:
         raise ValueError(f"guides: {type(guides).__name__} is not accepted; expected Guides")
     if guides.terms:
         check_latents(x, guides.class_labels, "x")
+        if guides.memory is not None:
+            check_memory(guides.memory, tuple(x.shape[1:]))
     for term in guides.terms:
         if term.config.strength > 0:  # else it is off and needs nothing
             term.check(guides.class_labels, tuple(x.shape[1:]))

@@ -260,6 +260,8 @@ def test_a_loop_of_ones_own_is_checked_before_any_work():
         denoise(work, scheduler, x, Guides([guidance], [0, 1]))
     with pytest.raises(ValueError, match="guides: list is not accepted; expected Guides"):
         denoise(work, scheduler, x, [guidance])
+    with pytest.raises(ValueError, match="memory: Tensor is not accepted; expected a pair"):
+        denoise(work, scheduler, x, Guides([guidance], labels, x))
 
 
 @pytest.mark.parametrize("guided", [False, True])
