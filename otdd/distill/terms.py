@@ -148,23 +148,29 @@ def group_classes(class_labels: Tensor) -> tuple[list[int], Tensor]:
 
 def check_latents(latents: Tensor, class_labels: Tensor, name: str) -> None:
     """Refuses latents and labels that do not belong together; values are looked at on the CPU."""
-    for value, key in ((latents, name), (class_labels, "class_labels")):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{key} must be a tensor, got {type(value).__name__}")
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(latents).__name__}")
     if latents.ndim < 2 or len(latents) == 0 or not latents.is_floating_point():
         raise ValueError(
             f"{name} must be a floating tensor (B, ...) with B >= 1, got {latents.dtype} "
             f"{tuple(latents.shape)}"
         )
-    if class_labels.shape != latents.shape[:1] or class_labels.dtype != torch.int64:
-        raise ValueError(
-            f"class_labels must be int64 of shape ({len(latents)},), got {class_labels.dtype} "
-            f"{tuple(class_labels.shape)}"
-        )
+    check_labels(class_labels, len(latents))
     if latents.device.type != "cpu" or math.isfinite(latents.sum().item()):
         return  # NaN and infinity survive in a sum
     if not torch.isfinite(latents).all():  # else the sum itself overflowed
         raise ValueError(f"{name} contains NaN or infinity")
+
+
+def check_labels(class_labels: Tensor, count: int) -> None:
+    """Refuses what are no labels of so many latents or images."""
+    if not isinstance(class_labels, Tensor):
+        raise ValueError(f"class_labels must be a tensor, got {type(class_labels).__name__}")
+    if class_labels.shape != (count,) or class_labels.dtype != torch.int64:
+        raise ValueError(
+            f"class_labels must be int64 of shape ({count},), got {class_labels.dtype} "
+            f"{tuple(class_labels.shape)}"
+        )
 
 
 def check_memory(memory: Memory, shape: tuple[int, ...]) -> None:
