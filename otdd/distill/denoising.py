@@ -118,6 +118,8 @@ def denoise(
             x = x - (levels[step + 1].scale * move).to(x.dtype)
         if on_step is not None:
             x = on_step(step, t, x)
+            if not isinstance(x, Tensor):
+                raise ValueError(f"on_step: it returned {type(x).__name__}; expected latents")
     return x
 
 
@@ -254,6 +256,11 @@ def noise_levels(scheduler: Any) -> list[Level]:
             )
         return [Level(alpha_bar) for alpha_bar in known] + [Level(1.0)]
     sigmas = [float(s) for s in scheduler.sigmas]
+    if len(sigmas) != len(scheduler.timesteps) + 1:
+        raise ValueError(
+            f"scheduler: {len(scheduler.timesteps)} timesteps beside {len(sigmas)} sigmas are not "
+            "accepted; expected those that set_timesteps makes, all of them"
+        )
     scaled = bool(names & {*SCALED})
     return [Level(1 / (1 + s * s), (1 + s * s) ** 0.5 if scaled else 1.0) for s in sigmas]
 
