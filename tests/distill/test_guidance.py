@@ -326,5 +326,6 @@ def test_refusals():
         guidance(x, 0, labels, alpha_bar=1.5)
     with pytest.raises(ValueError, match="config: dict is not accepted; expected GuidanceConfig"):
         OTGuidance({"strength": 0.3})
-    with pytest.raises(ConfigError, match="lambda_1"):
-        GuidanceConfig(lambda_1=0)
+    for lambda_1 in (0.0, 1e-8):  # at 1e-8 projections were off by 1e6
+        with pytest.raises(ConfigError, match=r"lambda_1: .* expected a number >= 1e-5"):
+            GuidanceConfig(lambda_1=lambda_1)
