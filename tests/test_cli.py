@@ -154,7 +154,8 @@ def test_help_shows_what_a_preset_and_a_file_set(capsys, tmp_path):
         (["run", *TINY, "--out", "x", "--data", "nowhere"], "'nowhere' is no folder"),
         (["run", *TINY, "--out", "x", "--ipc", "1000"], "0: 132 training images"),
         (["run", *TINY, "--out", "x", "--train.archs", "net"], "unknown architecture 'net'"),
-        (["run", *TINY, "--out", "x", "--relabel.teachers", "convnet=f"], "no file f"),
+        (["run", *TINY, "--out", "x", "--relabel.teachers", "convnet=f"], "no file 'f' for"),
+        (["run", *TINY, "--out", "x", "--relabel.teachers", "convnet="], "no file '' for convnet"),
         (["run", *TINY, "--out", "x", "--generator", "g", "--sets", "otg"], "generator g cannot"),
         pytest.param(
             ["run", *TINY, "--out", "x", "--sample.device", "cuda"],

@@ -15,6 +15,7 @@ takes `encoder_attention_mask` (K + 1, L) beside them; arguments that are mappin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class Denoiser:
                     "its keyword arguments as tables, one row per class and one for no class"
                 )
             conditions = {"class_labels": torch.arange(known + 1)}
+        if not isinstance(conditions, Mapping):
+            seen = type(conditions).__name__
+            raise ValueError(f"conditions: {seen} is not accepted; expected a mapping of tables")
         rows = {name: len(table) for name, table in _tables(conditions)}
         if not rows or len(set(rows.values())) != 1 or min(rows.values()) <= null:
             raise ValueError(
@@ -85,6 +89,9 @@ class Denoiser:
         """
         self._check_rows(z, class_labels)
         self._require_null(guidance_scale)
+        if batch is not None and (not isinstance(batch, Integral) or batch < 1):
+            raise ValueError(f"batch: {batch!r} is not accepted; expected an integer >= 1")
+        class_labels = class_labels.long()  # rows of uint8 would be a mask
         t = torch.as_tensor(t, device=z.device).expand(len(z))
         size = batch or len(z)
         calls = list(zip(z.split(size), t.split(size), class_labels.split(size), strict=True))
@@ -110,6 +117,9 @@ class Denoiser:
         if class_labels.shape != z.shape[:1]:
             seen = tuple(class_labels.shape)
             raise ValueError(f"class_labels: shape {seen} is not accepted; expected ({len(z)},)")
+        kind = class_labels.dtype
+        if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+            raise ValueError(f"class_labels: {kind} is not accepted; expected integers")
         if class_labels.device.type == "cpu":
             _require_below(class_labels, self.num_classes + self.null)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otdd.distill.terms import Guidance, Memory, check_latents
+from otdd.distill.terms import Guidance, Memory, check_latents, check_memory
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(z_t (B, ...), t) to the prediction (B, ...) and the variances learned beside it, or None."""
@@ -118,6 +118,8 @@ def denoise(
             x = x - (levels[step + 1].scale * move).to(x.dtype)
         if on_step is not None:
             x = on_step(step, t, x)
+            if not isinstance(x, Tensor):
+                raise ValueError(f"on_step: it returned {type(x).__name__}; expected latents")
     return x
 
 
@@ -129,6 +131,8 @@ def _checked(guides: Guides | None, x: Tensor) -> Sequence[Guidance]:
         raise ValueError(f"guides: {type(guides).__name__} is not accepted; expected Guides")
     if guides.terms:
         check_latents(x, guides.class_labels, "x")
+        if guides.memory is not None:
+            check_memory(guides.memory, tuple(x.shape[1:]))
     for term in guides.terms:
         if term.config.strength > 0:  # else it is off and needs nothing
             term.check(guides.class_labels, tuple(x.shape[1:]))
@@ -252,6 +256,11 @@ def noise_levels(scheduler: Any) -> list[Level]:
             )
         return [Level(alpha_bar) for alpha_bar in known] + [Level(1.0)]
     sigmas = [float(s) for s in scheduler.sigmas]
+    if len(sigmas) != len(scheduler.timesteps) + 1:
+        raise ValueError(
+            f"scheduler: {len(scheduler.timesteps)} timesteps beside {len(sigmas)} sigmas are not "
+            "accepted; expected those that set_timesteps makes, all of them"
+        )
     scaled = bool(names & {*SCALED})
     return [Level(1 / (1 + s * s), (1 + s * s) ** 0.5 if scaled else 1.0) for s in sigmas]
 

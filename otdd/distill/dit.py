@@ -19,7 +19,7 @@ from torch import Tensor
 from otdd.distill.codec import import_diffusers
 from otdd.distill.denoiser import Denoiser
 from otdd.distill.denoising import Guides, denoise, keeps_variances, noise_levels, stepper
-from otdd.distill.terms import Guidance, Memory, check_latents
+from otdd.distill.terms import Guidance, Memory, check_memory
 
 import_diffusers()
 
@@ -59,10 +59,27 @@ class OTDiTPipeline(DiTPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> "OTDiTPipeline":
-        """The same model, autoencoder and scheduler as another pipeline, sharing their weights."""
-        made = super().from_pipe(pipeline, **kwargs)
-        made.labels = made.labels or dict(getattr(pipeline, "labels", {}))
-        return made
+        """The same model, autoencoder and scheduler as another pipeline, sharing their weights.
+
+        Weights keep their types, which diffusers' own makes float32 in both pipelines.
+
+        Args:
+            pipeline: a `DiTPipeline`.
+            kwargs: parts that take the place of its own, `id2label`, or a `torch_dtype`.
+
+        Raises:
+            ValueError: a pipeline of another kind.
+        """
+        if not isinstance(pipeline, DiTPipeline):
+            seen = type(pipeline).__name__
+            raise ValueError(f"pipeline: {seen} is not accepted; expected a DiTPipeline")
+        names: dict[int, str] = {}
+        for name, label in pipeline.labels.items():
+            names[label] = f"{names[label]}, {name}" if label in names else name
+        kept = pipeline.config.get("id2label") or names or None
+        dtype = kwargs.pop("torch_dtype", None)
+        made = cls(**{**pipeline.components, "id2label": kept, **kwargs})
+        return made if dtype is None else made.to(dtype)
 
     def to_json_string(self) -> str:
         """The settings of `save_pretrained`, whose parts are those of a `DiTPipeline`."""
@@ -116,9 +133,8 @@ class OTDiTPipeline(DiTPipeline):
         denoiser = Denoiser(self.transformer)
         scale = _scale(guidance_scale)
         labels = _labels(class_labels).to(self._execution_device)
-        memory = _memory(memory, self.transformer.config)
         guides = Guides(terms, labels, memory)
-        self._check(labels, denoiser, num_inference_steps, output_type, terms)
+        self._check(labels, denoiser, num_inference_steps, output_type, terms, memory)
         _check_generator(generator, len(labels))
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             seen = type(callback_on_step_end).__name__
@@ -155,9 +171,14 @@ class OTDiTPipeline(DiTPipeline):
         steps: int,
         output_type: str | None,
         terms: list[Guidance],
+        memory: Memory | None,
     ) -> None:
         """Refuses what cannot be sampled; sets the timesteps of the scheduler."""
         denoiser.check(labels, 1.0)
+        config = self.transformer.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        if memory is not None:
+            check_memory(memory, shape)
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type {output_type!r}; accepted: {', '.join(OUTPUTS)}")
         if not isinstance(steps, Integral) or steps < 1:
@@ -166,10 +187,9 @@ class OTDiTPipeline(DiTPipeline):
         keeps_variances(self.scheduler)
         if terms:
             noise_levels(self.scheduler)
-        config = self.transformer.config
         for term in terms:
             if term.config.strength > 0:
-                term.check(labels, (config.in_channels, config.sample_size, config.sample_size))
+                term.check(labels, shape)
 
     def _after_step(self, bar: Any, callback: Callable[..., Any] | None) -> Callable[..., Tensor]:
         def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:
@@ -240,7 +260,7 @@ def _latents_of(returned: Any, x: Tensor) -> Tensor:
         raise ValueError(
             f"callback_on_step_end: it returned latents of {of}; expected {tuple(x.shape)}"
         )
-    return latents
+    return latents.to(x)
 
 
 def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -250,26 +270,6 @@ def _doubled(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """
     step = stepper(scheduler)
     return lambda output, t, x: step(torch.cat([output] * 2), t, torch.cat([x] * 2))[: len(x)]
-
-
-def _memory(memory: Memory | None, config: Any) -> Memory | None:
-    """The finished latents and their labels; None where there are none yet."""
-    if memory is None:
-        return None
-    if not isinstance(memory, Sequence) or len(memory) != 2:
-        raise ValueError(
-            f"memory: {type(memory).__name__} is not accepted; expected a pair of latents and "
-            "their labels"
-        )
-    latents, labels = memory
-    if isinstance(latents, Tensor) and isinstance(labels, Tensor) and not len(latents):
-        return None
-    check_latents(latents, labels, "memory")
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    if tuple(latents.shape[1:]) != shape:
-        seen = tuple(latents.shape[1:])
-        raise ValueError(f"memory: latents of {seen} are not accepted; expected {shape}")
-    return latents, labels
 
 
 def _check_callback(wanted: Sequence[str], known: Sequence[str]) -> None:

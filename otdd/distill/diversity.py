@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from otdd.distill.config import DiversityConfig
-from otdd.distill.terms import Guidance, Memory, check_latents, group_classes, settings_of
+from otdd.distill.terms import Guidance, Memory, as_usual, check_latents, group_classes, settings_of
 
 
 class DiversityGuidance(Guidance):
@@ -32,6 +32,7 @@ class DiversityGuidance(Guidance):
     def check(self, class_labels: Tensor, shape: tuple[int, ...]) -> None:
         """Takes any latents."""
 
+    @as_usual
     def direction(
         self,
         x: Tensor,

@@ -64,7 +64,8 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        require(self.lambda_1 > 0, "lambda_1", self.lambda_1, "a number > 0")
+        # Below, rounding of float32 costs is no longer small beside eps: plans become wrong.
+        require(self.lambda_1 >= 1e-5, "lambda_1", self.lambda_1, "a number >= 1e-5")
         require(self.max_iter >= 1, "max_iter", self.max_iter, "an integer >= 1")
         require(self.reference_size >= 1, "reference_size", self.reference_size, "an integer >= 1")
         _require_term(self.strength, self.window)

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 
 from otdd.distill.config import InfluenceConfig
 from otdd.distill.guidance import pick_reference
-from otdd.distill.terms import Guidance, Memory, as_usual, check_latents, group_classes, settings_of
+from otdd.distill.terms import (
+    Guidance,
+    Memory,
+    as_usual,
+    check_labels,
+    check_latents,
+    group_classes,
+    settings_of,
+)
 
 CHUNK = 64
 
@@ -43,6 +51,9 @@ class InfluenceGuidance(Guidance):
         *,
         seed: int = 0,
     ) -> None:
+        if not isinstance(surrogates, Sequence | nn.ModuleList):  # a Sequential has its layers
+            seen = type(surrogates).__name__
+            raise ValueError(f"surrogates: {seen} is not accepted; expected a list of modules")
         if not surrogates:
             raise ValueError("surrogates: an empty list is not accepted; expected at least one")
         self.config = settings_of(config, InfluenceConfig(strength=5.0))
@@ -63,10 +74,13 @@ class InfluenceGuidance(Guidance):
             images: uint8, (R, C, H, W); at most `reference_size` of each class are used.
             class_labels: integers, (R,), as the surrogates know the classes.
         """
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images must be a tensor, got {type(images).__name__}")
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
             raise ValueError(
                 f"images must be uint8 (R, C, H, W), got {images.dtype} {tuple(images.shape)}"
             )
+        check_labels(class_labels, len(images))
         keep = pick_reference(class_labels, self.config.reference_size, self.seed)
         images, class_labels = images[keep], class_labels[keep]
         present, groups = group_classes(class_labels)
@@ -123,6 +137,11 @@ def _gradient(network: nn.Module, images: Tensor, label: int, *, graph: bool = F
     device = next(iter(weights.values())).device
     with torch.enable_grad():
         logits = torch.func.functional_call(network, weights, (images.to(device),))
+        if not 0 <= label < logits.shape[1]:
+            raise ValueError(
+                f"class_labels: {label} is not accepted; expected 0 to {logits.shape[1] - 1}, the "
+                "classes of the surrogates"
+            )
         labels = torch.full((len(images),), label, device=device)
         loss = F.cross_entropy(logits, labels)
         parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph)

@@ -151,16 +151,16 @@ def _check_networks(config: RunConfig, data: ImageData) -> None:
         accepted = f"fewer than the {few} training images of the smallest class, with {MEASURED}"
         require(config.ipc < few, "ipc", config.ipc, accepted)
     for teacher in teacher_names(config):
-        arch, _, file = teacher.partition("=")
+        arch, given, file = teacher.partition("=")
         if teacher.startswith("timm:"):
             name = teacher.removeprefix("timm:")
             _check_timm(name)
             check_pretrained(name, data)
             continue
         check_network(arch, data)
-        if file and not Path(file).is_file():
-            raise ConfigError(f"relabel.teachers: no file {file}")
-        if file:
+        if given and not Path(file).is_file():
+            raise ConfigError(f"relabel.teachers: no file {file!r} for {arch}")
+        if given:
             load_checkpoint(arch, file, data)
 
 

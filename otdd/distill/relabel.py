@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from otdd.distill import students
 from otdd.distill.augment import Augmentation, Batch, augmentation, stack, unstack
-from otdd.distill.config import RunConfig, TrainConfig
+from otdd.distill.config import ConfigError, RunConfig, TrainConfig
 from otdd.distill.data import ImageData
 from otdd.distill.labels import FLOAT16, LabelFormat, check_format, compact
 from otdd.distill.match import accuracy, make_loss, reproducible, train_student
@@ -118,9 +118,20 @@ def soft_labels(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
     """Mean of the teachers' logits, (B, K) float16, for augmented images (B, C, H, W).
 
     The images are on the device of the teachers; the logits come back to the CPU.
+
+    Raises:
+        ConfigError: logits that float16 does not hold.
     """
-    total = sum(teacher.network(images).float() for teacher in teachers)
-    return (total / len(teachers)).half().cpu()
+    seen = [teacher.network(images).float() for teacher in teachers]
+    mean = (sum(seen) / len(seen)).half().cpu()
+    if not bool(mean.isfinite().all()):
+        pairs = zip(teachers, seen, strict=True)
+        wrong = [t.name for t, logits in pairs if not bool(logits.half().isfinite().all())]
+        raise ConfigError(
+            f"relabel.teachers: {', '.join(wrong)} gives logits that are not finite in float16; "
+            "expected some below 65504"
+        )
+    return mean
 
 
 def see(teachers: Sequence[Teacher], images: Tensor, batch: int = 512) -> Tensor:

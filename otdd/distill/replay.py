@@ -190,7 +190,10 @@ class LabelShards:
 
 
 class Replay(Dataset[Labelled]):
-    """Steps of a set as a data set: item i is the whole batch of step i."""
+    """Steps of a set as a data set: item i is the whole batch of step i.
+
+    A loader of one's own takes it with ``batch_size=None``, in any order.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: int, soft: Labels) -> None:
         self.images, self.labels, self.classes, self.soft = images, labels, classes, soft
@@ -199,9 +202,11 @@ class Replay(Dataset[Labelled]):
         return len(self.soft)
 
     def __getitem__(self, number: int) -> Labelled:
-        """The batch of a step."""
+        """The batch of a step, counted from the last one where it is negative."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"step {number} is out of range; there are {len(self)}")
         with undisturbed():
-            return self._batch(number)
+            return self._batch(number % len(self))
 
     def _batch(self, number: int) -> Labelled:
         batch, logits = (step := self.soft.step(number)).batch, step.teacher
@@ -214,8 +219,11 @@ class Replay(Dataset[Labelled]):
 
     def __getitems__(self, numbers: Sequence[int]) -> Labelled:
         """The batch of one step: what a loader asks a data set that makes whole batches."""
-        (number,) = numbers
-        return self[number]
+        if len(numbers) != 1:
+            raise ValueError(
+                f"batch_size: {len(numbers)} is not accepted; expected None, as an item is a batch"
+            )
+        return self[numbers[0]]
 
 
 def whole(batch: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -193,6 +193,7 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
         ConfigError: the file cannot be read or does not fit.
     """
     network = make_network(arch, data, seed=0)
+    state: Any
     classes = None
     try:
         if str(path).endswith(".safetensors"):
@@ -204,9 +205,15 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of a pickle that is refused then
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state.get("model", state))
+            if isinstance(state, Mapping):
+                state = state.get("state_dict", state.get("model", state))
     except Exception as error:
         raise ConfigError(f"relabel.teachers: cannot read {path}: {_line(error)}") from error
+    if not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
+        raise ConfigError(
+            f"relabel.teachers: {path} holds no weights by name; expected those of state_dict(), "
+            "or a mapping with them under 'state_dict' or 'model'"
+        )
     if classes not in (None, list(data.classes)):
         raise ConfigError(
             f"relabel.teachers: {path} knows the classes {_some(classes)}; "

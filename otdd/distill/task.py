@@ -115,10 +115,22 @@ class OTDistillationTask(_Base):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The loss of a batch, and what to log of it."""
         output = self.trainable_module(input)
+        _check_logits(output, "student")
         computed = torch.promote_types(output.dtype, torch.float32)
         with torch.no_grad():
-            mean = sum(teacher(input).to(computed) for teacher in self.teachers)
-            mean = mean / len(self.teachers)
+            theirs = [teacher(input) for teacher in self.teachers]
+            for number, logits in enumerate(theirs):
+                _check_logits(logits, f"teachers[{number}]", output)
+            mean = sum(logits.to(computed) for logits in theirs) / len(theirs)
         loss, parts = self.criterion(output, mean, target, parts=True)
         terms = {k if k == "beta_2" else f"{k}_loss": v for k, v in parts.items()}
         return {"loss": loss, "output": output, "teacher_output": mean, **terms}
+
+
+def _check_logits(seen: object, name: str, like: Tensor | None = None) -> None:
+    """Refuses what is no (B, K), or not of the shape of others, which would broadcast."""
+    if isinstance(seen, Tensor) and (seen.dim() == 2 if like is None else seen.shape == like.shape):
+        return
+    what = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+    accepted = "(B, K)" if like is None else f"of the student's shape, {tuple(like.shape)}"
+    raise ValueError(f"{name}: it returned {what}; accepted: modules that return logits {accepted}")

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -70,10 +70,18 @@ class Guidance(ABC):
             x: z_t, or x0_hat, as `target` says; (B, ...).
             t: timestep.
             class_labels: (B,).
-            alpha_bar: of t; needed for the `q_sample` target and for steps scaled by rho_t.
+            alpha_bar: of t, from 0 to 1; needed for the `q_sample` target and for steps scaled by
+                rho_t.
             output_rms: root mean square of the predicted noise, a number or (B,).
             memory: finished latents and their labels, for terms that look at them.
+
+        Raises:
+            ValueError: latents, labels, memory or a number that do not fit.
         """
+        if alpha_bar is not None and not 0 <= alpha_bar <= 1:
+            raise ValueError(f"alpha_bar: {alpha_bar} is not accepted; expected 0 to 1")
+        if memory is not None:
+            check_memory(memory, tuple(x.shape[1:]))
         move = self.direction(x, t, class_labels, alpha_bar=alpha_bar, memory=memory)
         return x - self.step(move, alpha_bar=alpha_bar, output_rms=output_rms)
 
@@ -140,20 +148,42 @@ def group_classes(class_labels: Tensor) -> tuple[list[int], Tensor]:
 
 def check_latents(latents: Tensor, class_labels: Tensor, name: str) -> None:
     """Refuses latents and labels that do not belong together; values are looked at on the CPU."""
-    for value, key in ((latents, name), (class_labels, "class_labels")):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{key} must be a tensor, got {type(value).__name__}")
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(latents).__name__}")
     if latents.ndim < 2 or len(latents) == 0 or not latents.is_floating_point():
         raise ValueError(
             f"{name} must be a floating tensor (B, ...) with B >= 1, got {latents.dtype} "
             f"{tuple(latents.shape)}"
         )
-    if class_labels.shape != latents.shape[:1] or class_labels.dtype != torch.int64:
-        raise ValueError(
-            f"class_labels must be int64 of shape ({len(latents)},), got {class_labels.dtype} "
-            f"{tuple(class_labels.shape)}"
-        )
+    check_labels(class_labels, len(latents))
     if latents.device.type != "cpu" or math.isfinite(latents.sum().item()):
         return  # NaN and infinity survive in a sum
     if not torch.isfinite(latents).all():  # else the sum itself overflowed
         raise ValueError(f"{name} contains NaN or infinity")
+
+
+def check_labels(class_labels: Tensor, count: int) -> None:
+    """Refuses what are no labels of so many latents or images."""
+    if not isinstance(class_labels, Tensor):
+        raise ValueError(f"class_labels must be a tensor, got {type(class_labels).__name__}")
+    if class_labels.shape != (count,) or class_labels.dtype != torch.int64:
+        raise ValueError(
+            f"class_labels must be int64 of shape ({count},), got {class_labels.dtype} "
+            f"{tuple(class_labels.shape)}"
+        )
+
+
+def check_memory(memory: Memory, shape: tuple[int, ...]) -> None:
+    """Refuses what are no finished latents of this shape with their labels; there may be none."""
+    if not isinstance(memory, Sequence) or len(memory) != 2:
+        raise ValueError(
+            f"memory: {type(memory).__name__} is not accepted; expected a pair of latents and "
+            "their labels"
+        )
+    latents, labels = memory
+    if isinstance(latents, Tensor) and isinstance(labels, Tensor) and not len(latents):
+        return
+    check_latents(latents, labels, "memory")
+    if latents.shape[1:] != shape:
+        seen = tuple(latents.shape[1:])
+        raise ValueError(f"memory: latents of {seen} are not accepted; expected {shape}")

@@ -191,6 +191,7 @@ def test_through_is_the_gradient_by_z_and_terms_add_up():
         ({"a": torch.zeros(1, 2)}, "one row per class and one for no class"),
         ({"a": 3}, "conditions: a is no tensor"),
         ({}, "conditions: tables of"),
+        (torch.zeros(3, 2), "conditions: Tensor is not accepted; expected a mapping of tables"),
     ],
 )
 def test_tables_that_do_not_fit(conditions, message):
@@ -217,6 +218,23 @@ def test_refusals():
         free.predict(z, 1, labels[:1])
     with pytest.raises(ValueError, match="class_labels must be a tensor, got list"):
         free.predict(z, 1, [0, 3])
+    for kind in (torch.bool, torch.float32):
+        with pytest.raises(ValueError, match=f"class_labels: {kind} is not accepted; expected int"):
+            free.predict(z, 1, labels.to(kind))
+    for batch in (-1, 0, 1.5):
+        with pytest.raises(
+            ValueError, match=f"batch: {batch} is not accepted; expected an integer"
+        ):
+            free.predict(z, 1, labels, batch=batch)
+
+
+def test_labels_of_bytes_are_rows():
+    """Tensors of uint8 are masks to torch: these would have been rows 0, 1, 2 and 3."""
+    denoiser, z = unet(), random(4, *SHAPE)
+    labels = torch.tensor([1, 1, 2, 2])
+    wanted = denoiser.predict(z, 1, labels)[0]
+    assert len(denoiser.conditions["class_labels"]) == len(labels)
+    assert torch.equal(denoiser.predict(z, 1, labels.to(torch.uint8))[0], wanted)
 
 
 SCHEDULERS = ("PNDM", "DPMSolverMultistep", "EulerDiscrete", "DDIM")
@@ -260,6 +278,15 @@ def test_a_loop_of_ones_own_is_checked_before_any_work():
         denoise(work, scheduler, x, Guides([guidance], [0, 1]))
     with pytest.raises(ValueError, match="guides: list is not accepted; expected Guides"):
         denoise(work, scheduler, x, [guidance])
+    with pytest.raises(ValueError, match="memory: Tensor is not accepted; expected a pair"):
+        denoise(work, scheduler, x, Guides([guidance], labels, x))
+    euler = diffusers.EulerDiscreteScheduler()
+    euler.set_timesteps(4)
+    euler.timesteps = euler.timesteps[1:]
+    with pytest.raises(ValueError, match="scheduler: 3 timesteps beside 5 sigmas are not accepted"):
+        denoise(work, euler, x, Guides([guidance], labels))
+    with pytest.raises(ValueError, match="on_step: it returned NoneType; expected latents"):
+        denoise(lambda z, t: (z, None), scheduler, x, on_step=lambda *_: None)
 
 
 @pytest.mark.parametrize("guided", [False, True])

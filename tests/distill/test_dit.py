@@ -234,6 +234,22 @@ def test_files_round_trip_with_names(tmp_path):
         assert theirs.labels == ours.labels
 
 
+def test_from_another_pipeline_with_its_names_and_types(tmp_path):
+    theirs = dit_pipeline(id2label={0: "ant, emmet", 1: "bee", 2: "cat"}).to(torch.bfloat16)
+    theirs.vae.to(torch.float32)
+    ours = OTDiTPipeline.from_pipe(theirs)
+    assert ours.transformer is theirs.transformer
+    assert (theirs.transformer.dtype, theirs.vae.dtype) == (torch.bfloat16, torch.float32)
+    ours.save_pretrained(tmp_path)
+    assert OTDiTPipeline.from_pretrained(tmp_path).labels == theirs.labels
+    scheduler = diffusers.EulerDiscreteScheduler()
+    other = OTDiTPipeline.from_pipe(ours, scheduler=scheduler, torch_dtype=torch.float16)
+    assert (other.scheduler, other.labels) == (scheduler, theirs.labels)
+    assert (other.transformer.dtype, other.vae.dtype) == (torch.float16, torch.float16)
+    with pytest.raises(ValueError, match="pipeline: str is not accepted; expected a DiTPipeline"):
+        OTDiTPipeline.from_pipe("folder")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -283,6 +299,14 @@ def test_refusals_before_any_work(arguments, message):
 def test_callbacks_that_return_something_else(returned, message):
     with pytest.raises(ValueError, match=f"callback_on_step_end: .*{message}"):
         run(pipe(), callback_on_step_end=lambda *_: returned)
+
+
+def test_latents_of_a_callback_keep_the_type_of_the_model():
+    made = pipe().to(torch.bfloat16)
+    images = run(
+        made, output_type="np", callback_on_step_end=lambda *a: {"latents": a[3]["latents"].float()}
+    )
+    assert images.shape == (3, 8, 8, 3)
 
 
 def test_integers_of_any_kind_and_memory_without_latents():

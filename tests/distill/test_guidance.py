@@ -313,7 +313,19 @@ def test_refusals():
         guidance.set_reference(torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="class_labels must be a tensor, got list"):
         guidance.transport_cost(latents(labels), [0, 1])
+    x, few = latents(labels), torch.zeros(1, 1, 4, 4)
+    for memory, message in (
+        (few, "memory: Tensor is not accepted; expected a pair"),
+        ((few, labels), r"class_labels must be int64 of shape \(1,\)"),
+        ((few * torch.nan, labels[:1]), "memory contains NaN"),
+        ((torch.zeros(1, 1, 5, 5), labels[:1]), r"memory: .*\(1, 5, 5\) .* expected \(1, 4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guidance(x, 0, labels, memory=memory)
+    with pytest.raises(ValueError, match=r"alpha_bar: 1\.5 is not accepted; expected 0 to 1"):
+        guidance(x, 0, labels, alpha_bar=1.5)
     with pytest.raises(ValueError, match="config: dict is not accepted; expected GuidanceConfig"):
         OTGuidance({"strength": 0.3})
-    with pytest.raises(ConfigError, match="lambda_1"):
-        GuidanceConfig(lambda_1=0)
+    for lambda_1 in (0.0, 1e-8):  # at 1e-8 projections were off by 1e6
+        with pytest.raises(ConfigError, match=r"lambda_1: .* expected a number >= 1e-5"):
+            GuidanceConfig(lambda_1=lambda_1)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from distill.finished_run import DATA, LABELLED, finished_run, same, settings
+from torch.utils.data import DataLoader
 
 import otdd
 from otdd.distill import relabel, students
@@ -43,6 +44,23 @@ def test_replay_is_that_of_stored_labels_to_the_bit(folder, tmp_path, workers):
     live = otdd.load(folder, set="random").replay(workers=workers)
     assert len(live) == len(stored) == 3 * 3
     assert all(same(one, other) for one, other in zip(stored, live, strict=True))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_steps_in_any_order_and_no_others(folder, tmp_path, stored):
+    if stored:
+        finished_run(tmp_path, 1, LABELLED, relabel=TEACHER)
+    steps = otdd.load(tmp_path if stored else folder, set="random").replay().dataset
+    in_order = list(steps)  # which ends
+    assert len(in_order) == 9
+    assert same(steps[-1], in_order[-1])
+    again = DataLoader(steps, batch_size=None, sampler=[7, 2])
+    assert all(same(one, in_order[n]) for one, n in zip(again, (7, 2), strict=True))
+    for number in (9, -10):
+        with pytest.raises(IndexError, match=f"step {number} is out of range; there are 9"):
+            steps[number]
+    with pytest.raises(ValueError, match="batch_size: 2 is not accepted; expected None"):
+        next(iter(DataLoader(steps, batch_size=2)))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,27 @@ def test_checkpoint_as_teacher(store, teachers):
     assert made[0].digest == teachers[0].digest
 
 
+def test_logits_beyond_float16_are_refused(store, teachers):
+    """They were stored as infinite, and a student said that its learning rate was too large."""
+    large = dataclasses.replace(teachers[0], name="large", network=Scaled(teachers[0].network))
+    with pytest.raises(
+        ConfigError, match=r"relabel\.teachers: large gives logits that are not fin"
+    ):
+        stage.relabel(store, DATA, [teachers[0], large], CONFIG, "random")
+    assert not store.has("sets/random/labels")
+
+
+class Scaled(torch.nn.Module):
+    """A teacher of large logits."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return 1e6 * self.network(x)
+
+
 def test_unavailable_timm_teacher_is_a_clear_error(store):
     settings = dataclasses.replace(CONFIG.relabel, teachers=("timm:no_such_model",))
     with pytest.raises(ConfigError, match="timm:no_such_model cannot be had"):

@@ -116,3 +116,12 @@ def test_checkpoints_that_do_not_fit_or_hold_code(tmp_path):
     torch.save({"x": print}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match="cannot read"):
         load_checkpoint("convnet", tmp_path / "x.pt", toy_data())
+
+
+@pytest.mark.parametrize(
+    "held", [None, [1, 2], torch.zeros(3), {1: torch.zeros(1)}, {"model": "x"}]
+)
+def test_checkpoints_without_weights_by_name(tmp_path, held):
+    torch.save(held, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=r"x\.pt holds no weights by name; expected .*state_dict"):
+        load_checkpoint("convnet", tmp_path / "x.pt", toy_data())

@@ -105,6 +105,25 @@ def test_bad_input(make, error, says):
         make(network(0))
 
 
+class _Pair(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :5], x
+
+
+@pytest.mark.parametrize(
+    ("student", "second", "says"),
+    [
+        (network(0), nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), r"teachers\[1\]: .* \(8, 1\)"),
+        (network(0), nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), r"\[1\]: .* shape, \(8, 5\)"),
+        (network(0), _Pair(), r"teachers\[1\]: it returned tuple"),
+        (_Pair(), network(2), r"student: it returned tuple; accepted: .* logits \(B, K\)"),
+    ],
+)
+def test_modules_that_return_something_else(student, second, says):
+    with pytest.raises(ValueError, match=says):
+        OTDistillationTask(student, [network(1), second])(*batch())
+
+
 def test_the_loop_of_the_readme_learns():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "OTDistillationTask(" in block]

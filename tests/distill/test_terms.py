@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from distill.surroundings import SURROUNDINGS
 from distill.tiny import autoencoder
 from torch import nn
 from torch.nn import functional as F
@@ -48,6 +49,15 @@ def test_diversity_of_a_lonely_image_is_nothing():
     memory = (random(1, 1, 4, 4), torch.tensor([1]))
     move = guidance.direction(x, 0, torch.tensor([0, 1]), memory=memory)
     assert [bool(m.any()) for m in move] == [False, True]
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_whatever_is_set_around_it_diversity_is_the_same(name):
+    x = random(3, 1, 4, 4)
+    wanted = DiversityGuidance().direction(x, 0, LABELS)
+    with SURROUNDINGS[name]():
+        got = DiversityGuidance().direction(x, 0, LABELS)
+    assert torch.equal(got, wanted)
 
 
 # Modes
@@ -185,6 +195,17 @@ def test_bad_input():
         InfluenceGuidance([], PixelCodec().pixels)
     with pytest.raises(ValueError, match=r"images must be uint8 \(R, C, H, W\)"):
         influence()[0].set_reference(random(2, 1, 4, 4), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="surrogates: Sequential is not accepted; expected a list"):
+        InfluenceGuidance(nn.Sequential(Small(0)), PixelCodec().pixels)
+    guidance, images, labels = influence()
+    for wrong, message in (
+        (labels[:10], r"class_labels must be int64 of shape \(20,\), got torch.int64 \(10,\)"),
+        (labels.tolist(), "class_labels must be a tensor, got list"),
+        (labels + 1, "class_labels: 2 is not accepted; expected 0 to 1, the classes of the surr"),
+        (labels - 100, "class_labels: -100 is not accepted"),  # which cross-entropy leaves out
+    ):
+        with pytest.raises(ValueError, match=message):
+            guidance.set_reference(images, wrong)
     for config in (DiversityConfig, InfluenceConfig, ModeConfig):
         with pytest.raises(ConfigError, match=r"strength: -1 is not accepted"):
             config(strength=-1)
