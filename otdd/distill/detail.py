@@ -4,12 +4,14 @@ A barycentric projection is a mean of many real latents. Where these line up, as
 one of their kind; where they do not, as in photographs, it has lost their detail, and a latent that
 moves there loses its own. At each spatial frequency k of the two-dimensional cosine transform
 
-    q_k = mean |T_k|^2 / mean |x_k|^2
+    q_k = (mean |T_k|^2 / mean |x_k|^2 - c) / (1 - c),    c = min(1/2, N / M)
 
-is the part of the energy of the real latents x that their projections T keep; both means are over
-the latents, and over k and its neighbours, as those of few latents at one frequency are mostly
-chance. The move of a latent is multiplied there by min(1, q_k / theta): whole where the projections
-keep theta or more, and hardly at all where they have nothing left to say.
+is the part of the energy of the real latents x that their projections T keep beyond chance: a mean
+of n latents that have nothing in common has 1/n of their energy, and each of N latents that share M
+real ones stands for M / N. Both means are over the latents, and over k and its neighbours, as those
+of few latents at one frequency are mostly chance. The move of a latent is multiplied there by q_k /
+theta, at least 0 and at most 1: whole where the projections keep theta or more, and not at all where
+they have nothing to say.
 """
 
 from __future__ import annotations
@@ -38,11 +40,19 @@ class Detail:
         self.shape, self.theta = shape, theta
         self.down, self.across = (_cosines(size, real.device) for size in shape[-2:])
         self.real = self._energy(real, weights)
+        self.count = (weights > 0).float().sum(-1)
 
-    def keep(self, move: Tensor, image: Tensor, weights: Tensor) -> Tensor:
-        """The moves (K, N, D) of latents with weights (K, N) to their projections, weighed."""
-        kept = self._energy(image, weights)
-        gain = torch.where(self.real > 0, kept / (self.theta * self.real), 1.0).clamp_max(1.0)
+    def keep(self, move: Tensor, image: Tensor, weights: Tensor, sharing: Tensor) -> Tensor:
+        """The moves of latents to their projections, weighed.
+
+        Args:
+            move, image: of the latents in flight, (K, N, D); x - T and T.
+            weights: theirs, (K, N).
+            sharing: weights of all that share the real latents with them, (K, N + L).
+        """
+        kept = torch.where(self.real > 0, self._energy(image, weights) / self.real, 1.0)
+        chance = ((sharing > 0).float().sum(-1) / self.count).clamp_max(0.5)[:, None, None]
+        gain = ((kept - chance) / ((1 - chance) * self.theta)).clamp(0.0, 1.0)
         weighed = self._transform(move) * gain[:, None, None]
         return (self.down.T @ weighed @ self.across).flatten(-3)
 

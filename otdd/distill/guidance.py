@@ -217,11 +217,12 @@ class OTGuidance(Guidance):
     def _move(self, flight: _Flight, x: Tensor, y: Tensor, finished: _Finished | None) -> Tensor:
         """`direction` by class, (K, N, D)."""
         config, a = self.config, flight.padding.weights
+        sharing = a if finished is None else finished.weights
         gradient, kappa = config.form == "gradient", config.repulsion if len(y) > 1 else 0.0
         moves = transport_moves(
             x,
             y,
-            a if finished is None else finished.weights,
+            sharing,
             flight.b,
             lambda_1=config.lambda_1,
             metric=config.metric,
@@ -236,14 +237,14 @@ class OTGuidance(Guidance):
                 image = image + kappa * (image - near @ others)
             noised = config.target == "q_sample"  # and so are the frequencies, at every step anew
             detail = self._detail(y, flight.b) if noised else flight.detail
-            return x - image if detail is None else detail.keep(x - image, image, a)
+            return x - image if detail is None else detail.keep(x - image, image, a, sharing)
         if kappa:
             others, near = self._others(flight, x, y, moves.eps)
-            a = (a if finished is None else finished.weights)[:, : x.shape[1], None]
             with torch.enable_grad():
                 x = x.requires_grad_()
                 away = near * cost_matrix(x, others, config.metric)
-                (push,) = torch.autograd.grad(kappa * (a * away).sum(), x)
+                mass = sharing[:, : x.shape[1], None]
+                (push,) = torch.autograd.grad(kappa * (mass * away).sum(), x)
             return moves.of_x - push
         return moves.of_x
 

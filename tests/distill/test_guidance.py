@@ -176,7 +176,8 @@ def test_detail_is_moved_by_what_projections_keep_of_it(shape, target, repulsion
             for u in range(shape[1])
         ]
         share = [[kept[at].sum() / there[at].sum() for at in row] for row in around]
-        gain = (torch.tensor(share) / 0.4).clamp(max=1)
+        chance = int((labels == k).sum()) / counts[k]
+        gain = ((torch.tensor(share) - chance) / (1 - chance) / 0.4).clamp(0, 1)
         seen = frequencies(moves[1][labels == k])
         want = gain * frequencies(moves[0][labels == k])
         torch.testing.assert_close(seen, want, rtol=1e-4, atol=1e-5)
@@ -201,6 +202,25 @@ def test_what_lines_up_moves_whole_and_unlike_detail_stays():
     kept = (seen - z) - (seen - z).mean((2, 3), keepdim=True)
     assert kept.square().mean() < 0.05 * z.square().mean()
     assert (z - move(unlike, 0.0)).std() < 0.4 < 0.8 * seen[:, 0].std()
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_what_a_mean_of_few_keeps_by_chance_does_not_move(joint):
+    draw = torch.Generator().manual_seed(0)
+    unlike = torch.randn(60, 1, 8, 8, generator=draw)
+    settings = {"lambda_1": 1e-3, "max_iter": 200, "repulsion": 0.0}  # each latent has its own
+    whole, held = (OTGuidance(GuidanceConfig(detail=d, **settings)) for d in (0.0, 1.0))
+    for guidance in (whole, held):
+        guidance.set_reference(unlike, torch.zeros(60, dtype=torch.int64))
+    z = torch.randn(20, 1, 8, 8, generator=draw)
+    labels = torch.zeros(20, dtype=torch.int64)
+    memory = None if joint else (z[10:], labels[10:])
+    flying = 20 if joint else 10
+    blurred, kept = (
+        g.direction(z[:flying], 0, labels[:flying], memory=memory) for g in (whole, held)
+    )
+    assert (z[:flying] - blurred).square().mean() > 0.2 * unlike.square().mean()  # of three
+    assert kept.square().mean() < 0.05 * blurred.square().mean()
 
 
 def test_detail_is_of_projections_of_latents_with_height_and_width():
