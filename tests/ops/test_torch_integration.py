@@ -296,3 +296,25 @@ def test_traced_by_jit_is_run_again(backend, requires_grad):
     ):
         traced = torch.jit.trace(op, (x, y), check_trace=False)
         torch.testing.assert_close(traced(2 * x, y + 1), op(2 * x, y + 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+def test_values_change_in_place(backend, batch, grad):
+    """As a loss does that is divided by the steps of an accumulated gradient."""
+    x = torch.rand(*batch, 4, 2, requires_grad=True)
+    y = torch.rand(*batch, 5, 2)
+    options = {"eps": 0.5, "max_iter": 5, "grad": grad, "backend": backend}
+
+    def results():
+        yield sinkhorn_points(x, y, **options)
+        yield sinkhorn(cost_matrix(x, y), **options)
+        yield partial(cost_matrix(x, y), mass=0.5, **options)
+
+    for result in results():
+        for loss in (result.value, result.cost):
+            (whole,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+            loss /= 4
+            (quarter,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+            torch.testing.assert_close(quarter, whole / 4)
