@@ -130,7 +130,7 @@ class DatasetDistance(nn.Module):
     def forward(self, x: Tensor, labels_x: Tensor, y: Tensor, labels_y: Tensor) -> Tensor:
         self._check_options()
         x, y = clouds_of(x, y)
-        require(x.shape[:-2].numel() > 0, "x", f"shape {tuple(x.shape)}", "a batch of at least one")
+        require(0 not in x.shape[:-2], "x", f"shape {tuple(x.shape)}", "a batch of at least one")
         if values_are_checked(x):
             finite(x, "x")
             finite(y, "y")

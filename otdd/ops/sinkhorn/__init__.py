@@ -274,8 +274,9 @@ def _per_point(
         fits = fits and torch.broadcast_shapes(t.shape, shape) == torch.Size(shape)
     except RuntimeError:
         fits = False
-    accepted = f"{shape}, or (..., {shape[-1]}) that broadcasts to it"
-    checks.require(fits, name, f"shape {tuple(t.shape)}", accepted)
+    if not fits:
+        accepted = f"{shape}, or (..., {shape[-1]}) that broadcasts to it"
+        checks.require(False, name, f"shape {tuple(t.shape)}", accepted)
     return t.expand(shape)
 
 
