@@ -79,8 +79,8 @@ class SinkhornResult:
     def plan(self) -> Tensor:
         """Transport plan ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, made at each access.
 
-        ``(..., N, M)``; rows and columns of weight zero are exactly zero. It is that of C as it is
-        then: the costs are not copied.
+        ``(..., N, M)``; rows and columns of weight zero are exactly zero. It is that of C,
+        the weights and `eps` as they are then: tensors that were given are not copied.
         """
         tensors = self.C, self.f, self.g, self.a, self.b
         if self.grad == "envelope":
