@@ -70,7 +70,8 @@ class DatasetDistance(nn.Module):
     those of torch.linalg, which wait for it as well.)
 
     Shape: x ``(..., N, D)``, labels of x int64 ``(..., N)``, y ``(..., M, D)``, labels of y
-    ``(..., M)`` -> ``(...)``. All points of a data set weigh the same; a class may be empty.
+    ``(..., M)`` -> ``(...)``. All points of a data set weigh the same; a class may be empty. Under
+    `torch.func.vmap` labels are the same for all, but with a given W.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class DatasetDistance(nn.Module):
     def forward(self, x: Tensor, labels_x: Tensor, y: Tensor, labels_y: Tensor) -> Tensor:
         self._check_options()
         x, y = clouds_of(x, y)
-        require(x.shape[:-2].numel() > 0, "x", f"shape {tuple(x.shape)}", "a batch of at least one")
+        require(0 not in x.shape[:-2], "x", f"shape {tuple(x.shape)}", "a batch of at least one")
         if values_are_checked(x):
             finite(x, "x")
             finite(y, "y")
@@ -227,7 +228,10 @@ def _check_table(W: Tensor, debias: bool) -> None:
 
 
 def _numbered(labels: Tensor, name: str, K: int | None) -> tuple[Tensor, int]:
-    """Labels from 0 to K - 1, and K."""
+    """Labels from 0 to K - 1, and K; how many points a class has is to be known to the host."""
+    if not torch.compiler.is_compiling() and _is_batched(labels):
+        accepted = "the same for all of it (points may differ), or a batch in place of vmap"
+        require(False, name, "labels that torch.func.vmap batches", accepted)
     if K is None:
         found, labels = torch.unique(labels, return_inverse=True)
         return labels, len(found)
@@ -236,3 +240,13 @@ def _numbered(labels: Tensor, name: str, K: int | None) -> tuple[Tensor, int]:
         accepted = f"0 to {K - 1}, as num_classes says"
         require(low >= 0 and high < K, name, f"labels from {low} to {high}", accepted)
     return labels, K
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether `torch.func.vmap` batches `t`, below other transforms or not."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False

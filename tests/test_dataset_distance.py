@@ -319,6 +319,27 @@ def test_torch_func_transforms(labels):
             torch.func.jacrev(torch.func.grad(lambda z: loss(z, lx, y, ly)))(x.detach())
 
 
+@pytest.mark.parametrize("num_classes", [None, (5, 4)])
+def test_labels_under_vmap_are_refused_but_beside_their_costs(num_classes):
+    x, y = torch.rand(3, 6, 2), torch.rand(5, 2)
+    lx, ly = torch.randint(4, (3, 6)), torch.randint(4, (5,))
+    loss = DatasetDistance(eps=0.5, num_classes=num_classes)
+    vmap = torch.func.vmap
+    for run in (loss, torch.func.grad(loss)):
+        with pytest.raises(
+            ValueError, match=r"^labels_x: got labels that torch\.func\.vmap batches"
+        ):
+            vmap(run, in_dims=(0, 0, None, None))(x, lx, y, ly)
+        with pytest.raises(
+            ValueError, match=r"^labels_y: got labels that torch\.func\.vmap batches"
+        ):
+            vmap(run, in_dims=(None, None, 0, 0))(y, ly, x, lx)
+    W = torch.rand(4, 4)
+    given = DatasetDistance(eps=0.5, labels=W + W.T)
+    got = vmap(given, in_dims=(0, 0, None, None))(x, lx, y, ly)
+    torch.testing.assert_close(got, given(x, lx, y.expand(3, 5, 2), ly.expand(3, 5)))
+
+
 def test_half_precision_and_other_numbers():
     x, lx, y, ly = both()
     loss = DatasetDistance(eps=np.float32(0.5))

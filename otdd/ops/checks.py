@@ -30,7 +30,11 @@ _BOUNDS |= dict.fromkeys(_HALF, _BOUNDS[torch.float32])  # as they are computed
 
 
 def require(condition: bool, name: str, seen: object, accepted: str) -> None:
-    """Raises ``ValueError`` naming the argument, the value seen and what is accepted."""
+    """Raises ``ValueError`` naming the argument, the value seen and what is accepted.
+
+    A text with a size in it (not a whole shape) fixes that size where torch.compile follows it, so
+    such a text is made only once the condition has failed.
+    """
     if not condition:
         raise ValueError(f"{name}: got {seen}; accepted: {accepted}")
 

@@ -244,6 +244,22 @@ def test_second_derivatives_of_value_are_those_of_the_fixed_point(backend, rho):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("rho", [(0.4, 0.7), (None, 0.3), (0.3, None)])
+def test_masked_weights_have_no_second_derivative(rho):
+    """Nor have others one with respect to them: a mask moves nothing."""
+    leaves = tuple(problem(2, 4, 5))
+    leaves[1][:, 1], leaves[2][:, 2] = 0, 0
+    for t in leaves:
+        t.requires_grad_()
+    value = sinkhorn(*leaves, eps=0.2, max_iter=200, rho_a=rho[0], rho_b=rho[1]).value.sum()
+    first = torch.autograd.grad(value, leaves, create_graph=True)
+    slope = sum((t * torch.rand_like(t)).sum() for t in first)
+    _, by_a, by_b = torch.autograd.grad(slope, leaves)
+    for by, masked in ((by_a, 1), (by_b, 2)):
+        assert (by[:, masked] == 0).all()
+        assert (by[:, 0] != 0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hessian_of_value_by_gradgradcheck(backend):
     C = problem(2, 3, 4)[0].requires_grad_()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from references import problem
 
 from otdd.backends import BackendError
@@ -91,6 +92,43 @@ def test_compile_fullgraph_chooses_a_backend_by_itself():
         lambda C: sinkhorn(C, eps=0.1, tol=1e-3).value, fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(compiled(C), sinkhorn(C, eps=0.1, tol=1e-3).value)
+
+
+SIZED = {
+    "cost_matrix": lambda x, y: cost_matrix(x.mT, y[:1].expand_as(x).mT),
+    "shared weights": lambda x, y: (
+        sinkhorn(
+            cost_matrix(x, y).expand(2, -1, -1), torch.ones_like(x[:, 0]) / len(x), eps=0.5
+        ).value
+    ),
+    "sinkhorn_points": lambda x, y: sinkhorn_points(x.mT, y[:1].expand_as(x).mT, eps=3.0).value,
+    "unrolled": lambda x, y: sinkhorn_points(x, y, eps=0.5, grad="unrolled").value,
+    "SinkhornLoss": SinkhornLoss(eps=0.5, debias=False),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_are_not_compiled_one_by_one(name):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(SIZED[name], fullgraph=True, dynamic=True, backend=counter)
+    for N, M in ((6, 7), (8, 11), (13, 9), (12, 10)):
+        x, y = torch.randn(N, 3), torch.randn(M, 3)
+        torch.testing.assert_close(compiled(x, y), SIZED[name](x, y))
+    assert counter.frame_count <= 2  # more rows than columns may be another graph
+
+
+def test_loss_is_exported_with_its_sizes():
+    class Step(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return SIZED["SinkhornLoss"](x, y)
+
+    sizes = [{0: torch.export.Dim(name, min=2, max=100)} for name in "NM"]
+    exported = torch.export.export(
+        Step(), (torch.randn(6, 3), torch.randn(7, 3)), dynamic_shapes=sizes
+    )
+    x, y = torch.randn(9, 3), torch.randn(4, 3)
+    torch.testing.assert_close(exported.module()(x, y), Step()(x, y))
 
 
 class Tagged(torch.Tensor):
@@ -296,3 +334,25 @@ def test_traced_by_jit_is_run_again(backend, requires_grad):
     ):
         traced = torch.jit.trace(op, (x, y), check_trace=False)
         torch.testing.assert_close(traced(2 * x, y + 1), op(2 * x, y + 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+def test_values_change_in_place(backend, batch, grad):
+    """As a loss does that is divided by the steps of an accumulated gradient."""
+    x = torch.rand(*batch, 4, 2, requires_grad=True)
+    y = torch.rand(*batch, 5, 2)
+    options = {"eps": 0.5, "max_iter": 5, "grad": grad, "backend": backend}
+
+    def results():
+        yield sinkhorn_points(x, y, **options)
+        yield sinkhorn(cost_matrix(x, y), **options)
+        yield partial(cost_matrix(x, y), mass=0.5, **options)
+
+    for result in results():
+        for loss in (result.value, result.cost):
+            (whole,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+            loss /= 4
+            (quarter,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+            torch.testing.assert_close(quarter, whole / 4)

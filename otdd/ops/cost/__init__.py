@@ -61,7 +61,8 @@ def cost_matrix(x: Tensor, y: Tensor, metric: str = "l1", *, backend: str | None
         checks.require(
             0 not in t.shape[-2:], name, f"shape {tuple(t.shape)}", "at least one point, D >= 1"
         )
-    checks.require(x.shape[-1] == y.shape[-1], "y", f"D = {y.shape[-1]}", f"D of x, {x.shape[-1]}")
+    if x.shape[-1] != y.shape[-1]:
+        checks.require(False, "y", f"D = {y.shape[-1]}", f"D of x, {x.shape[-1]}")
     try:
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except RuntimeError:

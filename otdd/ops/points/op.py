@@ -43,13 +43,16 @@ def _solve(
     if checks.values_are_checked(x):
         _check_values(p, g, metric)
     if backend == "cpu":
-        return tuple(cpu.points_cpu(p, g, metric, max_iter, tol, schedule))
-    if backend == "cuda":
-        options = max_iter, tol, schedule, backend, dense.AT_ONCE
-        return tuple(dense.stored(p, g, metric, *options))
-    kernels = pointers.triton_kernels("points") if backend == "triton" else None
-    run = kernels.points_triton if kernels else points_reference
-    return tuple(through_levels(run, p, g, metric, max_iter, tol, schedule, precision))
+        out = cpu.points_cpu(p, g, metric, max_iter, tol, schedule)
+    elif backend == "cuda":
+        out = dense.stored(p, g, metric, max_iter, tol, schedule, backend, dense.AT_ONCE)
+    else:
+        kernels = pointers.triton_kernels("points") if backend == "triton" else None
+        run = kernels.points_triton if kernels else points_reference
+        out = through_levels(run, p, g, metric, max_iter, tol, schedule, precision)
+    f, g, value, cost, *rest = out
+    # Views of other memory: autograd would refuse that they are changed in place.
+    return f, g, value.clone(), cost.clone(), *rest
 
 
 def _fake_solve(x, y, *_):  # noqa: ANN001, ANN002, ANN202

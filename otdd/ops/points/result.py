@@ -21,7 +21,8 @@ class PointsResult:
 
     ``value`` and ``cost`` are differentiable in x, y, a, b and the costs between labels under every
     gradient mode; ``f``, ``g`` and what is made of the plan under ``unrolled`` and ``implicit``
-    (constants under ``envelope``).
+    (constants under ``envelope``). That is made of points, weights and `eps` as they are then:
+    tensors that were given are not copied.
 
     Attributes:
         value: Dual objective, ``(...)``.

@@ -79,8 +79,8 @@ class SinkhornResult:
     def plan(self) -> Tensor:
         """Transport plan ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, made at each access.
 
-        ``(..., N, M)``; rows and columns of weight zero are exactly zero. It is that of C as it is
-        then: the costs are not copied.
+        ``(..., N, M)``; rows and columns of weight zero are exactly zero. It is that of C,
+        the weights and `eps` as they are then: tensors that were given are not copied.
         """
         tensors = self.C, self.f, self.g, self.a, self.b
         if self.grad == "envelope":
@@ -274,8 +274,9 @@ def _per_point(
         fits = fits and torch.broadcast_shapes(t.shape, shape) == torch.Size(shape)
     except RuntimeError:
         fits = False
-    accepted = f"{shape}, or (..., {shape[-1]}) that broadcasts to it"
-    checks.require(fits, name, f"shape {tuple(t.shape)}", accepted)
+    if not fits:
+        accepted = f"{shape}, or (..., {shape[-1]}) that broadcasts to it"
+        checks.require(False, name, f"shape {tuple(t.shape)}", accepted)
     return t.expand(shape)
 
 

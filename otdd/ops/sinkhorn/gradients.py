@@ -151,12 +151,12 @@ def value_slopes_backward(
         w = torch.where(a > 0, w_a, 0)
         ddvalue = ddvalue + (w * by_a).sum(-1)
         df = scale * weighted(w, kept(f, rho_a)) * _steeper(eps, rho_a, a.dtype)
-        db = mass * w.sum(-1, keepdim=True).expand_as(b)
+        db = torch.where(b > 0, mass * w.sum(-1, keepdim=True), 0)
     if w_b is not None:
         w = torch.where(b > 0, w_b, 0)
         ddvalue = ddvalue + (w * by_b).sum(-1)
         dg = scale * weighted(w, kept(g, rho_b)) * _steeper(eps, rho_b, a.dtype)
-        da = mass * w.sum(-1, keepdim=True).expand_as(a)
+        da = torch.where(a > 0, mass * w.sum(-1, keepdim=True), 0)
     return df, dg, da, db, ddvalue
 
 
