@@ -1,7 +1,7 @@
 """Tables and figures of the ablations, and of the formats of labels, from their result files.
 
 python benchmarks/ablation_report.py                      # tables, printed
-python benchmarks/ablation_report.py --readme README.md   # the first four between their markers
+python benchmarks/ablation_report.py --readme README.md   # the first five between their markers
 python benchmarks/ablation_report.py --plots              # PNG files into benchmarks/results
 
 Differences are paired by seed; behind them stand the half width of their 95 % t interval and, where
@@ -24,9 +24,11 @@ MARKERS = "<!-- ablation -->", "<!-- /ablation -->"
 NOW_MARKERS = "<!-- sampling now -->", "<!-- /sampling now -->"
 FRESH_MARKERS = "<!-- fresh seeds -->", "<!-- /fresh seeds -->"
 SEEN_MARKERS = "<!-- training images -->", "<!-- /training images -->"
+CHANCE_MARKERS = "<!-- chance -->", "<!-- /chance -->"
 FRESH = range(100, 10**9)  # seeds that chose no setting
 CHECKED = ("no-otm", "full", "beta_2-0.8")  # what the sweep found best, on fresh seeds
 NOW = ("run-no-otg", "full", "no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
+CHANCE = ("run-before", "run-no-otg", "random", "hard-run", "hard-run-before")
 ARMS = {
     "full": "full",
     "no-otg": "without transport in sampling",
@@ -119,6 +121,13 @@ def now_table(labels: Rows, seeds: range = range(100), measure: str = "accuracy"
     arms = [arm for arm in NOW if any(r["arm"] == arm for r in rows)]
     return labels_table(
         rows, arms, lambda arm: "hard-run" if arm == "hard-run-no-otg" else "run", "run", measure
+    )
+
+
+def chance_table(rows: Rows, measure: str = "accuracy") -> str:
+    """What `otdd run` samples with now, beside what it did while it moved what chance keeps."""
+    return labels_table(
+        rows, CHANCE, lambda arm: "hard-run" if arm == "hard-run-before" else "run", "run", measure
     )
 
 
@@ -272,13 +281,18 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help=f"file to write into, between {MARKERS}")
     parser.add_argument("--plots", action="store_true")
     args = parser.parse_args()
-    names = ("ablation_labels", "ablation_guidance")
-    labels, guidance = (json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names)
+    names = ("ablation_labels", "ablation_guidance", "ablation_chance")
+    labels, guidance, kept = (
+        json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names
+    )
     chosen = [row for row in labels if row["seed"] < 100]
     swept = [row for row in chosen if _swept(row) and "run" not in row["arm"]]
     first, now, again = arms_table(labels), now_table(labels), now_table(labels, FRESH)
-    seen = seen_table(labels)
+    seen, chance = seen_table(labels), chance_table(kept)
     print(first, now, "fresh seeds\n" + again, "training images\n" + seen, sep="\n\n", end="\n\n")
+    print("chance\n" + chance, end="\n\n")
+    seen_kept = [row for row in kept if row["data"] == "textures" and "train_accuracy" in row]
+    print("training images\n" + chance_table(seen_kept, "train_accuracy"), end="\n\n")
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
     print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
@@ -295,6 +309,7 @@ def main() -> None:
         into_readme(args.readme, now, NOW_MARKERS)
         into_readme(args.readme, again, FRESH_MARKERS)
         into_readme(args.readme, seen, SEEN_MARKERS)
+        into_readme(args.readme, chance, CHANCE_MARKERS)
     if args.plots:
         plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
         guidance = [row for row in guidance if row["seed"] < 100]

@@ -9,8 +9,8 @@ moves there loses its own. At each spatial frequency k of the two-dimensional co
 is the part of the energy of the real latents x that their projections T keep beyond chance: a mean
 of n latents that have nothing in common has 1/n of their energy, and each of N latents that share M
 real ones stands for M / N. Both means are over the latents, and over k and its neighbours, as those
-of few latents at one frequency are mostly chance. The move of a latent is multiplied there by q_k /
-theta, at least 0 and at most 1: whole where the projections keep theta or more, and not at all where
+of few latents at one frequency are mostly chance. The move of a latent is multiplied there by
+min(1, max(0, q_k / theta)): whole where the projections keep theta or more, and not at all where
 they have nothing to say.
 """
 
@@ -46,7 +46,8 @@ class Detail:
         """The moves of latents to their projections, weighed.
 
         Args:
-            move, image: of the latents in flight, (K, N, D); x - T and T.
+            move: of the latents in flight, x - T; (K, N, D).
+            image: their projections T, (K, N, D).
             weights: theirs, (K, N).
             sharing: weights of all that share the real latents with them, (K, N + L).
         """
