@@ -18,7 +18,7 @@ Arms, all with kappa_1 .025, kappa_2 1 (squared error of logits), tau 2, eps .1,
 * `all-teachers`: the same with all four teachers at every IPC, as the predecessors do (ours).
 * `no-otm`: the same with beta_2 0.
 * `hard-otg`, `hard-no-otg`: cross-entropy on hard labels, mixed by CutMix, on either set.
-* `run`, `run-no-otg`: `full` and `no-otg` with the settings that `otdd run` samples with now;
+* `run`, `run-no-otg`: `full` and `no-otg` with the settings that `otdd run` samples with;
   `hard-run`, `hard-run-no-otg`: the same on hard labels.
 * `now`, `now-...`, `run-...`: `full` on the set of that variant of `ablation_guidance.py`, today's
   guidance (from one start, or as `otdd run` does) with one setting changed.

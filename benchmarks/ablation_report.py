@@ -107,13 +107,13 @@ def arms_table(labels: Rows) -> str:
 
 
 def seen_table(labels: Rows) -> str:
-    """What `otdd run` samples with now, of real training images, which no student has seen."""
+    """The sets of `now_table`, of real training images, which no student has seen."""
     measure = "train_accuracy"
     return now_table([r for r in labels if measure in r], range(10**9), measure)
 
 
 def now_table(labels: Rows, seeds: range = range(100), measure: str = "accuracy") -> str:
-    """What `otdd run` samples with now, beside what it did when the source's ablation was run."""
+    """What `otdd run` sampled with `detail`, until it left out what chance keeps, and before."""
     key = ("data", "arch", "epochs", "ipc", "seed")  # sets of other seeds cannot be compared
     rows = [r for r in labels if r["seed"] in seeds]
     there = [tuple(c.values()) for c in groups([r for r in rows if r["arm"] == "run"], *key)]
