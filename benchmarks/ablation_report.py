@@ -245,7 +245,7 @@ def plot_arms(labels: Rows, path: Path) -> None:
     rows = [row for row in labels if row["arm"] in ARMS]
     arms = [arm for arm in list(ARMS)[1:] if any(row["arm"] == arm for row in rows)]
     columns = groups(rows, "data", "arch")
-    figure, axes = _figure(len(columns), 3.6)
+    figure, axes = _figure(len(columns), 3.6, 3)
     for axis, c in zip(axes, columns, strict=True):
         own = [r for r in rows if (r["data"], r["arch"]) == tuple(c.values())]
         sizes = sorted({row["ipc"] for row in own})
@@ -264,16 +264,21 @@ def plot_arms(labels: Rows, path: Path) -> None:
         axis.set_yticks(range(len(arms)), [ARMS[arm] for arm in arms], fontsize=8)
         axis.grid(alpha=0.3, lw=0.5)
         axis.legend(fontsize=8)
-    axes[0].invert_yaxis()  # for all of them: they share it
+        axis.set_ylim(len(arms) - 0.5, -0.5)
     figure.savefig(path, dpi=100)
 
 
-def _figure(count: int, height: float) -> tuple[Any, Any]:
+def _figure(count: int, height: float, across: int = 4) -> tuple[Any, Any]:
+    """A row of axes, or rows of at most `across`."""
     from matplotlib.figure import Figure
 
-    size = {"figsize": (4.2 * count + 1.2 * (count == 1), height), "layout": "constrained"}
+    rows, across = math.ceil(count / across), min(count, across)
+    size = {"figsize": (4.2 * across + 1.2 * (count == 1), height * rows), "layout": "constrained"}
     figure = Figure(**size)
-    return figure, figure.subplots(1, count, sharey="row", squeeze=False)[0]
+    axes = figure.subplots(rows, across, sharey="row", squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def main() -> None:
