@@ -158,8 +158,10 @@ class Campaign:
         count = {"no-lia": 1, "all-teachers": 4}.get(arm, _aligned(ipc))
         old, now = ("starts-4", "unguided"), ("run", "run-unguided")
         set_name = (now if arm in NOW else old)[arm.endswith("no-otg")]
-        if arm in LINES or arm in CHANGED:
-            set_name = arm.split("-")[0] if arm in LINES else arm
+        if arm in LINES:
+            set_name = arm.split("-")[0]
+        elif arm in CHANGED:
+            set_name = arm
         images, labels = self.set_of(set_name, config)
         if arm.startswith("hard"):
             watched = None
