@@ -9,9 +9,14 @@ moves there loses its own. At each spatial frequency k of the two-dimensional co
 is the part of the energy of the real latents x that their projections T keep beyond chance: a mean
 of n latents that have nothing in common has 1/n of their energy, and each of N latents that share M
 real ones stands for M / N. Both means are over the latents, and over k and its neighbours, as those
-of few latents at one frequency are mostly chance. The move of a latent is multiplied there by
-min(1, max(0, q_k / theta)): whole where the projections keep theta or more, and not at all where
-they have nothing to say.
+of few latents at one frequency are mostly chance. A latent moves there by
+
+    min(1, max(0, q_k / theta)) * (T_k / max(theta, sqrt(mean |T_k|^2 / mean |x_k|^2)) - z_k):
+
+the whole way where the projections keep theta or more, and not at all where they have nothing to
+say. The division gives the projections the energy of the real latents back, up to a factor of
+1 / theta in amplitude: means lie nearer to the middle of a class than its members do, so a set
+that moved to them would have less contrast than the real images.
 """
 
 from __future__ import annotations
@@ -42,11 +47,11 @@ class Detail:
         self.real = self._energy(real, weights)
         self.count = (weights > 0).float().sum(-1)
 
-    def keep(self, move: Tensor, image: Tensor, weights: Tensor, sharing: Tensor) -> Tensor:
-        """The moves of latents to their projections, weighed.
+    def move(self, z: Tensor, image: Tensor, weights: Tensor, sharing: Tensor) -> Tensor:
+        """What moves latents to their projections, weighed, when it is subtracted; (K, N, D).
 
         Args:
-            move: of the latents in flight, x - T; (K, N, D).
+            z: the latents in flight, (K, N, D).
             image: their projections T, (K, N, D).
             weights: theirs, (K, N).
             sharing: weights of all that share the real latents with them, (K, N + L).
@@ -54,8 +59,9 @@ class Detail:
         kept = torch.where(self.real > 0, self._energy(image, weights) / self.real, 1.0)
         chance = ((sharing > 0).float().sum(-1) / self.count).clamp_max(0.5)[:, None, None]
         gain = ((kept - chance) / ((1 - chance) * self.theta)).clamp(0.0, 1.0)
-        weighed = self._transform(move) * gain[:, None, None]
-        return (self.down.T @ weighed @ self.across).flatten(-3)
+        amplitude = kept.sqrt().clamp_min(self.theta)[:, None, None]
+        away = self._transform(z) - self._transform(image) / amplitude
+        return (self.down.T @ (away * gain[:, None, None]) @ self.across).flatten(-3)
 
     def _energy(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Mean energy at each frequency and its up to 8 neighbours, (K, H, W)."""

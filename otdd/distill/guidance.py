@@ -237,7 +237,7 @@ class OTGuidance(Guidance):
                 image = image + kappa * (image - near @ others)
             noised = config.target == "q_sample"  # and so are the frequencies, at every step anew
             detail = self._detail(y, flight.b) if noised else flight.detail
-            return x - image if detail is None else detail.keep(x - image, image, a, sharing)
+            return x - image if detail is None else detail.move(x, image, a, sharing)
         if kappa:
             others, near = self._others(flight, x, y, moves.eps)
             with torch.enable_grad():

@@ -177,10 +177,28 @@ def test_detail_is_moved_by_what_projections_keep_of_it(shape, target, repulsion
         ]
         share = [[kept[at].sum() / there[at].sum() for at in row] for row in around]
         chance = int((labels == k).sum()) / counts[k]
-        gain = ((torch.tensor(share) - chance) / (1 - chance) / 0.4).clamp(0, 1)
+        share = torch.tensor(share)
+        gain = ((share - chance) / (1 - chance) / 0.4).clamp(0, 1)
+        restored = frequencies(projection) / share.sqrt().clamp_min(0.4)
+        want = gain * (frequencies(z[labels == k]) - restored)
         seen = frequencies(moves[1][labels == k])
-        want = gain * frequencies(moves[0][labels == k])
         torch.testing.assert_close(seen, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_moves_whole_has_the_energy_of_the_real_latents():
+    draw = torch.Generator().manual_seed(0)
+    levels = torch.randn(200, 1, 1, 1, generator=draw)  # which a mean of 40 has less of
+    real = levels.expand(200, 1, 6, 6)
+    z, labels = torch.randn(5, 1, 6, 6, generator=draw), torch.zeros(5, dtype=torch.int64)
+
+    def moved(detail):
+        guidance = OTGuidance(GuidanceConfig(detail=detail, repulsion=0.0))
+        guidance.set_reference(real, torch.zeros(200, dtype=torch.int64))
+        return z - guidance.direction(z, 0, labels)
+
+    level = real.square().mean().sqrt()
+    assert moved(0.0).square().mean().sqrt() < 0.95 * level
+    torch.testing.assert_close(moved(0.3).mean((2, 3)).square().mean().sqrt(), level)
 
 
 def test_what_lines_up_moves_whole_and_unlike_detail_stays():
