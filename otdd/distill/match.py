@@ -70,6 +70,9 @@ def train_student(
         steps: augmentation and teacher logits of every step that is left.
         test: images to test on.
         after_epoch: called when an epoch is finished and its row is in the log.
+
+    Raises:
+        ConfigError: the training diverges.
     """
     student = training.student
     student.train()
@@ -91,15 +94,16 @@ def train_student(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, test: LabeledImages, batch: int = 128) -> float:
-    """Percentage of images that the network classifies rightly."""
+    """Percentage of images that the network classifies rightly; NaN if a logit is not finite."""
     was_training = network.training
     network.eval()
-    right, device = 0, device_of(network)
+    right, finite, device = 0, True, device_of(network)
     for start in range(0, len(test), batch):
         logits = network(test.images[start : start + batch].to(device).float() / 255)
         right += int((logits.argmax(1).cpu() == test.labels[start : start + batch]).sum())
+        finite = finite and bool(logits.isfinite().all())
     network.train(was_training)
-    return 100.0 * right / len(test)
+    return 100.0 * right / len(test) if finite else math.nan
 
 
 class _WholeProcess:

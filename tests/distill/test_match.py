@@ -67,6 +67,19 @@ def test_a_student_that_diverges_is_no_result(loss):
         train_student(training, DATA.train.images, DATA.train.labels, drawn, test=DATA.test)
 
 
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_student_that_diverges_in_its_last_step_is_no_result(loss):
+    """Its loss is finite to the end; only the tests see the weights after that."""
+    config = TrainConfig(lr=1e30, optimizer="sgd")
+    student = make_network("convnet", DATA, 0)
+    training = Training(student, make_loss(loss, config), config, 1, arch="convnet")
+    message = r"train\.lr: 1e\+30 makes convnet diverge, in epoch 1 its logits of the test images"
+    with pytest.raises(ConfigError, match=message):
+        train_student(
+            training, DATA.train.images, DATA.train.labels, steps(1, loss != "ce"), test=DATA.test
+        )
+
+
 def test_same_seed_same_bytes():
     (one, _), (two, _), (other, _) = train(), train(), train(seed=1)
     same = zip(one.parameters(), two.parameters(), strict=True)
