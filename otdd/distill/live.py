@@ -11,7 +11,7 @@ from otdd.distill import students
 from otdd.distill.choice import kept
 from otdd.distill.config import ConfigError, RunConfig
 from otdd.distill.data import Facts, ImageData, LabeledImages
-from otdd.distill.match import reproducible
+from otdd.distill.match import reproducible, undisturbed
 from otdd.distill.relabel import Plan, Teacher, digest_of, live_step
 from otdd.distill.setfiles import CONFIG, TEACHERS, SetFiles
 from otdd.distill.settings import from_dict
@@ -76,7 +76,8 @@ class LiveLabels:
         self._made = self._teachers()
 
     def _teachers(self) -> list[Teacher]:
-        return [_teacher(self._store, fact, self._data, self._device) for fact in self._facts]
+        with undisturbed():
+            return [_teacher(self._store, fact, self._data, self._device) for fact in self._facts]
 
     def step(self, number: int) -> Step:
         """Augmentation and logits of a step, counted from the first of the first epoch."""

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from distill.finished_run import DATA, LABELLED, finished_run, same, settings
+from distill.surroundings import SURROUNDINGS
 from torch.utils.data import DataLoader
 
 import otdd
@@ -275,6 +276,16 @@ def test_hard_labels_alone_need_no_teachers(tmp_path):
     with pytest.raises(StoreError, match=r"run `otdd relabel` first, with --train\.losses kl"):
         otdd.load(tmp_path / "hard", set="random").replay()
     assert "replay" not in (tmp_path / "hard" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_whatever_a_notebook_has_set(folder, name):
+    """Teachers in float64 were "other weights", and on another device no teachers."""
+    expected = otdd.load(folder, set="random").replay().dataset[4]
+    with SURROUNDINGS[name]():
+        loaded = otdd.load(folder, set="random")
+        made = loaded.replay().dataset[4]
+    assert same(made, expected)
 
 
 @pytest.mark.parametrize("arch", ["convnet", "test_resnet"])

@@ -142,9 +142,7 @@ def test_weights_of_distributed_data_parallel(tmp_path, under):
 
 def test_a_checkpoint_that_does_not_fit_is_told_what_it_has(tmp_path):
     torch.save({"net": make_network("convnet", toy_data(), 0).body.state_dict()}, tmp_path / "x.pt")
-    with pytest.raises(
-        ConfigError, match=r"Missing key.*\"features\.0\.weight\".*Unexpected.*\"net\""
-    ):
+    with pytest.raises(ConfigError, match=r'Missing key.*"features\.0\.weight".*Unexpected.*"net"'):
         load_checkpoint("convnet", tmp_path / "x.pt", toy_data())
 
 
