@@ -192,14 +192,16 @@ def reproducible(image_shape: tuple[int, int, int]) -> Iterator[None]:
     The same settings then give the same bytes on one machine with one number of threads; on tiny
     images with any number.
     """
-    threads = torch.get_num_threads()  # of this thread of Python
-    if min(image_shape[1:]) < 16:
+    threads = torch.get_num_threads()  # of this thread of Python; new ones take what was set last
+    change = min(image_shape[1:]) < 16 and threads > 1
+    if change:
         torch.set_num_threads(1)
     try:
         with _deterministic:
             yield
     finally:
-        torch.set_num_threads(threads)
+        if change:
+            torch.set_num_threads(threads)
 
 
 def _given(teacher: Tensor | None) -> Tensor:

@@ -180,6 +180,43 @@ def test_settings_hold_until_the_last_thread_is_done(given_settings):
     assert seen == {"inside": (True, True, False, torch.float32), "after": given_settings}
 
 
+def test_threads_of_python_that_come_later_have_as_many_of_torch():
+    """A thread takes the number that was set last; one that began here found 1 and set that."""
+
+    def elsewhere(run):
+        made = []
+        thread = threading.Thread(target=lambda: made.append(run()))
+        thread.start()
+        thread.join()
+        return made[0]
+
+    def tiny():
+        with reproducible((1, 8, 8)):
+            return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    began, ended = threading.Event(), threading.Event()
+
+    def late():
+        assert torch.get_num_threads() == 1  # as the main thread is inside
+        with reproducible((1, 8, 8)):
+            began.set()
+            assert ended.wait(60)
+
+    torch.set_num_threads(3)
+    try:
+        thread = threading.Thread(target=late)
+        with reproducible((1, 8, 8)):
+            thread.start()
+            assert began.wait(60)
+        ended.set()
+        thread.join()
+        assert torch.get_num_threads() == elsewhere(torch.get_num_threads) == 3
+        assert elsewhere(tiny) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("loss", ["ce", "kl", "mse", "otm"])
 def test_a_step_mixes_no_devices(loss):
     """Images, labels and teacher logits are on the CPU, the student elsewhere (meta: no values)."""
