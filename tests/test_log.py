@@ -174,8 +174,8 @@ def test_table_of_a_run_names_its_data_and_fits_any_encoding(monkeypatch):
 def test_a_difference_without_an_interval_is_shown(capsys):
     about = {"arch": "convnet", "loss": "ce", "seeds": [0, 1], "mean": 1.0, "std": 0.0}
     rows = [
-        {**about, "set": "otg", "runs": [57.14, 71.43]},
-        {**about, "set": "random", "runs": [42.86, 57.14]},
+        {**about, "set": "otg", "runs": [57.1429, 71.4286]},
+        {**about, "set": "random", "runs": [42.8571, 57.1429]},
     ]
     metrics = {"accuracy": rows, "ot_cost": {}, "comparisons": comparisons(rows)}
     print_metrics({**metrics, "config": {"data": "photos", "ipc": 1}}, "runs/a")

@@ -187,6 +187,7 @@ class RelabelConfig:
         require(len(self.teachers) >= 1, "teachers", self.teachers, "at least one teacher")
         alone = "auto:measured" not in self.teachers or len(self.teachers) == 1
         require(alone, "teachers", self.teachers, "auto:measured alone")
+        require(self.teachers.count("auto") <= 1, "teachers", self.teachers, "auto once")
         epochs = self.teacher_epochs
         require(epochs is None or epochs >= 1, "teacher_epochs", epochs, "an integer >= 1")
         epochs = self.label_epochs

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otdd.distill import geometry, students
 from otdd.distill.checkpoints import Checkpoint
-from otdd.distill.compare import interval
+from otdd.distill.compare import DIGITS, interval
 from otdd.distill.config import RunConfig
 from otdd.distill.data import ImageData
 from otdd.distill.logs import Board, read_log, write_log
@@ -217,8 +217,8 @@ def accuracy_rows(store: Store, config: RunConfig) -> list[dict[str, Any]]:
                 if not found:
                     continue
                 own = [s.seed for s, name in zip(seeds, names, strict=True) if store.has(name)]
-                runs = [round(r["accuracy"], 2) for r in found]
-                best = [round(r["best"], 2) for r in found]
+                runs = [round(r["accuracy"], DIGITS) for r in found]
+                best = [r["best"] for r in found]
                 rows.append(
                     {
                         "set": set_name,

@@ -11,7 +11,7 @@ from otdd.distill import students
 from otdd.distill.choice import kept
 from otdd.distill.config import ConfigError, RunConfig
 from otdd.distill.data import Facts, ImageData, LabeledImages
-from otdd.distill.match import reproducible
+from otdd.distill.match import reproducible, undisturbed
 from otdd.distill.relabel import Plan, Teacher, digest_of, live_step
 from otdd.distill.setfiles import CONFIG, TEACHERS, SetFiles
 from otdd.distill.settings import from_dict
@@ -60,12 +60,24 @@ class LiveLabels:
             self._plan = Plan.of(config, self._data, len(images))
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{store.path} was not written by this otdd: {error}") from None
-        self._made = [_teacher(store, fact, self._data, device) for fact in facts]
         self.epochs, self.steps_per_epoch = self._plan.labelled, self._plan.steps_per_epoch
-        self._images = images
+        self._images, self._store, self._facts, self._device = images, store, facts, device
+        self._made = self._teachers()
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_made"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A worker reads them itself: a pickle of networks imports timm, and torchvision as it is.
+        self.__dict__.update(state)
+        self._made = self._teachers()
+
+    def _teachers(self) -> list[Teacher]:
+        with undisturbed():
+            return [_teacher(self._store, fact, self._data, self._device) for fact in self._facts]
 
     def step(self, number: int) -> Step:
         """Augmentation and logits of a step, counted from the first of the first epoch."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +70,9 @@ def train_student(
         steps: augmentation and teacher logits of every step that is left.
         test: images to test on.
         after_epoch: called when an epoch is finished and its row is in the log.
+
+    Raises:
+        ConfigError: the training diverges.
     """
     student = training.student
     student.train()
@@ -89,15 +94,76 @@ def train_student(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, test: LabeledImages, batch: int = 128) -> float:
-    """Percentage of images that the network classifies rightly."""
+    """Percentage of images that the network classifies rightly; NaN if a logit is not finite."""
     was_training = network.training
     network.eval()
-    right, device = 0, device_of(network)
+    right, finite, device = 0, True, device_of(network)
     for start in range(0, len(test), batch):
         logits = network(test.images[start : start + batch].to(device).float() / 255)
         right += int((logits.argmax(1).cpu() == test.labels[start : start + batch]).sum())
+        finite = finite and bool(logits.isfinite().all())
     network.train(was_training)
-    return 100.0 * right / len(test)
+    return 100.0 * right / len(test) if finite else math.nan
+
+
+class _WholeProcess:
+    """A setting of the whole process, for as long as some thread is inside.
+
+    The first thread to come in changes it and the last to go out sets it back, so that no thread
+    takes what another has changed for what the caller has set.
+    """
+
+    def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._change, self._inside = change, 0
+        self._undo, self._lock = contextlib.ExitStack(), threading.Lock()
+        os.register_at_fork(  # a worker that is forked meanwhile would wait for ever
+            before=self._lock.acquire,
+            after_in_parent=self._lock.release,
+            after_in_child=self._lock.release,
+        )
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._undo.enter_context(self._change())
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+
+@contextlib.contextmanager
+def _single_precision() -> Iterator[None]:
+    dtype = torch.get_default_dtype()
+    if dtype == torch.float32:  # no change where none is needed: another thread may make one
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _deterministic_kernels() -> Iterator[None]:
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False  # a tenth of the time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill
+
+
+_float32, _deterministic = _WholeProcess(_single_precision), _WholeProcess(_deterministic_kernels)
 
 
 @contextlib.contextmanager
@@ -107,7 +173,6 @@ def undisturbed() -> Iterator[None]:
     A notebook may have float64 as the default type or a GPU as the default device, and loops of
     others run under `torch.no_grad`, `torch.inference_mode` or autocast: results are the same.
     """
-    dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -116,9 +181,7 @@ def undisturbed() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        if dtype != torch.float32:  # which is for all threads: no change where none is needed
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(_float32)
         yield
 
 
@@ -129,20 +192,16 @@ def reproducible(image_shape: tuple[int, int, int]) -> Iterator[None]:
     The same settings then give the same bytes on one machine with one number of threads; on tiny
     images with any number.
     """
-    threads = torch.get_num_threads()
-    strict = torch.are_deterministic_algorithms_enabled()
-    deterministic: Any = torch.utils.deterministic
-    fill = deterministic.fill_uninitialized_memory
-    if min(image_shape[1:]) < 16:
+    threads = torch.get_num_threads()  # of this thread of Python; new ones take what was set last
+    change = min(image_shape[1:]) < 16 and threads > 1
+    if change:
         torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = False  # a tenth of the time
     try:
-        yield
+        with _deterministic:
+            yield
     finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
-        deterministic.fill_uninitialized_memory = fill
+        if change:
+            torch.set_num_threads(threads)
 
 
 def _given(teacher: Tensor | None) -> Tensor:

@@ -186,19 +186,21 @@ def pretrained(name: str, data: ImageData, *, weights: bool = True) -> Normalize
 def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
     """A network of this architecture with the weights of a safetensors or torch file.
 
-    Torch files are read with `weights_only=True`: no code in them is run. Teachers of otdd carry
-    the names of their classes, which must be those of the data.
+    Torch files are read with `weights_only=True`: no code in them is run. Weights may be those of
+    a network in DistributedDataParallel. Teachers of otdd carry the names of their classes, which
+    must be those of the data, and their normalisation; other networks get that of the data.
 
     Raises:
         ConfigError: the file cannot be read or does not fit.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     network = make_network(arch, data, seed=0)
     state: Any
     classes = None
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
             state = load_file(path)
             classes = _classes_of(path)
         else:
@@ -207,13 +209,20 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(state, Mapping):
                 state = state.get("state_dict", state.get("model", state))
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"relabel.teachers: cannot read {path}: {_line(error)}") from error
+    except Exception as error:  # of many kinds; what torch says of code is advice to run it
+        raise ConfigError(
+            f"relabel.teachers: cannot read {path}: expected safetensors (a name that ends so), or "
+            "what torch.load reads with weights_only=True, such as a saved state_dict()"
+        ) from error
     if not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
         raise ConfigError(
             f"relabel.teachers: {path} holds no weights by name; expected those of state_dict(), "
             "or a mapping with them under 'state_dict' or 'model'"
         )
+    if all(name.startswith("module.") for name in state):  # as DistributedDataParallel has them
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if classes not in (None, list(data.classes)):
         raise ConfigError(
             f"relabel.teachers: {path} knows the classes {_some(classes)}; "
@@ -224,8 +233,9 @@ def load_checkpoint(arch: str, path: str | Path, data: ImageData) -> Normalized:
     try:
         target.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
-        message = f"relabel.teachers: {path} does not hold a {arch}: {_line(error)}"
-        raise ConfigError(message) from error
+        lines = str(error).splitlines()
+        why = "; ".join(" ".join(line.split())[:160] for line in lines[1:4] or lines)
+        raise ConfigError(f"relabel.teachers: {path} does not hold a {arch}: {why}") from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
         raise ConfigError(f"relabel.teachers: {path} holds weights that are not finite")
     return network

@@ -137,7 +137,13 @@ class Training:
         self._note(rate, logits, mixed, value, parts)
 
     def tested(self, accuracy: float) -> None:
-        """Takes down the accuracy of the averaged weights after the step just done."""
+        """Takes down the accuracy of the averaged weights after the step just done.
+
+        Raises:
+            ConfigError: it is NaN, as `otdd.distill.match.accuracy` has it of a diverged student.
+        """
+        if math.isnan(accuracy):
+            raise self._diverged("its logits of the test images are not finite")
         self.scores.append((self.number, accuracy))
 
     def end_epoch(self) -> None:

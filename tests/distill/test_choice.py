@@ -109,3 +109,10 @@ def test_measured_needs_images_to_hold_out_and_stands_alone(tmp_path):
         prepare(dataclasses.replace(measured, ipc=121))
     with pytest.raises(ConfigError, match=r"relabel\.teachers: .* auto:measured alone"):
         config(teachers=["auto:measured", "convnet"])
+
+
+def test_auto_stands_once():
+    """`auto auto` was a number of teachers that no table has, and a reason that told another."""
+    with pytest.raises(ConfigError, match=r"relabel\.teachers: .* expected auto once"):
+        config(teachers=["auto", "auto"])
+    assert teacher_names(config(teachers=["auto", "convnet"])) == ["convnet", "convnet"]

@@ -53,13 +53,27 @@ def test_paired_by_seed():
         ({0: 1.0}, {0: 2.0}, "1 seed in common: a test needs 2"),
         ({0: 1.0}, {1: 2.0}, "no seeds in common: a test needs 2"),
         ({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}, SAME),
-        ({0: 57.14, 1: 71.43}, {0: 42.86, 1: 57.14}, SAME),  # of 14 images, 2 in both; rounded
+        (
+            {0: 57.1429, 1: 71.4286},
+            {0: 42.8571, 1: 57.1429},
+            SAME,
+        ),  # of 14 images, 2 in both; rounded
     ],
 )
 def test_too_little_to_test_is_said(one, other, note):
     made = paired(one, other)
     assert (made["p"], made["p_wilcoxon"], made["ci95"]) == (None, None, None)
     assert made["note"] == note
+
+
+def test_small_differences_of_large_tests_are_tested():
+    """One of 10,000 test images is 0.01 points; these were "the same difference for every seed"."""
+    one, other = [90.50, 91.21, 90.83, 91.02], [90.00, 90.70, 90.33, 90.51]
+    made = paired(dict(enumerate(one)), dict(enumerate(other)))
+    test = stats.ttest_rel(one, other)
+    assert made["p"] == pytest.approx(test.pvalue, rel=1e-3)
+    assert made["p"] < 1e-5
+    assert made["ci95"] == pytest.approx(test.confidence_interval(0.95), abs=0.006)
 
 
 def test_holm():

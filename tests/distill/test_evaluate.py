@@ -1,5 +1,6 @@
 """The table and the transport cost."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from otdd.distill import evaluate
 from otdd.distill.codec import PixelCodec
+from otdd.distill.compare import comparisons
 from otdd.distill.data import ImageData, LabeledImages, load_data
 from otdd.distill.plots import grid
 from otdd.distill.settings import resolve
@@ -42,6 +44,20 @@ def test_rows_and_resume(tmp_path):
     ]
     left = evaluate.missing(store, CONFIG, "otg")
     assert left == [("convnet", loss, seed) for loss in ("kl", "otm") for seed in (0, 1)]
+
+
+def test_equal_means_differ_by_nothing(tmp_path):
+    """Of 24 test images 10 and 13, and 11 and 12; rounded to hundredths they were apart."""
+    config = dataclasses.replace(CONFIG, sets=("otg", "random"))
+    store = Store.open(tmp_path, {})
+    for name, right in (("otg", (10, 13)), ("random", (11, 12))):
+        for seed, count in enumerate(right):
+            file = evaluate.Student("convnet", "ce", seed).file("results", name)
+            store.write_json(file, {"accuracy": 100 * count / 24, "best": 100 * count / 24})
+    rows = evaluate.accuracy_rows(store, config)
+    assert rows[0]["mean"] == rows[1]["mean"] == rows[0]["best_mean"] == 47.92
+    (made,) = comparisons(rows)
+    assert (made["difference"], made["p"]) == (0.0, 1.0)
 
 
 def test_finished_students_are_left_alone(tmp_path):

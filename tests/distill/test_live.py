@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from distill.finished_run import DATA, LABELLED, finished_run, same, settings
+from distill.surroundings import SURROUNDINGS
 from torch.utils.data import DataLoader
 
 import otdd
@@ -277,7 +278,24 @@ def test_hard_labels_alone_need_no_teachers(tmp_path):
     assert "replay" not in (tmp_path / "hard" / "README.md").read_text()
 
 
-def test_it_goes_to_workers_that_are_spawned(folder):
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_whatever_a_notebook_has_set(folder, name):
+    """Teachers in float64 were "other weights", and on another device no teachers."""
+    expected = otdd.load(folder, set="random").replay().dataset[4]
+    with SURROUNDINGS[name]():
+        loaded = otdd.load(folder, set="random")
+        made = loaded.replay().dataset[4]
+    assert same(made, expected)
+
+
+@pytest.mark.parametrize("arch", ["convnet", "test_resnet"])
+def test_it_goes_to_workers_that_are_spawned(folder, tmp_path, arch):
+    """They import timm as otdd does, not as the pickle of a network would have them."""
+    if arch != "convnet":
+        folder = tmp_path / "live"
+        given = {**TEACHER, "teachers": [arch], "store_labels": False}
+        finished_run(folder, 1, LABELLED, sets=["random"], relabel=given)
     here = otdd.load(folder, set="random").replay().dataset
-    there = pickle.loads(pickle.dumps(here))
-    assert same(here[5], there[5])
+    pickled = pickle.dumps(here)
+    assert b"timm" not in pickled
+    assert same(here[5], pickle.loads(pickled)[5])

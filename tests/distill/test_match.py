@@ -1,5 +1,7 @@
 """Training of students: losses, determinism, averaging."""
 
+import threading
+
 import pytest
 import torch
 from distill.finished_run import settings
@@ -9,7 +11,7 @@ from otdd.distill import pipeline
 from otdd.distill.augment import Augmentation, generator
 from otdd.distill.config import ConfigError, TrainConfig
 from otdd.distill.data import ImageData, LabeledImages
-from otdd.distill.match import accuracy, make_loss, reproducible, train_student
+from otdd.distill.match import accuracy, make_loss, reproducible, train_student, undisturbed
 from otdd.distill.students import make_network
 from otdd.distill.training import Step, Training
 from otdd.losses import OTDistillationLoss
@@ -65,6 +67,19 @@ def test_a_student_that_diverges_is_no_result(loss):
         train_student(training, DATA.train.images, DATA.train.labels, drawn, test=DATA.test)
 
 
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_student_that_diverges_in_its_last_step_is_no_result(loss):
+    """Its loss is finite to the end; only the tests see the weights after that."""
+    config = TrainConfig(lr=1e30, optimizer="sgd")
+    student = make_network("convnet", DATA, 0)
+    training = Training(student, make_loss(loss, config), config, 1, arch="convnet")
+    message = r"train\.lr: 1e\+30 makes convnet diverge, in epoch 1 its logits of the test images"
+    with pytest.raises(ConfigError, match=message):
+        train_student(
+            training, DATA.train.images, DATA.train.labels, steps(1, loss != "ce"), test=DATA.test
+        )
+
+
 def test_same_seed_same_bytes():
     (one, _), (two, _), (other, _) = train(), train(), train(seed=1)
     same = zip(one.parameters(), two.parameters(), strict=True)
@@ -108,12 +123,98 @@ def test_soft_losses_need_soft_labels():
         make_loss("l2", TrainConfig())
 
 
-def test_reproducible_restores_the_settings():
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+def process_settings():
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.get_default_dtype(),
+    )
+
+
+@pytest.fixture(params=[(False, False), (True, False), (True, True)], ids=str)
+def given_settings(request):
+    """What a caller may have set: deterministic algorithms off, strict, or with warnings only."""
+    before = process_settings()
+    on, warn_only = request.param
+    torch.use_deterministic_algorithms(on, warn_only=warn_only)
+    torch.set_default_dtype(torch.float64)
+    yield process_settings()
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.set_default_dtype(before[3])
+
+
+def test_reproducible_restores_the_settings(given_settings):
+    before = torch.get_num_threads()
     with reproducible((1, 8, 8)):
         assert torch.get_num_threads() == 1
-        assert torch.are_deterministic_algorithms_enabled()
-    assert before == (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+        assert process_settings()[:3] == (True, True, False)
+    assert process_settings() == given_settings
+    assert before == torch.get_num_threads()
+
+
+def test_settings_hold_until_the_last_thread_is_done(given_settings):
+    """Two threads, each in the middle of the other's time."""
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with undisturbed(), reproducible((1, 32, 32)):
+            first_in.set()
+            assert second_in.wait(60)
+        first_out.set()
+
+    def second():
+        assert first_in.wait(60)
+        with undisturbed(), reproducible((1, 32, 32)):
+            second_in.set()
+            assert first_out.wait(60)
+            seen["inside"] = process_settings()
+        seen["after"] = process_settings()
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"inside": (True, True, False, torch.float32), "after": given_settings}
+
+
+def test_threads_of_python_that_come_later_have_as_many_of_torch():
+    """A thread takes the number that was set last; one that began here found 1 and set that."""
+
+    def elsewhere(run):
+        made = []
+        thread = threading.Thread(target=lambda: made.append(run()))
+        thread.start()
+        thread.join()
+        return made[0]
+
+    def tiny():
+        with reproducible((1, 8, 8)):
+            return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    began, ended = threading.Event(), threading.Event()
+
+    def late():
+        assert torch.get_num_threads() == 1  # as the main thread is inside
+        with reproducible((1, 8, 8)):
+            began.set()
+            assert ended.wait(60)
+
+    torch.set_num_threads(3)
+    try:
+        thread = threading.Thread(target=late)
+        with reproducible((1, 8, 8)):
+            thread.start()
+            assert began.wait(60)
+        ended.set()
+        thread.join()
+        assert torch.get_num_threads() == elsewhere(torch.get_num_threads) == 3
+        assert elsewhere(tiny) == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "mse", "otm"])

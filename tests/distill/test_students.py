@@ -113,8 +113,36 @@ def test_checkpoints_that_do_not_fit_or_hold_code(tmp_path):
     save_file(broken, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="holds weights that are not finite"):
         load_checkpoint("convnet", tmp_path / "x.safetensors", toy_data())
-    torch.save({"x": print}, tmp_path / "x.pt")
-    with pytest.raises(ConfigError, match="cannot read"):
+    (tmp_path / "x.safetensors").write_bytes(b"no header of theirs")
+    with pytest.raises(ConfigError, match=r"cannot read .*header"):
+        load_checkpoint("convnet", tmp_path / "x.safetensors", toy_data())
+
+
+@pytest.mark.parametrize("what", ["code", "nothing", "text"])
+def test_files_that_torch_does_not_load_as_weights(tmp_path, what):
+    """In one line without control characters, and without torch's advice to run the code."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"" if what == "nothing" else b"some text")
+    if what == "code":
+        torch.save(torch.nn.Linear(1, 1), path)
+    with pytest.raises(ConfigError, match=r"cannot read .*x\.pt: expected safetensors") as caught:
+        load_checkpoint("convnet", path, toy_data())
+    assert str(caught.value).isprintable()
+    assert "trust" not in str(caught.value)
+
+
+@pytest.mark.parametrize("under", [None, "state_dict"])
+def test_weights_of_distributed_data_parallel(tmp_path, under):
+    network = make_network("convnet", toy_data(), 3)
+    state = {f"module.{name}": tensor for name, tensor in network.body.state_dict().items()}
+    torch.save({under: state} if under else state, tmp_path / "x.pt")
+    loaded = load_checkpoint("convnet", tmp_path / "x.pt", toy_data())
+    assert torch.equal(loaded.body.head.weight, network.body.head.weight)
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_what_it_has(tmp_path):
+    torch.save({"net": make_network("convnet", toy_data(), 0).body.state_dict()}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=r'Missing key.*"features\.0\.weight".*Unexpected.*"net"'):
         load_checkpoint("convnet", tmp_path / "x.pt", toy_data())
 
 
