@@ -18,9 +18,16 @@ from otdd.distill.fit_config import LEARNING_RATES, FitConfig
 from otdd.distill.generator import Generator, build_transformer
 from otdd.distill.plots import MAX_CLASSES, grid
 from otdd.distill.sample import Batch, run_batch
-from otdd.distill.store import Store
 from otdd.distill.terms import rng
-from otdd.distill.trainer import Picture, Progress, Trainer, alone, kept_of, refuse_other, run
+from otdd.distill.trainer import (
+    Picture,
+    Progress,
+    Trainer,
+    alone,
+    check_unfinished,
+    refuse_other,
+    run,
+)
 
 __all__ = ["FitConfig", "fit"]
 
@@ -108,7 +115,7 @@ def check_out(data: ImageData, config: FitConfig, out: str | os.PathLike[str]) -
     """
     target, key = Path(out), _key(data, resolved(config, ""), PixelCodec())
     if _finished(target, key) is None:
-        kept_of(Store(target.parent), target.name, key)
+        check_unfinished(target, key)
 
 
 def _key(data: ImageData, config: FitConfig, codec: Codec) -> dict[str, Any]:

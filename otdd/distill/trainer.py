@@ -305,6 +305,17 @@ def run(
         progress("fit", config.steps, config.steps, f"loss {trainer.loss:.4f}")
 
 
+def check_unfinished(target: Path, key: dict[str, Any]) -> None:
+    """Refuses, touching nothing, where a result is to go but another training is on its way.
+
+    Raises:
+        StoreError: so it is, its checkpoint is damaged, or there can be no such folder.
+    """
+    store = Store(target.parent)
+    store.require_folder()
+    kept_of(store, target.name, key)
+
+
 def kept_of(store: Store, name: str, key: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
     """Tensors and step of the checkpoint beside a result, None where there is none.
 

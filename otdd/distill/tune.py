@@ -26,7 +26,15 @@ from otdd.distill.fit import Pictures, key_of, resolved
 from otdd.distill.fit_config import FitConfig
 from otdd.distill.generator import Generator, build_transformer, generator_digest
 from otdd.distill.store import Store
-from otdd.distill.trainer import Picture, Progress, Trainer, alone, kept_of, refuse_other, run
+from otdd.distill.trainer import (
+    Picture,
+    Progress,
+    Trainer,
+    alone,
+    check_unfinished,
+    refuse_other,
+    run,
+)
 
 SUMMARY = "fit.json"
 TABLE = "class_embedder.embedding_table.weight"
@@ -115,7 +123,7 @@ def check_out(
     if target.exists():
         _refuse_other(target, key)
     else:
-        kept_of(Store(target.parent), target.name, key)
+        check_unfinished(target, key)
 
 
 def with_classes(base: nn.Module, old: Sequence[str], new: Sequence[str]) -> nn.Module:

@@ -188,3 +188,15 @@ def test_fit_refuses_an_out_of_another_training(tmp_path, capsys):
     code, _, err = fit("--out", tmp_path / "h.safetensors", *other)
     assert code == 2
     assert "h.safetensors.checkpoint" in err
+
+
+@pytest.mark.parametrize("command", ["fit", "fit-surrogate", "encode", "sample"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_out_below_a_file_is_refused_before_any_work(tmp_path, capsys, command, dry):
+    (tmp_path / "file").write_bytes(b"mine")
+    more = ["--ipc", 1] * (command == "sample")
+    out = tmp_path / "file" / "below" / "out"
+    code, told, err = call(capsys, command, "--data", "digits", *more, "--out", out, *dry)
+    assert (code, told) == (2, "")
+    assert err.endswith(f"{tmp_path / 'file'} is a file; --out needs a folder\n")
+    assert (tmp_path / "file").read_bytes() == b"mine"
