@@ -174,7 +174,7 @@ class OTGuidance(Guidance):
         flight = self._in_flight(x, class_labels)
         y = flight.real
         if self.config.target == "q_sample":
-            y = self._noised(y, flight.present, int(t), alpha_bar)
+            y = self._noised(y, flight.present, t, alpha_bar)
         finished = self._finish(memory, flight, y)
         move = self._move(flight, flight.padding.of(x), y, finished)
         return move.flatten(0, 1)[flight.padding.slots].view_as(x).to(x.dtype)
@@ -265,9 +265,15 @@ class OTGuidance(Guidance):
         scores = (-C / spread[:, None, None]).masked_fill(flight.barred[:, None], -torch.inf)
         return others, scores.softmax(-1)
 
-    def _noised(self, y: Tensor, present: list[int], t: int, alpha_bar: float | None) -> Tensor:
+    def _noised(
+        self, y: Tensor, present: list[int], t: int | Tensor, alpha_bar: float | None
+    ) -> Tensor:
         if alpha_bar is None:
             raise ValueError("alpha_bar is needed by the target 'q_sample'")
+        if isinstance(t, Tensor) and t.numel() != 1:
+            seen = f"a tensor of {tuple(t.shape)}"
+            raise ValueError(f"t: {seen} is not accepted; expected one timestep for all latents")
+        t = int(t)
         noise = [
             torch.randn(
                 y.shape[1:],
