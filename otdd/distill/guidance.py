@@ -6,7 +6,8 @@ the latents in flight (with those finished before) and the real ones,
 
     P = sinkhorn(C(z_n, x_j), eps = lambda_1 * std(C)),
 
-and moves each latent by one of two forms. With T(z_n) = sum_j P_nj x_j / sum_j P_nj,
+and moves each latent by one of two forms. With T(z_n) = sum_j P_nj x_j / a_n, where a_n is the
+weight of z_n, to which row n of P sums within some per cent after the iterations of the default,
 
     projection:  z <- z + strength * (T(z) - z)
     gradient:    z <- z - strength * rho_t * g,   g_n = sum_j P_nj grad_z c(z_n, x_j), P held fixed,
