@@ -185,10 +185,11 @@ def fit(flags: list[str]) -> int:
     _check_use(given)
     if given.base is None and Path(given.out).is_dir():
         raise ConfigError(f"--out: {given.out} is a folder; expected a file to write")
-    data, train = _training(given)
+    data, train, check = _training(given)
     from otdd.distill import costs
 
     if given.dry_run:
+        check(given.out)
         cost = costs.fitting(train, given.steps)
         sys.stdout.write(_found(data, data.train))
         sys.stdout.write(costs.lines(f"fit      {given.steps} steps of {given.batch} images", cost))
@@ -221,22 +222,29 @@ def _check_use(given: Any) -> None:
         require(seen == default, name, seen, f"{default!r}, the default, {how} --from")
 
 
-def _training(given: Any) -> tuple[Any, Callable[..., Any]]:
-    """The data, and the training asked for as a function of --out and progress; all is checked."""
+def _training(given: Any) -> tuple[Any, Callable[..., Any], Callable[[str], None]]:
+    """The data, the training as a function of --out and progress, and the check of an --out."""
+    from otdd.distill import fit, tune
     from otdd.distill.data import BUILTIN, load_data
-    from otdd.distill.fit import fit
     from otdd.distill.fit_config import FitConfig
-    from otdd.distill.tune import load_base, tune
     from otdd.distill.workers import local_device
 
     config, device = _only(FitConfig, given), local_device(given.device, "--device")
-    base = load_base(given.base) if given.base is not None else None
+    base = tune.load_base(given.base) if given.base is not None else None
     side = None if base is None or given.data in BUILTIN else base.image_shape[1]
     data = load_data(given.data, **{**_reading(given), "resolution": given.resolution or side})
     rest: dict[str, Any] = {"device": device}
     if base is None:
-        return data, lambda out, progress: fit(data, config, out, progress=progress, **rest)
-    return data, lambda out, progress: tune(data, base, config, out, progress=progress, **rest)
+        return (
+            data,
+            lambda out, progress: fit.fit(data, config, out, progress=progress, **rest),
+            lambda out: fit.check_out(data, config, out),
+        )
+    return (
+        data,
+        lambda out, progress: tune.tune(data, base, config, out, progress=progress, **rest),
+        lambda out: tune.check_out(data, base, config, out),
+    )
 
 
 def fit_surrogate(flags: list[str]) -> int:

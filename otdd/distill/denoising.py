@@ -28,6 +28,12 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 BY_TIMESTEP = ("DDIMScheduler", "DDPMScheduler")
 BY_SIGMA = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
 SCALED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+NO_SAMPLE = (
+    "EulerAncestralDiscreteScheduler",
+    "PNDMScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)  # whose `step` has no such prediction
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def denoise(
         ValueError: the terms, the scheduler or what `predict` returns do not fit.
     """
     terms = _checked(guides, x)
-    _check_scheduler(scheduler)
+    check_scheduler(scheduler)
     steps = len(scheduler.timesteps)
     levels = noise_levels(scheduler) if terms or clamp else [Level(1.0)] * (steps + 1)
     advance = advance or stepper(scheduler)
@@ -139,12 +145,22 @@ def _checked(guides: Guides | None, x: Tensor) -> Sequence[Guidance]:
     return guides.terms
 
 
-def _check_scheduler(scheduler: Any) -> None:
-    """Refuses one that starts from other noise, and one that goes on from an earlier sampling."""
+def check_scheduler(scheduler: Any) -> None:
+    """Refuses one that `denoise` cannot use, or that goes on from an earlier sampling.
+
+    Raises:
+        ValueError: its first noise or its prediction type is not known, or it has made steps.
+    """
     if not hasattr(scheduler, "init_noise_sigma"):
         raise ValueError(
             f"scheduler: {type(scheduler).__name__} does not say how large the first noise is; "
             "accepted: schedulers of diffusers with init_noise_sigma, so none of flow matching"
+        )
+    names = {kind.__name__ for kind in type(scheduler).__mro__}
+    if names & {*NO_SAMPLE} and scheduler.config.get("prediction_type") == "sample":
+        raise ValueError(
+            f"scheduler: {type(scheduler).__name__} has no prediction_type 'sample'; accepted: "
+            "epsilon, v_prediction"
         )
     steps = getattr(scheduler, "step_index", None), getattr(scheduler, "counter", None)
     if steps[0] is not None or steps[1]:  # PNDM has the latter alone

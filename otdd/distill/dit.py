@@ -18,7 +18,14 @@ from torch import Tensor
 
 from otdd.distill.codec import import_diffusers
 from otdd.distill.denoiser import Denoiser
-from otdd.distill.denoising import Guides, denoise, keeps_variances, noise_levels, stepper
+from otdd.distill.denoising import (
+    Guides,
+    check_scheduler,
+    denoise,
+    keeps_variances,
+    noise_levels,
+    stepper,
+)
 from otdd.distill.terms import Guidance, Memory, check_memory
 
 import_diffusers()
@@ -184,6 +191,7 @@ class OTDiTPipeline(DiTPipeline):
         if not isinstance(steps, Integral) or steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps!r}")
         self.scheduler.set_timesteps(steps)
+        check_scheduler(self.scheduler)
         keeps_variances(self.scheduler)
         if terms:
             noise_levels(self.scheduler)

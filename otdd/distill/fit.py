@@ -19,7 +19,15 @@ from otdd.distill.generator import Generator, build_transformer
 from otdd.distill.plots import MAX_CLASSES, grid
 from otdd.distill.sample import Batch, run_batch
 from otdd.distill.terms import rng
-from otdd.distill.trainer import Picture, Progress, Trainer, alone, refuse_other, run
+from otdd.distill.trainer import (
+    Picture,
+    Progress,
+    Trainer,
+    alone,
+    check_unfinished,
+    refuse_other,
+    run,
+)
 
 __all__ = ["FitConfig", "fit"]
 
@@ -67,14 +75,13 @@ def fit(
         KeyboardInterrupt: on Ctrl-C; the message says what is kept where.
     """
     config, codec = resolved(config or FitConfig(), ""), codec or PixelCodec()
-    target, key = Path(out), key_of(data, config, codec=codec.config())
+    target, key = Path(out), _key(data, config, codec)
     checkpoint = f"{target.name}.checkpoint"
     with alone(target) as store:
-        if target.exists():
-            made = Generator.load(target)
-            refuse_other(target, made.info.get("fit"), key)
+        finished = _finished(target, key)
+        if finished is not None:
             store.remove(checkpoint)  # a kill may have come before this
-            return made
+            return finished
         latents = codec.encode(data.train.images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -97,6 +104,31 @@ def fit(
             made.save(target)
         store.remove(checkpoint)
     return Generator.load(target)
+
+
+def check_out(data: ImageData, config: FitConfig, out: str | os.PathLike[str]) -> None:
+    """Refuses, as `fit` does and touching nothing, an `out` that holds another training.
+
+    Raises:
+        StoreError: so it is, or its checkpoint is.
+        GeneratorError: it is no generator.
+    """
+    target, key = Path(out), _key(data, resolved(config, ""), PixelCodec())
+    if _finished(target, key) is None:
+        check_unfinished(target, key)
+
+
+def _key(data: ImageData, config: FitConfig, codec: Codec) -> dict[str, Any]:
+    return key_of(data, config, codec=codec.config())
+
+
+def _finished(target: Path, key: dict[str, Any]) -> Generator | None:
+    """The generator that is there, of this training."""
+    if not target.exists():
+        return None
+    made = Generator.load(target)
+    refuse_other(target, made.info.get("fit"), key)
+    return made
 
 
 def resolved(config: FitConfig, tune: str) -> FitConfig:

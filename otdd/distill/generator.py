@@ -33,6 +33,7 @@ UNNAMED = (
     "; it was saved without names (diffusers loses them): put a list of them, in the order of the "
     "labels, as classes.json into its folder"
 )
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers calls them
 SHIPPED = {"digits": "digits.safetensors"}
 SCHEDULERS = ("ddim", "ddpm", "dpm++")
 
@@ -216,9 +217,15 @@ class Generator:
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing:
             raise GeneratorError(f"{folder} is no DiT pipeline: {', '.join(missing)} missing")
-        for part in ("transformer", "vae"):  # other files of weights are pickles
-            if not list((folder / part).glob("*.safetensors")):
-                raise GeneratorError(f"{folder / part} holds no weights as safetensors")
+        for part in ("transformer", "vae"):  # .bin files of weights are pickles
+            if not any(
+                (folder / part / name).exists() for name in (WEIGHTS, f"{WEIGHTS}.index.json")
+            ):
+                raise GeneratorError(
+                    f"{folder / part} has no {WEIGHTS}; it is in what diffusers saves anew: "
+                    f"DiTPipeline.from_pretrained({str(folder)!r}).save_pretrained(FOLDER), with "
+                    "variant='fp16' or the like in from_pretrained where the files have it"
+                )
         diffusers = import_diffusers()
         with _readable(folder):
             transformer, vae = (

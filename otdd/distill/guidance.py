@@ -6,7 +6,8 @@ the latents in flight (with those finished before) and the real ones,
 
     P = sinkhorn(C(z_n, x_j), eps = lambda_1 * std(C)),
 
-and moves each latent by one of two forms. With T(z_n) = sum_j P_nj x_j / sum_j P_nj,
+and moves each latent by one of two forms. With T(z_n) = sum_j P_nj x_j / a_n, where a_n is the
+weight of z_n, to which row n of P sums within some per cent after the iterations of the default,
 
     projection:  z <- z + strength * (T(z) - z)
     gradient:    z <- z - strength * rho_t * g,   g_n = sum_j P_nj grad_z c(z_n, x_j), P held fixed,
@@ -174,7 +175,7 @@ class OTGuidance(Guidance):
         flight = self._in_flight(x, class_labels)
         y = flight.real
         if self.config.target == "q_sample":
-            y = self._noised(y, flight.present, int(t), alpha_bar)
+            y = self._noised(y, flight.present, t, alpha_bar)
         finished = self._finish(memory, flight, y)
         move = self._move(flight, flight.padding.of(x), y, finished)
         return move.flatten(0, 1)[flight.padding.slots].view_as(x).to(x.dtype)
@@ -265,9 +266,15 @@ class OTGuidance(Guidance):
         scores = (-C / spread[:, None, None]).masked_fill(flight.barred[:, None], -torch.inf)
         return others, scores.softmax(-1)
 
-    def _noised(self, y: Tensor, present: list[int], t: int, alpha_bar: float | None) -> Tensor:
+    def _noised(
+        self, y: Tensor, present: list[int], t: int | Tensor, alpha_bar: float | None
+    ) -> Tensor:
         if alpha_bar is None:
             raise ValueError("alpha_bar is needed by the target 'q_sample'")
+        if isinstance(t, Tensor) and t.numel() != 1:
+            seen = f"a tensor of {tuple(t.shape)}"
+            raise ValueError(f"t: {seen} is not accepted; expected one timestep for all latents")
+        t = int(t)
         noise = [
             torch.randn(
                 y.shape[1:],

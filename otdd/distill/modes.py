@@ -10,6 +10,8 @@ are more images than modes they start over.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,10 +49,10 @@ class ModeGuidance(Guidance):
         check_latents(latents, class_labels, "latents")
         present, groups = group_classes(class_labels)
         sizes = torch.bincount(groups)
-        if not 1 <= count <= int(sizes.min()):
+        if not isinstance(count, Integral) or not 1 <= count <= int(sizes.min()):
             label = present[int(sizes.argmin())]
             raise ValueError(
-                f"count: {count} is not accepted; expected 1 to {int(sizes.min())}, the latents "
+                f"count: {count!r} is not accepted; expected 1 to {int(sizes.min())}, the latents "
                 f"of class {label}"
             )
         for group, label in enumerate(present):

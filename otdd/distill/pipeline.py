@@ -99,10 +99,14 @@ class Run:
             if config.sample.compile:
                 made.generator.transformer.compile()
         store = _open_store(config, made.known, made.data, workers)
-        run = cls(config, store, made.data, made.generator, made.latents, workers, progress)
-        if store.has(METRICS):
-            run.timings = dict(store.read_json(METRICS)["timings"])
-        progress("prepare", 1, 1)
+        try:
+            run = cls(config, store, made.data, made.generator, made.latents, workers, progress)
+            if store.has(METRICS):
+                run.timings = dict(store.read_json(METRICS)["timings"])
+            progress("prepare", 1, 1)
+        except BaseException:  # a process that lives on would keep its lock
+            store.close()
+            raise
         return run
 
     def sample(self) -> None:
@@ -375,16 +379,21 @@ class _Timer:
 def _open_store(
     config: RunConfig, known: dict[str, Any], data: ImageData, workers: Workers
 ) -> Store:
-    if workers.first:
-        store = Store.open(config.out, known, lock=True)
-        store.write_json(CONFIG, found_again(config))
-        if not store.has(DATA):  # of the same data: the store has compared its hash
-            store.write_json(DATA, describe(data))
-    workers.wait()
     if not workers.first:
+        workers.wait()
         store = Store(config.out)
         store.check(known)
         store.sums.keep(f"{workers.rank}-{uuid.uuid4().hex[:8]}")
+        return store
+    store = Store.open(config.out, known, lock=True)
+    try:
+        store.write_json(CONFIG, found_again(config))
+        if not store.has(DATA):  # of the same data: the store has compared its hash
+            store.write_json(DATA, describe(data))
+        workers.wait()
+    except BaseException:
+        store.close()
+        raise
     return store
 
 

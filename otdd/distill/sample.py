@@ -16,7 +16,7 @@ from torch import Tensor
 from otdd.distill.config import RunConfig, SampleConfig
 from otdd.distill.data import ImageData
 from otdd.distill.denoising import Guides, denoise, stepper
-from otdd.distill.generator import Generator
+from otdd.distill.generator import Generator, GeneratorError
 from otdd.distill.latents import Latents
 from otdd.distill.relabel import Teacher
 from otdd.distill.store import Store
@@ -142,6 +142,9 @@ def run_batch(
         terms: of the guided update, with their references set.
         memory: finished latents and their data labels, for the terms.
         on_step: called after each step.
+
+    Raises:
+        GeneratorError: NaN or infinite latents; on the CPU at the step that predicts them.
     """
     size = config.batch_images
     if size == "auto":
@@ -151,14 +154,17 @@ def run_batch(
     noise = [torch.randn(generator.latent_shape, generator=s) for s in batch.streams]
 
     def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        return denoiser.predict(z, t, batch.labels, config.guidance_scale, batch=size)
+        made = denoiser.predict(z, t, batch.labels, config.guidance_scale, batch=size)
+        if z.device.type == "cpu":  # elsewhere every step would wait for the device
+            _require_finite(made[0], config)
+        return made
 
     def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
         if on_step is not None:
             on_step()
         return x
 
-    return denoise(
+    latents = denoise(
         predict,
         scheduler,
         torch.stack(noise).to(generator.device),
@@ -167,6 +173,17 @@ def run_batch(
         advance=stepper(scheduler, batch.streams),
         on_step=stepped,
     )
+    _require_finite(latents, config)
+    return latents
+
+
+def _require_finite(latents: Tensor, config: SampleConfig) -> None:
+    if not torch.isfinite(latents).all():
+        raise GeneratorError(
+            f"generator: NaN or infinity in what it predicts, in sample.precision "
+            f"{config.precision}; expected finite numbers: float32 has a wider range than float16, "
+            "and weaker guidance (sample.guidance.strength) goes less far from the model's latents"
+        )
 
 
 def _sample_group(

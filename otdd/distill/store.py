@@ -102,9 +102,7 @@ class Store:
         Returns:
             `identity` as plain JSON values.
         """
-        with self._writing(MANIFEST):
-            if self.path.exists() and not self.path.is_dir():
-                raise StoreError(f"{self.path} is a file; --out needs a folder")
+        self.require_folder()
         plain: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         if self.has(MANIFEST):
             self.sums.verify([MANIFEST])
@@ -115,6 +113,13 @@ class Store:
                 f"{self._foreign_files()[0]!r}); choose another --out"
             )
         return plain
+
+    def require_folder(self) -> None:
+        """Refuse a path that is, or lies in, what is no folder, touching nothing."""
+        with self._writing(MANIFEST):
+            there = next((p for p in (self.path, *self.path.parents) if p.exists()), self.path)
+            if there.exists() and not there.is_dir():
+                raise StoreError(f"{there} is a file; --out needs a folder")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -128,6 +133,7 @@ class Store:
     def probe(self, target: str) -> None:
         """Refuse a folder in which this file cannot be written, before any work."""
         name = _temp_name(target)
+        self.require_folder()
         with self._writing(name):
             self.path.mkdir(parents=True, exist_ok=True)
             try:

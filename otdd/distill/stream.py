@@ -1,6 +1,6 @@
 """Training images read when they are asked for, in the order in which `load_data` holds them.
 
-Memory does not grow with the data: a million images are a list of paths. The headers of all files
+Of a million images memory holds their paths alone, some 0.4 KiB each. The headers of all files
 are looked at first, so that what is wrong is told, with every name, before any work.
 """
 
@@ -21,6 +21,8 @@ from otdd.distill.inputs.listing import THREADS, Source, read_all
 from otdd.distill.inputs.pictures import size_problems
 from otdd.distill.inputs.problems import DataError
 from otdd.distill.inputs.spec import BUILTIN, open_listing
+
+_AT_ONCE = 4096  # images that wait for a thread, each a kilobyte or two
 
 
 class Known(NamedTuple):
@@ -183,5 +185,7 @@ def _look(
             return made if isinstance(made, str) else header
         return header
 
+    count = len(source)
+    parts = (range(k, min(k + _AT_ONCE, count)) for k in range(0, count, _AT_ONCE))
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(one, range(len(source))))
+        return [seen for part in parts for seen in pool.map(one, part)]

@@ -14,6 +14,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -80,6 +81,7 @@ class Guidance(ABC):
         """
         if alpha_bar is not None and not 0 <= alpha_bar <= 1:
             raise ValueError(f"alpha_bar: {alpha_bar} is not accepted; expected 0 to 1")
+        check_rms(output_rms, len(x))
         if memory is not None:
             check_memory(memory, tuple(x.shape[1:]))
         move = self.direction(x, t, class_labels, alpha_bar=alpha_bar, memory=memory)
@@ -171,6 +173,17 @@ def check_labels(class_labels: Tensor, count: int) -> None:
             f"class_labels must be int64 of shape ({count},), got {class_labels.dtype} "
             f"{tuple(class_labels.shape)}"
         )
+
+
+def check_rms(output_rms: Tensor | float, count: int) -> None:
+    """Refuses what is neither a number nor one for each of so many latents."""
+    number = isinstance(output_rms, Real) and math.isfinite(output_rms) and output_rms >= 0
+    if number or (isinstance(output_rms, Tensor) and output_rms.shape in ((), (count,))):
+        return
+    seen = tuple(output_rms.shape) if isinstance(output_rms, Tensor) else repr(output_rms)
+    raise ValueError(
+        f"output_rms: {seen} is not accepted; expected a number >= 0, or a tensor ({count},)"
+    )
 
 
 def check_memory(memory: Memory, shape: tuple[int, ...]) -> None:

@@ -278,10 +278,9 @@ def run(
         KeyboardInterrupt: on Ctrl-C, after the step in progress and its checkpoint; says so.
     """
     config, checkpoint = trainer.config, f"{name}.checkpoint"
-    if store.has(checkpoint):
-        tensors, meta = store.read_sealed(checkpoint)
-        refuse_other(store.path / checkpoint, meta["key"], key)
-        trainer.load(tensors, meta["step"])
+    kept = kept_of(store, name, key)
+    if kept is not None:
+        trainer.load(*kept)
 
     with _held_interrupt() as interrupted:
         while trainer.step < config.steps:
@@ -304,6 +303,31 @@ def run(
                 raise KeyboardInterrupt(f"{step} of {config.steps} steps are kept in {where}")
     if progress is not None:
         progress("fit", config.steps, config.steps, f"loss {trainer.loss:.4f}")
+
+
+def check_unfinished(target: Path, key: dict[str, Any]) -> None:
+    """Refuses, touching nothing, where a result is to go but another training is on its way.
+
+    Raises:
+        StoreError: so it is, its checkpoint is damaged, or there can be no such folder.
+    """
+    store = Store(target.parent)
+    store.require_folder()
+    kept_of(store, target.name, key)
+
+
+def kept_of(store: Store, name: str, key: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
+    """Tensors and step of the checkpoint beside a result, None where there is none.
+
+    Raises:
+        StoreError: it is that of another training, or damaged.
+    """
+    checkpoint = f"{name}.checkpoint"
+    if not store.has(checkpoint):
+        return None
+    tensors, meta = store.read_sealed(checkpoint)
+    refuse_other(store.path / checkpoint, meta.get("key"), key)
+    return tensors, meta["step"]
 
 
 def refuse_other(path: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> None:

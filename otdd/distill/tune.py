@@ -26,7 +26,15 @@ from otdd.distill.fit import Pictures, key_of, resolved
 from otdd.distill.fit_config import FitConfig
 from otdd.distill.generator import Generator, build_transformer, generator_digest
 from otdd.distill.store import Store
-from otdd.distill.trainer import Picture, Progress, Trainer, alone, refuse_other, run
+from otdd.distill.trainer import (
+    Picture,
+    Progress,
+    Trainer,
+    alone,
+    check_unfinished,
+    refuse_other,
+    run,
+)
 
 SUMMARY = "fit.json"
 TABLE = "class_embedder.embedding_table.weight"
@@ -77,14 +85,12 @@ def tune(
         StoreError: `out` or its checkpoint is there, of another training.
         KeyboardInterrupt: on Ctrl-C; the message says what is kept where.
     """
-    config = resolved(config or FitConfig(), (config or FitConfig()).tune)
-    _check(config, base, data)
-    target, key = Path(out), key_of(data, config, base=generator_digest(base))
+    config, key = _checked(data, base, config or FitConfig())
+    target = Path(out)
     checkpoint = f"{target.name}.checkpoint"
     with alone(target) as store:
         if target.exists():
-            made = Store(target)
-            refuse_other(target, made.read_json(SUMMARY) if made.has(SUMMARY) else None, key)
+            _refuse_other(target, key)
             store.remove(checkpoint)  # a kill may have come before this
             return _finished(target)
         with torch.random.fork_rng(devices=[]):
@@ -102,6 +108,22 @@ def tune(
             _save(target, fold(model).cpu(), now, {**key, **facts})
         store.remove(checkpoint)
     return _finished(target)
+
+
+def check_out(
+    data: ImageData, base: Generator, config: FitConfig, out: str | os.PathLike[str]
+) -> None:
+    """Refuses, as `tune` does and touching nothing, an `out` that holds another training.
+
+    Raises:
+        ConfigError: settings, base and data do not fit.
+        StoreError: `out` or its checkpoint is there, of another training.
+    """
+    target, (_, key) = Path(out), _checked(data, base, config)
+    if target.exists():
+        _refuse_other(target, key)
+    else:
+        check_unfinished(target, key)
 
 
 def with_classes(base: nn.Module, old: Sequence[str], new: Sequence[str]) -> nn.Module:
@@ -179,6 +201,20 @@ class _Scaled(nn.Module):
         if self.linear.bias is not None:
             self.linear.bias.mul_(self.scale)
         return self.linear
+
+
+def _checked(
+    data: ImageData, base: Generator, config: FitConfig
+) -> tuple[FitConfig, dict[str, Any]]:
+    """The settings with what is chosen, and what the trained weights depend on."""
+    config = resolved(config, config.tune)
+    _check(config, base, data)
+    return config, key_of(data, config, base=generator_digest(base))
+
+
+def _refuse_other(target: Path, key: dict[str, Any]) -> None:
+    made = Store(target)
+    refuse_other(target, made.read_json(SUMMARY) if made.has(SUMMARY) else None, key)
 
 
 def _check(config: FitConfig, base: Generator, data: ImageData) -> None:

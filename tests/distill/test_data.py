@@ -1,6 +1,7 @@
 """Built-in data and image folders: what is accepted, and what is refused with every name."""
 
 import unicodedata
+import warnings
 
 import numpy as np
 import pytest
@@ -40,6 +41,16 @@ def test_digits():
     assert data.train.images.dtype == torch.uint8
     assert data.classes == [str(k) for k in range(10)]
     assert data.fingerprint == load_data("digits").fingerprint
+
+
+def test_a_folder_named_as_a_data_set_of_otdd_is_told_of(tmp_path, monkeypatch):
+    folder(tmp_path / "digits", split=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(DataWarning, match=r"data 'digits': .* come with otdd; './digits' is the f"):
+        assert load_data("digits").num_classes == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_data("./digits").classes == ["a", "b"]
 
 
 def test_textures_are_split_in_space():

@@ -17,6 +17,7 @@ from otdd.distill import (
     GuidanceConfig,
     OTDiTPipeline,
     OTGuidance,
+    denoise,
 )
 from otdd.distill.codec import import_diffusers
 
@@ -361,6 +362,28 @@ def test_schedulers_that_cannot_be_guided():
             run(made, guidance=ot())
         made.scheduler = kind(**settings, prediction_type="v_prediction")
         assert torch.isfinite(run(made, guidance=ot())).all()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        diffusers.EulerAncestralDiscreteScheduler,
+        diffusers.KDPM2AncestralDiscreteScheduler,
+        diffusers.KDPM2DiscreteScheduler,
+        diffusers.PNDMScheduler,
+    ],
+)
+def test_predictions_that_a_scheduler_has_not_got_are_refused_before_any_work(kind, guided):
+    made = pipe()
+    made.scheduler = kind(prediction_type="sample")
+    made.transformer.register_forward_pre_hook(lambda *_: pytest.fail("work was done"))
+    refusal = f"scheduler: {kind.__name__} has no prediction_type 'sample'; accepted: epsilon, v_p"
+    with pytest.raises(ValueError, match=refusal):
+        run(made, guidance=ot() if guided else None)
+    made.scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match=refusal):  # and in a loop of one's own
+        denoise(lambda *_: pytest.fail("work was done"), made.scheduler, torch.randn(2, 4, 4, 4))
 
 
 def test_importing_the_package_stays_light():

@@ -51,6 +51,24 @@ def test_names_that_diffusers_lost_are_asked_for(root, tmp_path, capsys):
     (root / "dit/classes.json").unlink()
 
 
+@pytest.mark.parametrize("how", [{"safe_serialization": False}, {"variant": "fp16"}])
+def test_other_files_of_weights_are_refused_with_the_way_out(root, tmp_path, capfd, how):
+    dit_pipeline().save_pretrained(tmp_path / "other", **how)
+    (tmp_path / "other" / "classes.json").write_text(json.dumps(NAMES))
+    other = ["--resolution", "8", "--generator", tmp_path / "other"]
+    assert call(*command(root, tmp_path / "run", *other)) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert "transformer has no diffusion_pytorch_model.safetensors; it is in what diffusers" in err
+    variant = {key: value for key, value in how.items() if key == "variant"}
+    pipe = import_diffusers().DiTPipeline.from_pretrained(tmp_path / "other", **variant)
+    pipe.save_pretrained(tmp_path / "anew", max_shard_size="20KB")  # as told, here in parts
+    assert len(list((tmp_path / "anew" / "transformer").glob("*.safetensors"))) > 1
+    assert (
+        Generator.load(tmp_path / "anew").latent_shape == Generator.load(root / "dit").latent_shape
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -1,5 +1,8 @@
 """Encoded data sets: the latents of the images, shard by shard, checked, and used by sampling."""
 
+import os
+import tracemalloc
+
 import pytest
 import torch
 from distill.test_data import folder, picture
@@ -11,6 +14,7 @@ from otdd.distill.config import ConfigError
 from otdd.distill.data import DataError, load_data
 from otdd.distill.encode import EncodeConfig, encode
 from otdd.distill.fit import FitConfig, fit
+from otdd.distill.inputs import pictures
 from otdd.distill.latents import Latents
 from otdd.distill.modes import kmeans_centres
 from otdd.distill.store import Store, StoreError
@@ -56,6 +60,20 @@ def test_folders_of_other_commands_are_refused(tmp_path, capsys, command, dry):
         assert said in err
         assert err.count("\n") == 1
     assert listing(made) == before
+
+
+def test_memory_of_many_images_is_that_of_their_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "header", lambda path: (1, 8, 8))
+    for name in ("a", "b"):
+        picture(tmp_path / name / "0.png", 1)
+        for n in range(1, 10_000):
+            os.link(tmp_path / name / "0.png", tmp_path / name / f"{n}.png")
+    tracemalloc.start()
+    made = open_stream(tmp_path, resolution=8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(made) == 16_000
+    assert peak / 20_000 < 1200  # 2100 bytes when all of them waited for the threads at once
 
 
 @pytest.mark.parametrize("split", [True, False])

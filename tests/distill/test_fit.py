@@ -15,7 +15,7 @@ from distill import tiny
 from PIL import Image
 
 from otdd.distill.config import ConfigError
-from otdd.distill.fit import SCHEDULE, FitConfig, Pictures, fit
+from otdd.distill.fit import SCHEDULE, FitConfig, Pictures, check_out, fit
 from otdd.distill.generator import Generator
 from otdd.distill.store import StoreError
 from otdd.distill.trainer import DiffusionLoss, Trainer
@@ -111,8 +111,10 @@ def test_other_settings_are_refused_where_a_training_is(tmp_path):
     out, other = tmp_path / "g.safetensors", dataclasses.replace(TINY, lr=1e-4)
     with pytest.raises(Stop):
         fit(tiny.images(), TINY, out, progress=stop_at(3))
-    with pytest.raises(StoreError, match=r"checkpoint is of .*lr: 0.001 there, 0.0001"):
-        fit(tiny.images(), other, out)
+    for refuse in (fit, check_out):
+        with pytest.raises(StoreError, match=r"checkpoint is of .*lr: 0.001 there, 0.0001"):
+            refuse(tiny.images(), other, out)
+    check_out(tiny.images(), TINY, out)
     made = fit(tiny.images(), TINY, out)
     with pytest.raises(StoreError, match=r"g.safetensors is of another training \(lr"):
         fit(tiny.images(), other, out)

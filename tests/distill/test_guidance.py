@@ -1,5 +1,7 @@
 """`OTGuidance`: the direction is the one of METHOD, for every target, form, cost and class size."""
 
+import math
+
 import pytest
 import scipy.fft
 import torch
@@ -362,6 +364,14 @@ def test_refusals():
             guidance(x, 0, labels, memory=memory)
     with pytest.raises(ValueError, match=r"alpha_bar: 1\.5 is not accepted; expected 0 to 1"):
         guidance(x, 0, labels, alpha_bar=1.5)
+    for rms in ("1", math.nan, -1.0, torch.ones(3), None):
+        with pytest.raises(ValueError, match=r"output_rms: .* expected a number >= 0, or a tensor"):
+            guidance(x, 0, labels, output_rms=rms)
+    noised = guided(target="q_sample")
+    with pytest.raises(ValueError, match=r"t: a tensor of \(2,\) is not accepted; expected one"):
+        noised(x, torch.tensor([3, 3]), labels, alpha_bar=0.5)
+    one = noised(x, torch.tensor([3]), labels, alpha_bar=0.5)
+    assert torch.equal(one, noised(x, 3, labels, alpha_bar=0.5))
     with pytest.raises(ValueError, match="config: dict is not accepted; expected GuidanceConfig"):
         OTGuidance({"strength": 0.3})
     for lambda_1 in (0.0, 1e-8):  # at 1e-8 projections were off by 1e6

@@ -170,3 +170,33 @@ def test_tools_tell_what_they_take_and_write_nothing(tmp_path, capsys, command):
     assert "one step timed at" in told
     assert re.search(r"about [\d.]+ [MG]iB at the peak of the timed steps", told)
     assert not out.exists()
+
+
+def test_fit_refuses_an_out_of_another_training(tmp_path, capsys):
+    def fit(*more):
+        return call(capsys, "fit", "--data", "digits", "--grid-every", 0, "--batch", 2, *more)
+
+    out, other = tmp_path / "g.safetensors", ("--steps", 9, "--dry-run")
+    assert fit("--out", out, "--steps", 2)[0] == 0
+    assert fit("--out", out, "--steps", 2, "--dry-run")[0] == 0
+    code, told, err = fit("--out", out, *other)
+    assert (code, told) == (2, "")
+    assert "g.safetensors is of another training (steps: 2 there, 9 here); choose another" in err
+    (tmp_path / "g.safetensors.checkpoint").write_bytes(b"")  # left by a kill: goes with the rest
+    assert fit("--out", out, "--steps", 2, "--dry-run")[0] == 0
+    out.rename(tmp_path / "h.safetensors.checkpoint")  # and one that is not a checkpoint
+    code, _, err = fit("--out", tmp_path / "h.safetensors", *other)
+    assert code == 2
+    assert "h.safetensors.checkpoint" in err
+
+
+@pytest.mark.parametrize("command", ["fit", "fit-surrogate", "encode", "sample"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_out_below_a_file_is_refused_before_any_work(tmp_path, capsys, command, dry):
+    (tmp_path / "file").write_bytes(b"mine")
+    more = ["--ipc", 1] * (command == "sample")
+    out = tmp_path / "file" / "below" / "out"
+    code, told, err = call(capsys, command, "--data", "digits", *more, "--out", out, *dry)
+    assert (code, told) == (2, "")
+    assert err.endswith(f"{tmp_path / 'file'} is a file; --out needs a folder\n")
+    assert (tmp_path / "file").read_bytes() == b"mine"

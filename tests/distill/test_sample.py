@@ -1,5 +1,6 @@
 """Guided sampling and the baselines: exact resume, independence of grouping, every combination."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -235,6 +236,15 @@ def test_who_compares_starts():
     assert not by_teachers(latents="encoded")
     with pytest.raises(ConfigError, match=r"sample\.judge: 'teachers' is not accepted"):
         by_teachers(latents="encoded", judge="teachers")
+
+
+@pytest.mark.parametrize("name", ["otg", "unguided"])
+def test_predictions_that_are_no_numbers_are_refused(tmp_path, data, generator, name):
+    broken = dataclasses.replace(generator, transformer=copy.deepcopy(generator.transformer))
+    next(broken.transformer.parameters()).data.fill_(torch.nan)
+    with pytest.raises(GeneratorError, match=r"NaN or infinity .* sample.precision float32; exp"):
+        run(tmp_path, data, broken, settings(), name)
+    assert not Store(tmp_path).has_images(name)
 
 
 def test_class_missing_from_the_generator(tmp_path, data, generator):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from otdd.distill.pipeline import run_stages
+from otdd.distill.settings import resolve
 from otdd.distill.store import LOCK, MANIFEST, TEMP, Store, StoreError
 from otdd.distill.sums import SUMS
 
@@ -110,3 +112,28 @@ def test_lock_refuses_a_second_process_and_heals(tmp_path):
     with Store.open(tmp_path, RUN, lock=True):
         assert not stale.exists()
         assert (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "data.json", "metrics.json"])
+def test_a_run_that_fails_as_it_opens_gives_the_lock_back(tmp_path, monkeypatch, file):
+    out = tmp_path / "run"
+    settings = {"sets": ["random"], "train": {"losses": ["ce"]}}
+    config = resolve({"data": "digits", "ipc": 1, "out": str(out), **settings})
+    write = Store.write_bytes
+
+    def full(self, name, data):
+        if name == file:
+            raise OSError(errno.ENOSPC, "full")
+        write(self, name, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write_bytes", full)
+        with pytest.raises(OSError, match="full"):
+            run_stages(config, ("sample",))
+    if file == "metrics.json":
+        (out / file).write_text("{")
+        with pytest.raises(StoreError, match=r"metrics\.json cannot be read"):
+            run_stages(config, ("sample",))
+        (out / file).unlink()
+    run_stages(config, ("sample",))  # in the same process: the folder was "in use"
+    assert (out / "data.json").exists()

@@ -184,8 +184,9 @@ def test_terms_without_their_reference():
             term(x, 0, LABELS, alpha_bar=0.5)
     with pytest.raises(ValueError, match=r"latents of \(1, 5, 5\), the modes have \(1, 4, 4\)"):
         modes.check(torch.tensor([0]), (1, 5, 5))
-    with pytest.raises(ValueError, match="count: 5 is not accepted; expected 1 to 4"):
-        modes.set_reference(random(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64), 5)
+    for count in (5, 2.5, "2"):
+        with pytest.raises(ValueError, match=f"count: {count!r} is not accepted; expected 1 to 4"):
+            modes.set_reference(random(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64), count)
     with pytest.raises(ValueError, match="alpha_bar is needed"):
         guidance(x[:1], 0, LABELS[:1])
 

@@ -14,7 +14,15 @@ from otdd.distill.config import ConfigError
 from otdd.distill.fit import FitConfig
 from otdd.distill.generator import Generator, GeneratorError, load_generator
 from otdd.distill.store import StoreError
-from otdd.distill.tune import TABLE, choose, fold, load_base, tune, with_classes
+from otdd.distill.tune import (
+    TABLE,
+    check_out,
+    choose,
+    fold,
+    load_base,
+    tune,
+    with_classes,
+)
 
 OLD = ["c1", "sofa", "lamp"]
 SETTINGS = {"steps": 4, "batch": 8, "checkpoint_every": 2, "grid_every": 0, "lr": 1e-2, "rank": 2}
@@ -130,8 +138,11 @@ def test_interrupted_tuning_ends_with_the_same_bytes(folder, data, tmp_path, met
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
     file = "transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    with pytest.raises(StoreError, match="another training"):
-        tune(data, base, FitConfig(**SETTINGS, tune=method, seed=1), tmp_path / "whole")
+    other = FitConfig(**SETTINGS, tune=method, seed=1)
+    for refuse in (tune, check_out):
+        with pytest.raises(StoreError, match="another training"):
+            refuse(data, base, other, tmp_path / "whole")
+    check_out(data, base, config, tmp_path / "whole")
 
 
 def test_what_cannot_be_tuned_is_refused(folder, data, tmp_path, monkeypatch):

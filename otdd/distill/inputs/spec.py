@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from otdd.distill.inputs.problems import DataError
+from otdd.distill.inputs.problems import DataError, warn
 from otdd.distill.inputs.table import TABLES
 
 if TYPE_CHECKING:
@@ -73,11 +73,16 @@ def open_listing(text: str | os.PathLike[str], resolution: int | None = None) ->
 
     Raises:
         DataError: there are none, or what names them is not understood.
+
+    Warns:
+        DataWarning: a data set of otdd has the name of a folder that is there.
     """
     text = os.fspath(text)
     if text in BUILTIN:
         from otdd.distill.inputs import builtin
 
+        if Path(text).is_dir():
+            warn(f"data {text!r}", f"these images come with otdd; './{text}' is the folder here")
         return builtin.digits() if text == "digits" else builtin.textures()
     spec = Spec.parse(text)
     known = OPTIONS[spec.kind]
