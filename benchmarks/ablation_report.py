@@ -1,8 +1,8 @@
 """Tables and figures of the ablations, and of the formats of labels, from their result files.
 
-python benchmarks/ablation_report.py                      # tables, printed
-python benchmarks/ablation_report.py --readme README.md   # the first five between their markers
-python benchmarks/ablation_report.py --plots              # PNG files into benchmarks/results
+python benchmarks/ablation_report.py            # tables, printed
+python benchmarks/ablation_report.py --write    # and put between the markers of the pages
+python benchmarks/ablation_report.py --plots    # PNG files into benchmarks/results
 
 Differences are paired by seed; behind them stand the half width of their 95 % t interval and, where
 it is not that of the heading, the number of seeds. None is corrected for the number of comparisons.
@@ -19,16 +19,13 @@ from typing import Any
 from ablation import paired
 from report import into_readme
 
-RESULTS = Path(__file__).parent / "results"
-MARKERS = "<!-- ablation -->", "<!-- /ablation -->"
-NOW_MARKERS = "<!-- sampling now -->", "<!-- /sampling now -->"
-FRESH_MARKERS = "<!-- fresh seeds -->", "<!-- /fresh seeds -->"
-SEEN_MARKERS = "<!-- training images -->", "<!-- /training images -->"
-CHANCE_MARKERS = "<!-- chance -->", "<!-- /chance -->"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 FRESH = range(100, 10**9)  # seeds that chose no setting
 CHECKED = ("no-otm", "full", "beta_2-0.8")  # what the sweep found best, on fresh seeds
 NOW = ("run-no-otg", "full", "no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
-CHANCE = ("run-before", "run-no-otg", "random", "hard-run", "hard-run-before")
+TODAY = ("run-no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
+BEFORE = ("run-before", "hard-run-before")
 ARMS = {
     "full": "full",
     "no-otg": "without transport in sampling",
@@ -40,6 +37,11 @@ ARMS = {
 }
 Rows = list[dict[str, Any]]
 Runs = dict[int, float]
+
+
+def cells(name: str) -> Rows:
+    """Those of a result file."""
+    return json.loads((RESULTS / f"ablation_{name}.json").read_text())["cells"]
 
 
 def runs(rows: Rows, measure: str = "accuracy", **key: Any) -> Runs:
@@ -88,14 +90,14 @@ def labels_table(
     head = ["arm", *(f"{c['data']}, {c['arch']}, IPC {c['ipc']}, n={n}" for c, n in pairs)]
     body = [[f"`{top}`", *(value(runs(rows, measure, arm=top, **c)) for c in columns)]]
     for arm in arms:
-        cells = []
+        line = []
         for c, n in pairs:
             if arm == "no-lia" and c["ipc"] < 10:
-                cells.append("the same")
+                line.append("the same")
                 continue
             these, others = (runs(rows, measure, arm=a, **c) for a in (arm, base(arm)))
-            cells.append(difference(these, others, n))
-        body.append([f"`{arm}`", *cells])
+            line.append(difference(these, others, n))
+        body.append([f"`{arm}`", *line])
     return lines(head, body)
 
 
@@ -119,16 +121,42 @@ def now_table(labels: Rows, seeds: range = range(100), measure: str = "accuracy"
     there = [tuple(c.values()) for c in groups([r for r in rows if r["arm"] == "run"], *key)]
     rows = [r for r in rows if tuple(r[k] for k in key) in there]
     arms = [arm for arm in NOW if any(r["arm"] == arm for r in rows)]
-    return labels_table(
-        rows, arms, lambda arm: "hard-run" if arm == "hard-run-no-otg" else "run", "run", measure
-    )
+    return labels_table(rows, arms, _base_now, "run", measure)
 
 
-def chance_table(rows: Rows, measure: str = "accuracy") -> str:
-    """What `otdd run` samples with now, beside what it did while it moved what chance keeps."""
-    return labels_table(
-        rows, CHANCE, lambda arm: "hard-run" if arm == "hard-run-before" else "run", "run", measure
-    )
+def today_table(rows: Rows, measure: str = "accuracy") -> str:
+    """What `otdd run` samples, beside other sets and hard labels."""
+    rows = [r for r in rows if measure in r]
+    return labels_table(rows, TODAY, _base_now, "run", measure)
+
+
+def change_table(rows: Rows, measure: str = "accuracy") -> str:
+    """What `otdd run` sampled after a change, `run`, and before it."""
+    rows, key = [r for r in rows if measure in r], ("data", "arch", "epochs", "ipc")
+    there = groups([r for r in rows if r["arm"] == "run-before"], *key)
+    rows = [r for r in rows if {k: r[k] for k in key} in there]
+    return labels_table(rows, BEFORE, _base_now, "run", measure)
+
+
+def _base_now(arm: str) -> str:
+    return "hard-run" if arm.startswith("hard-run-") else "run"
+
+
+def pages(labels: Rows, chance: Rows, today: Rows) -> dict[str, tuple[str, str]]:
+    """Name of a pair of markers -> the page that has them, and the table between them."""
+    readme, page, seen = "README.md", "docs/ablations.md", "train_accuracy"
+    return {
+        "ablation": (readme, arms_table(labels)),
+        "today": (readme, today_table(today)),
+        "today, training images": (page, today_table(today, seen)),
+        "contrast": (page, change_table(today)),
+        "contrast, training images": (page, change_table(today, seen)),
+        "chance": (page, change_table(chance)),
+        "chance, training images": (page, change_table(chance, seen)),
+        "detail": (page, now_table(labels)),
+        "detail, training images": (page, seen_table(labels)),
+        "detail, fresh seeds": (page, now_table(labels, FRESH)),
+    }
 
 
 def formats_table(rows: Rows) -> str:
@@ -139,8 +167,8 @@ def formats_table(rows: Rows) -> str:
     body = [["`fp16`", *(f"{value(found)}, n={len(found)}" for found in whole)]]
     for name in dict.fromkeys(row["labels"] for row in rows if row["labels"] != "fp16"):
         these = [runs(rows, labels=name, **c) for c in columns]
-        cells = [difference(a, b, len(b)) for a, b in zip(these, whole, strict=True)]
-        body.append([f"`{name}`", *cells])
+        line = [difference(a, b, len(b)) for a, b in zip(these, whole, strict=True)]
+        body.append([f"`{name}`", *line])
     return lines(head, body)
 
 
@@ -283,21 +311,15 @@ def _figure(count: int, height: float, across: int = 4) -> tuple[Any, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, help=f"file to write into, between {MARKERS}")
+    parser.add_argument("--write", action="store_true", help="tables into the pages that show them")
     parser.add_argument("--plots", action="store_true")
     args = parser.parse_args()
-    names = ("ablation_labels", "ablation_guidance", "ablation_chance")
-    labels, guidance, kept = (
-        json.loads((RESULTS / f"{n}.json").read_text())["cells"] for n in names
-    )
+    labels, guidance, chance, today = map(cells, ("labels", "guidance", "chance", "today"))
     chosen = [row for row in labels if row["seed"] < 100]
     swept = [row for row in chosen if _swept(row) and "run" not in row["arm"]]
-    first, now, again = arms_table(labels), now_table(labels), now_table(labels, FRESH)
-    seen, chance = seen_table(labels), chance_table(kept)
-    print(first, now, "fresh seeds\n" + again, "training images\n" + seen, sep="\n\n", end="\n\n")
-    print("chance\n" + chance, end="\n\n")
-    seen_kept = [row for row in kept if row["data"] == "textures" and "train_accuracy" in row]
-    print("training images\n" + chance_table(seen_kept, "train_accuracy"), end="\n\n")
+    shown = pages(labels, chance, today)
+    for name, (_, text) in shown.items():
+        print(f"{name}\n{text}", end="\n\n")
     print(labels_table(swept, _arms(swept, "no-otm"), _base, "no-otm"), end="\n\n")
     real = [row for row in labels if row["arm"].startswith("random")]
     print(labels_table(real, _arms(real, "random"), lambda arm: "random", "random"), end="\n\n")
@@ -309,12 +331,9 @@ def main() -> None:
     print(guidance_table(guidance, range(100)), end="\n\n")
     print("fresh seeds\n" + guidance_table(guidance, FRESH), end="\n\n")
     print(speed(guidance))
-    if args.readme:
-        into_readme(args.readme, first, MARKERS)
-        into_readme(args.readme, now, NOW_MARKERS)
-        into_readme(args.readme, again, FRESH_MARKERS)
-        into_readme(args.readme, seen, SEEN_MARKERS)
-        into_readme(args.readme, chance, CHANCE_MARKERS)
+    if args.write:
+        for name, (page, text) in shown.items():
+            into_readme(ROOT / page, text, (f"<!-- {name} -->", f"<!-- /{name} -->"))
     if args.plots:
         plot_arms(_of_arms(labels), RESULTS / "ablation_labels.png")
         guidance = [row for row in guidance if row["seed"] < 100]

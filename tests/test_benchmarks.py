@@ -103,25 +103,14 @@ def test_the_readme_has_the_table_of_the_digits():
     assert f"{first}\n{text}\n{last}" in readme.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("part", ["arms", "now", "fresh", "seen", "chance"])
-def test_the_readme_has_the_tables_of_the_labels(part):
-    report = ablation_report
-    markers = {"arms": report.MARKERS, "now": report.NOW_MARKERS, "fresh": report.FRESH_MARKERS}
-    markers |= {"seen": report.SEEN_MARKERS, "chance": report.CHANCE_MARKERS}
-    first, last = markers[part]
-    readme = Path(__file__).parents[1] / "README.md"
-    if not readme.is_file():
+def test_pages_have_the_tables_of_the_ablations():
+    root = Path(__file__).parents[1]
+    if not (root / "README.md").is_file():
         pytest.skip("not run from the sources")
-    name = "ablation_chance.json" if part == "chance" else "ablation_labels.json"
-    cells = json.loads((report.RESULTS / name).read_text())["cells"]
-    text = {
-        "arms": report.arms_table,
-        "now": report.now_table,
-        "fresh": lambda cells: report.now_table(cells, report.FRESH),
-        "seen": report.seen_table,
-        "chance": report.chance_table,
-    }[part](cells)
-    assert f"{first}\n{text}\n{last}" in readme.read_text(encoding="utf-8")
+    files = map(ablation_report.cells, ("labels", "chance", "today"))
+    for name, (page, text) in ablation_report.pages(*files).items():
+        shown = (root / page).read_text(encoding="utf-8")
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in shown, f"{page}: {name}"
 
 
 def test_every_contender_takes_part_in_turn():

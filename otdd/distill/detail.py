@@ -1,4 +1,4 @@
-"""Guidance by means of images, without their blur (ours).
+"""Guidance by means of images, with the detail and the contrast of images (ours).
 
 A barycentric projection is a mean of many real latents. Where these line up, as digits do, it is
 one of their kind; where they do not, as in photographs, it has lost their detail, and a latent that

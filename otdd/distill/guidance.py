@@ -17,7 +17,7 @@ weight of z_n, to which row n of P sums within some per cent after the iteration
 With `repulsion` = kappa > 0 the real latents R of the other classes in the call push away: the
 projection is T + kappa * (T - R(T)), where R(z) = sum_j softmax_j(-c(z, x_j) / std(C)) x_j over
 them, and the gradient form subtracts kappa times the gradient of the cost weighted by that softmax.
-With `detail` > 0 the projection does not take its blur along; how is told in `otdd.distill.detail`.
+With `detail` > 0 a mean brings neither its blur nor its lack of contrast: `otdd.distill.detail`.
 """
 
 from __future__ import annotations

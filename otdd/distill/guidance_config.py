@@ -55,7 +55,7 @@ class GuidanceConfig:
     detail: float = 0.5
     """Of the projection, and latents with height and width: a spatial frequency moves whole where
     the projection keeps this part of the real energy, else less, so that the blur of a mean is not
-    taken over; 0: all move whole."""
+    taken over, and towards the real energy, so that its contrast is kept; 0: all move whole."""
     window: tuple[float, float] = (0.0, 1.0)
     """Guided part of the schedule, from and to, as fractions of it (0: pure noise, 1: the
     image)."""
