@@ -44,7 +44,12 @@ class Detail:
     def __init__(self, real: Tensor, weights: Tensor, shape: tuple[int, ...], theta: float) -> None:
         self.shape, self.theta = shape, theta
         self.down, self.across = (_cosines(size, real.device) for size in shape[-2:])
-        self.real = self._energy(real, weights)
+        energies = []
+        for own, weight in zip(real, weights, strict=True):
+            parts = zip(own.split(_AT_ONCE), weight.split(_AT_ONCE), strict=True)
+            each = [_energy(self._transform(part), w) for part, w in parts]
+            energies.append(torch.stack(each).sum(0))
+        self.real = _around(torch.stack(energies))
         self.count = (weights > 0).float().sum(-1)
 
     def move(self, z: Tensor, image: Tensor, weights: Tensor, sharing: Tensor) -> Tensor:
@@ -56,27 +61,27 @@ class Detail:
             weights: theirs, (K, N).
             sharing: weights of all that share the real latents with them, (K, N + L).
         """
-        kept = torch.where(self.real > 0, self._energy(image, weights) / self.real, 1.0)
+        image = self._transform(image)
+        energies = [_energy(own, weight) for own, weight in zip(image, weights, strict=True)]
+        kept = torch.where(self.real > 0, _around(torch.stack(energies)) / self.real, 1.0)
         chance = ((sharing > 0).float().sum(-1) / self.count).clamp_max(0.5)[:, None, None]
         gain = ((kept - chance) / ((1 - chance) * self.theta)).clamp(0.0, 1.0)
-        amplitude = kept.sqrt().clamp_min(self.theta)[:, None, None]
-        away = self._transform(z) - self._transform(image) / amplitude
+        amplitude = kept.sqrt().clamp_min(self.theta)
+        away = self._transform(z) - image / amplitude[:, None, None]
         return (self.down.T @ (away * gain[:, None, None]) @ self.across).flatten(-3)
-
-    def _energy(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Mean energy at each frequency and its up to 8 neighbours, (K, H, W)."""
-        each = []
-        for own, weight in zip(rows, weights, strict=True):
-            parts = zip(own.split(_AT_ONCE), weight.split(_AT_ONCE), strict=True)
-            each.append(sum(torch.tensordot(w, self._squares(part), 1) for part, w in parts))
-        energy = torch.stack(each)[:, None]
-        return functional.avg_pool2d(energy, 3, 1, 1, count_include_pad=False)[:, 0]
-
-    def _squares(self, rows: Tensor) -> Tensor:
-        return self._transform(rows).square().sum(1)
 
     def _transform(self, rows: Tensor) -> Tensor:
         return self.down @ rows.unflatten(-1, self.shape) @ self.across.T
+
+
+def _energy(waves: Tensor, weights: Tensor) -> Tensor:
+    """Mean energy (H, W) of transformed latents (N, C, H, W)."""
+    return torch.tensordot(weights, waves.square().sum(1), 1)
+
+
+def _around(energies: Tensor) -> Tensor:
+    """Mean over each frequency and its up to 8 neighbours, (K, H, W)."""
+    return functional.avg_pool2d(energies[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
 
 
 @functools.lru_cache(maxsize=16)
