@@ -25,8 +25,14 @@ Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # How schedulers of diffusers state their noise: alpha_bar by timestep, or sigma by step.
-BY_TIMESTEP = ("DDIMScheduler", "DDPMScheduler")
-BY_SIGMA = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
+DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
+BY_TIMESTEP = ("DDIMScheduler", "DDIMParallelScheduler", *DDPM)
+BY_SIGMA = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+)
 SCALED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 NO_SAMPLE = (
     "EulerAncestralDiscreteScheduler",
@@ -295,7 +301,7 @@ def keeps_variances(scheduler: Any) -> bool:
             f"{scheduler.config.variance_type!r} keeps three channels of the latents only; make "
             "it by from_config(config, variance_type=None)"
         )
-    return learned and "DDPMScheduler" in names
+    return learned and bool(names & {*DDPM})
 
 
 def _prediction_type(scheduler: Any) -> str:

@@ -28,8 +28,11 @@ PLAIN = {"clip_sample": False}
 UNIT = {  # schedulers whose latents are unit Gaussian at the start: DiTPipeline is right there
     "ddim": (diffusers.DDIMScheduler, PLAIN),
     "ddim clipped": (diffusers.DDIMScheduler, {"clip_sample": True}),
+    "ddim parallel": (diffusers.DDIMParallelScheduler, PLAIN),
     "ddpm": (diffusers.DDPMScheduler, PLAIN),
+    "ddpm parallel": (diffusers.DDPMParallelScheduler, PLAIN),
     "dpm++": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpm++ singlestep": (diffusers.DPMSolverSinglestepScheduler, {}),
     "sde-dpm++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
@@ -196,10 +199,11 @@ def test_the_denoiser_runs_once_a_step_and_weights_get_no_gradients(target):
     assert all(p.requires_grad and p.grad is None for p in made.transformer.parameters())
 
 
-def test_learned_variances_reach_a_scheduler_that_takes_them():
-    made = pipe("ddpm", learned=True)
+@pytest.mark.parametrize("name", ["ddpm", "ddpm parallel"])
+def test_learned_variances_reach_a_scheduler_that_takes_them(name):
+    made = pipe(name, learned=True)
     fixed = run(made)
-    made.scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    made.scheduler = SCHEDULERS[name][0](variance_type="learned_range", clip_sample=False)
     assert not torch.equal(run(made), fixed)
 
 
