@@ -21,9 +21,9 @@ from report import into_readme
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FRESH = range(100, 10**9)  # seeds that chose no setting
+ALL, FRESH = range(10**9), range(100, 10**9)  # seeds; the latter chose no setting
 CHECKED = ("no-otm", "full", "beta_2-0.8")  # what the sweep found best, on fresh seeds
-NOW = ("run-no-otg", "full", "no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
+DETAIL = ("run-no-otg", "full", "no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
 TODAY = ("run-no-otg", "random", "kmeans", "hard-run", "hard-run-no-otg")
 BEFORE = ("run-before", "hard-run-before")
 ARMS = {
@@ -108,26 +108,20 @@ def arms_table(labels: Rows) -> str:
     return labels_table(rows, arms, lambda arm: "hard-otg" if arm == "hard-no-otg" else "full")
 
 
-def seen_table(labels: Rows) -> str:
-    """The sets of `now_table`, of real training images, which no student has seen."""
-    measure = "train_accuracy"
-    return now_table([r for r in labels if measure in r], range(10**9), measure)
-
-
-def now_table(labels: Rows, seeds: range = range(100), measure: str = "accuracy") -> str:
+def detail_table(labels: Rows, seeds: range = range(100), measure: str = "accuracy") -> str:
     """What `otdd run` sampled with `detail`, until it left out what chance keeps, and before."""
     key = ("data", "arch", "epochs", "ipc", "seed")  # sets of other seeds cannot be compared
-    rows = [r for r in labels if r["seed"] in seeds]
+    rows = [r for r in labels if r["seed"] in seeds and measure in r]
     there = [tuple(c.values()) for c in groups([r for r in rows if r["arm"] == "run"], *key)]
     rows = [r for r in rows if tuple(r[k] for k in key) in there]
-    arms = [arm for arm in NOW if any(r["arm"] == arm for r in rows)]
-    return labels_table(rows, arms, _base_now, "run", measure)
+    arms = [arm for arm in DETAIL if any(r["arm"] == arm for r in rows)]
+    return labels_table(rows, arms, _base_run, "run", measure)
 
 
 def today_table(rows: Rows, measure: str = "accuracy") -> str:
     """What `otdd run` samples, beside other sets and hard labels."""
     rows = [r for r in rows if measure in r]
-    return labels_table(rows, TODAY, _base_now, "run", measure)
+    return labels_table(rows, TODAY, _base_run, "run", measure)
 
 
 def change_table(rows: Rows, measure: str = "accuracy") -> str:
@@ -135,10 +129,10 @@ def change_table(rows: Rows, measure: str = "accuracy") -> str:
     rows, key = [r for r in rows if measure in r], ("data", "arch", "epochs", "ipc")
     there = groups([r for r in rows if r["arm"] == "run-before"], *key)
     rows = [r for r in rows if {k: r[k] for k in key} in there]
-    return labels_table(rows, BEFORE, _base_now, "run", measure)
+    return labels_table(rows, BEFORE, _base_run, "run", measure)
 
 
-def _base_now(arm: str) -> str:
+def _base_run(arm: str) -> str:
     return "hard-run" if arm.startswith("hard-run-") else "run"
 
 
@@ -153,9 +147,9 @@ def pages(labels: Rows, chance: Rows, today: Rows) -> dict[str, tuple[str, str]]
         "contrast, training images": (page, change_table(today, seen)),
         "chance": (page, change_table(chance)),
         "chance, training images": (page, change_table(chance, seen)),
-        "detail": (page, now_table(labels)),
-        "detail, training images": (page, seen_table(labels)),
-        "detail, fresh seeds": (page, now_table(labels, FRESH)),
+        "detail": (page, detail_table(labels)),
+        "detail, training images": (page, detail_table(labels, ALL, seen)),
+        "detail, fresh seeds": (page, detail_table(labels, FRESH)),
     }
 
 

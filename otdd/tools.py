@@ -6,6 +6,7 @@ What a command needs is imported when it runs; all settings are checked before a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -197,7 +198,7 @@ def fit(flags: list[str]) -> int:
     finished = Path(given.out).exists()  # of another training it is refused
     since, cpu = time.perf_counter(), time.process_time()
     with shown(given.log, given.quiet, {"fit": "steps"}) as progress:
-        made = train(given.out, progress)
+        made = train(given.out, progress=progress)
     wall, cpu = time.perf_counter() - since, time.process_time() - cpu
     loss, trained, weights = (made.info[k] for k in ("loss", "trained", "weights"))
     what = f"loss {loss:.4f}; {trained:,} of {weights:,} weights trained"
@@ -233,18 +234,11 @@ def _training(given: Any) -> tuple[Any, Callable[..., Any], Callable[[str], None
     base = tune.load_base(given.base) if given.base is not None else None
     side = None if base is None or given.data in BUILTIN else base.image_shape[1]
     data = load_data(given.data, **{**_reading(given), "resolution": given.resolution or side})
-    rest: dict[str, Any] = {"device": device}
     if base is None:
-        return (
-            data,
-            lambda out, progress: fit.fit(data, config, out, progress=progress, **rest),
-            lambda out: fit.check_out(data, config, out),
-        )
-    return (
-        data,
-        lambda out, progress: tune.tune(data, base, config, out, progress=progress, **rest),
-        lambda out: tune.check_out(data, base, config, out),
-    )
+        train = functools.partial(fit.fit, data, config, device=device)
+        return data, train, functools.partial(fit.check_out, data, config)
+    train = functools.partial(tune.tune, data, base, config, device=device)
+    return data, train, functools.partial(tune.check_out, data, base, config)
 
 
 def fit_surrogate(flags: list[str]) -> int:

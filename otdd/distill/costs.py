@@ -157,9 +157,9 @@ def denoising(config: RunConfig, made: Prepared, name: str, steps: int) -> Cost 
 
 
 def fitting(train: Callable[..., object], steps: int) -> Cost | None:
-    """Of the steps of `otdd fit`, which is `train(out, progress)`."""
+    """Of the steps of `otdd fit`, which is `train(out, progress=progress)`."""
     with tempfile.TemporaryDirectory() as folder:
-        step = timed(lambda progress: train(Path(folder) / "generator", progress), "fit")
+        step = timed(lambda progress: train(Path(folder) / "generator", progress=progress), "fit")
     return None if step is None else Cost(steps, step)
 
 

@@ -20,7 +20,7 @@ from otdd.distill.generator import Generator, GeneratorError
 from otdd.distill.latents import Latents
 from otdd.distill.relabel import Teacher
 from otdd.distill.store import Store
-from otdd.distill.terms import Guidance, Memory, rng
+from otdd.distill.terms import Guidance, Memory, all_finite, rng
 from otdd.distill.update import Update, Updates, surrogate_for
 from otdd.distill.workers import Workers
 
@@ -178,7 +178,7 @@ def run_batch(
 
 
 def _require_finite(latents: Tensor, config: SampleConfig) -> None:
-    if not torch.isfinite(latents).all():
+    if not all_finite(latents):
         raise GeneratorError(
             f"generator: NaN or infinity in what it predicts, in sample.precision "
             f"{config.precision}; expected finite numbers: float32 has a wider range than float16, "

@@ -1,7 +1,7 @@
 """Training images read when they are asked for, in the order in which `load_data` holds them.
 
-Of a million images memory holds their paths alone, some 0.4 KiB each. The headers of all files
-are looked at first, so that what is wrong is told, with every name, before any work.
+Of a million images memory holds their paths alone, some 0.6 KiB each at most. The headers of all
+files are looked at first, so that what is wrong is told, with every name, before any work.
 """
 
 from __future__ import annotations

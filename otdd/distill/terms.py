@@ -158,10 +158,13 @@ def check_latents(latents: Tensor, class_labels: Tensor, name: str) -> None:
             f"{tuple(latents.shape)}"
         )
     check_labels(class_labels, len(latents))
-    if latents.device.type != "cpu" or math.isfinite(latents.sum().item()):
-        return  # NaN and infinity survive in a sum
-    if not torch.isfinite(latents).all():  # else the sum itself overflowed
+    if latents.device.type == "cpu" and not all_finite(latents):
         raise ValueError(f"{name} contains NaN or infinity")
+
+
+def all_finite(latents: Tensor) -> bool:
+    """Whether no number is NaN or infinite: these survive in a sum, which may overflow itself."""
+    return math.isfinite(latents.sum().item()) or bool(torch.isfinite(latents).all())
 
 
 def check_labels(class_labels: Tensor, count: int) -> None:

@@ -278,7 +278,7 @@ def run(
         KeyboardInterrupt: on Ctrl-C, after the step in progress and its checkpoint; says so.
     """
     config, checkpoint = trainer.config, f"{name}.checkpoint"
-    kept = kept_of(store, name, key)
+    kept = _kept(store, name, key)
     if kept is not None:
         trainer.load(*kept)
 
@@ -313,10 +313,10 @@ def check_unfinished(target: Path, key: dict[str, Any]) -> None:
     """
     store = Store(target.parent)
     store.require_folder()
-    kept_of(store, target.name, key)
+    _kept(store, target.name, key)
 
 
-def kept_of(store: Store, name: str, key: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
+def _kept(store: Store, name: str, key: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
     """Tensors and step of the checkpoint beside a result, None where there is none.
 
     Raises:
